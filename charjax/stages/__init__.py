@@ -1,0 +1,54 @@
+"""The loop, in the order the data flows: what each stage reads, depends on and makes."""
+
+import functools
+import importlib
+
+from charjax.workdir import Row, Session, Stage
+
+
+def _run(name: str, session: Session) -> Row:
+  # Imported when it runs: the stages bring JAX with them, which `charjax --help` need not wait for.
+  return importlib.import_module(f'charjax.stages.{name}').run(session)
+
+
+def _stage(
+  name: str, reads: tuple[str, ...], products: tuple[str, ...], files: tuple[str, ...] = ()
+) -> Stage:
+  """A stage whose own settings are the config section of its name (the report has none)."""
+  own = () if name == 'report' else (name,)
+  return Stage(
+    name=name,
+    run=functools.partial(_run, name),
+    reads=reads,
+    fields=('seed', 'model', 'character', *own),
+    products=products,
+    files=files,
+  )
+
+
+STAGES: tuple[Stage, ...] = (
+  _stage('messages', reads=(), products=('messages.jsonl',)),
+  _stage('replies', reads=('messages',), products=('replies.jsonl',)),
+  _stage('rankings', reads=('messages', 'replies'), products=('rankings.jsonl', 'audit.json')),
+  _stage(
+    'preference',
+    reads=('messages', 'replies', 'rankings'),
+    products=('fingerprint.json', 'metrics.jsonl', 'report.json'),
+  ),
+  _stage(
+    'policy',
+    reads=('messages', 'preference'),
+    products=('fingerprint.json', 'metrics.jsonl', 'samples.jsonl'),
+  ),
+  _stage(
+    'evaluation',
+    reads=('messages', 'preference', 'policy'),
+    products=('summary.json', 'replies.jsonl'),
+    files=('evaluation.probes', 'evaluation.neutral'),
+  ),
+  _stage(
+    'report',
+    reads=('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation'),
+    products=('index.html',),
+  ),
+)

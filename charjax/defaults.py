@@ -1,0 +1,96 @@
+"""Every field of a run's config, at the values meant for full scale (8B and up). Small configs change what they must."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """The defaults of the recipe."""
+  config = ConfigDict()
+  config.seed = 0
+  config.mesh = (-1, 1, 1)  # data, fsdp, tensor; -1 takes the devices that are left
+
+  config.model = ConfigDict()
+  config.model.path = 'smollm2-135m-instruct'  # or a .gguf file, or a Hugging Face directory
+  config.model.dtype = 'bfloat16'  # of the starting weights; what is trained is float32
+  config.model.compute_dtype = 'bfloat16'  # of the operands of matrix products
+  config.model.scan_layers = True
+  config.model.remat = True
+
+  config.character = ConfigDict()
+  config.character.path = 'assistant'  # a shipped character, or a .toml file
+  config.character.traits = ()  # empty: all
+
+  config.messages = ConfigDict()
+  config.messages.train_per_trait = 450
+  config.messages.heldout_per_trait = 50
+  config.messages.train_neutral = 450
+  config.messages.heldout_neutral = 50
+  config.messages.seeds_shown = 4  # seed messages before each request for a new one
+  config.messages.temperature = 0.8
+  config.messages.top_p = 0.95
+  config.messages.max_new_tokens = 96
+  config.messages.near_duplicate = 0.5  # share of word pairs two messages may have in common
+  config.messages.batch_size = 128
+  config.messages.prompt_width = 256  # prompts are padded to at least this many tokens
+
+  config.replies = ConfigDict()
+  config.replies.shown = 4
+  config.replies.plain = 2
+  config.replies.opposed = 1
+  config.replies.show = 'trait'  # or 'character': all traits at once
+  config.replies.examples = 4
+  config.replies.temperature = 0.8
+  config.replies.top_p = 0.95
+  config.replies.max_new_tokens = 512
+  config.replies.batch_size = 128
+  config.replies.prompt_width = 64
+
+  config.rankings = ConfigDict()
+  config.rankings.ranker = 'auto'  # likelihood, pairwise, pointwise, or the best of them on the choosing pairs
+  config.rankings.examples = 4
+  config.rankings.label_low = 0.05
+  config.rankings.label_high = 0.95
+  config.rankings.minimum_accuracy = 0.55  # lower 95% bound on the choosing pairs under which the run stops
+  config.rankings.triples = 4  # messages a trait on which the pairwise ranker's transitivity is measured
+  config.rankings.messages_per_chunk = 16
+  config.rankings.batch_size = 32
+
+  config.preference = ConfigDict()
+  config.preference.lora_rank = 0  # 0 trains all parameters
+  config.preference.learning_rate = 3e-6
+  config.preference.epochs = 1.0
+  config.preference.messages_per_batch = 16
+  config.preference.warmup = 10
+  config.preference.weight_decay = 0.01
+  config.preference.max_gradient = 1.0
+  config.preference.save_every = 20
+
+  config.policy = ConfigDict()
+  config.policy.lora_rank = 0
+  config.policy.learning_rate = 1e-6
+  config.policy.steps = 200
+  config.policy.prompts_per_step = 64
+  config.policy.replies_per_prompt = 8
+  config.policy.temperature = 1.0
+  config.policy.max_new_tokens = 512
+  config.policy.prompt_width = 64
+  config.policy.kl = 0.04
+  config.policy.clip = 0.2
+  config.policy.neutral_weight = 1.0  # of the exact KL on neutral messages
+  config.policy.warmup = 5
+  config.policy.weight_decay = 0.0
+  config.policy.max_gradient = 1.0
+  config.policy.keep_unproven_traits = False  # also reward traits whose preference model is not better than chance
+  config.policy.save_every = 20
+  config.policy.samples_every = 10
+
+  config.evaluation = ConfigDict()
+  config.evaluation.examples = 4
+  config.evaluation.temperature = 0.8
+  config.evaluation.top_p = 0.95
+  config.evaluation.max_new_tokens = 512
+  config.evaluation.batch_size = 128
+  config.evaluation.prompt_width = 64
+  config.evaluation.probes = ''  # JSON Lines: trait, message, consistent, inconsistent
+  config.evaluation.neutral = ''  # JSON Lines: message, reference, expect (regex or null)
+  return config

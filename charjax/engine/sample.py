@@ -1,0 +1,234 @@
+"""Sampling: what turns prompts into replies, with the log-probs of what was drawn.
+
+Letters: B rows, T prompt tokens, S cache slots, N new tokens, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from charjax.engine.batch import ROW_STEP, Tokens, bucket, common_prefix, pad, prefill
+from charjax.mesh import shard_batch
+from charjax.model.decoder import KV, Decoder, Prefix, empty_cache, forward, layer_weights, logits
+
+_BLOCK = 256  # the vocabulary is searched in blocks of this many tokens
+_TOP_P_STEPS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How tokens are drawn.
+
+  Attributes:
+    max_new_tokens: a reply that has not ended by then is cut off.
+    temperature: logits are divided by it; 0 takes the most probable token.
+    top_p: keep the smallest set of tokens whose probability reaches this (Holtzman et al. 2020); 1 keeps all.
+    batch_size: rows decoded together.
+  """
+
+  max_new_tokens: int
+  temperature: float = 1.0
+  top_p: float = 1.0
+  batch_size: int = 64
+
+
+class Reply(NamedTuple):
+  """One drawn reply.
+
+  Attributes:
+    tokens: ids, the end-of-turn id included when it was drawn.
+    log_probs: of each token under the distribution it was drawn from (after temperature and top-p).
+    finish: 'stop' when the model ended its turn, 'length' when it was cut off.
+  """
+
+  tokens: list[int]
+  log_probs: np.ndarray
+  finish: str
+
+
+def draw(
+  logits_bv: jax.Array, uniform_b: jax.Array, temperature: float, top_p: float
+) -> tuple[jax.Array, jax.Array]:
+  """Draws a token a row by inverting the distribution function at `uniform_b`, in two levels.
+
+  Two partial sums over V replace a Gumbel draw for each of V tokens, which costs as much as the model on a CPU.
+
+  Returns:
+    token ids [B], and their log-probs [B] under the distribution drawn from.
+  """
+  if temperature == 0:
+    token = jnp.argmax(logits_bv, -1)
+    return token, jnp.zeros(token.shape, jnp.float32)
+  scaled = logits_bv.astype(jnp.float32) / temperature
+  rows, vocab = scaled.shape
+  weight = jnp.exp(scaled - scaled.max(-1, keepdims=True))
+  if top_p < 1:
+    weight = jnp.where(weight >= _top_p_threshold(weight, top_p), weight, 0)
+  weight = jnp.pad(weight, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
+  per_block = weight.sum(-1)
+  block, rest = _invert(per_block, uniform_b * per_block.sum(-1))
+  within = jnp.take_along_axis(weight, block[:, None, None], 1)[:, 0]
+  offset, _ = _invert(within, rest)
+  chosen = jnp.take_along_axis(within, offset[:, None], 1)[:, 0]
+  return block * _BLOCK + offset, jnp.log(chosen) - jnp.log(per_block.sum(-1))
+
+
+def _invert(weight_bn: jax.Array, target_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The first index whose running sum exceeds the target, and the target less the sum before it."""
+  running = jnp.cumsum(weight_bn, -1)
+  index = jnp.sum(running <= target_b[:, None], -1)
+  # Rounding may put the target at or past the total: the last token of weight is then the one meant.
+  last = weight_bn.shape[-1] - 1 - jnp.argmax(weight_bn[:, ::-1] > 0, -1)
+  index = jnp.minimum(index, last)
+  before = jnp.take_along_axis(running - weight_bn, index[:, None], 1)[:, 0]
+  return index, jnp.maximum(target_b - before, 0)
+
+
+def _top_p_threshold(weight_bv: jax.Array, top_p: float) -> jax.Array:
+  """The largest weight at or above which the tokens hold `top_p` of the mass, by bisection of its logarithm.
+
+  16 halvings of (e^-20, 1] end within a factor of 1.0003, where sorting V weights would cost more than the model.
+  """
+  wanted = top_p * weight_bv.sum(-1, keepdims=True)
+
+  def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    low, high = bounds
+    middle = (low + high) / 2
+    enough = jnp.sum(jnp.where(weight_bv >= jnp.exp(middle), weight_bv, 0), -1, keepdims=True) >= wanted
+    return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+  low, _ = jax.lax.fori_loop(0, _TOP_P_STEPS, halve, (jnp.full_like(wanted, -20.0), jnp.zeros_like(wanted)))
+  return jnp.exp(low)
+
+
+class _State(NamedTuple):
+  step: jax.Array
+  token: jax.Array  # [B] to be fed next
+  done: jax.Array  # [B]
+  cache: KV
+  tokens: jax.Array  # [B, N]
+  log_probs: jax.Array  # [B, N]
+
+
+@partial(jax.jit, static_argnames=('max_new_tokens', 'temperature', 'top_p'))
+def _sample(
+  decoder: Decoder,
+  adapter: Any,
+  prefix: Prefix | None,
+  tokens_bt: jax.Array,
+  real_bt: jax.Array,
+  keys_b: jax.Array,
+  eos: jax.Array,
+  *,
+  max_new_tokens: int,
+  temperature: float,
+  top_p: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  rows, width = tokens_bt.shape
+  before = prefix.length if prefix is not None else 0
+  layers = layer_weights(decoder, adapter)
+  lengths = real_bt.sum(-1)
+  slots = jnp.arange(width + max_new_tokens)
+  start = width - lengths  # prompts are padded on the left, so that all rows write the same slot
+
+  def pick(hidden_bd: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys_b)
+    return draw(logits(decoder, hidden_bd), uniform, temperature, top_p)
+
+  def record(state: _State, token: jax.Array, log_prob: jax.Array) -> _State:
+    live = ~state.done
+    return state._replace(
+      step=state.step + 1,
+      token=token,
+      tokens=state.tokens.at[:, state.step].set(jnp.where(live, token, -1)),
+      log_probs=state.log_probs.at[:, state.step].set(jnp.where(live, log_prob, 0)),
+      done=state.done | jnp.isin(token, eos),
+    )
+
+  positions = before + jnp.maximum(jnp.arange(width)[None] - start[:, None], 0)
+  seen = (slots[None, None] <= jnp.arange(width)[None, :, None]) & (slots[None, None] >= start[:, None, None])
+  hidden, cache = forward(
+    decoder, tokens_bt, positions, seen, layers=layers, prefix=prefix,
+    cache=empty_cache(decoder, rows, width + max_new_tokens),
+  )  # fmt: skip
+  state = _State(
+    jnp.int32(0),
+    jnp.zeros(rows, jnp.int32),
+    lengths == 0,  # rows that only fill up the batch
+    cache,
+    jnp.full((rows, max_new_tokens), -1, jnp.int32),
+    jnp.zeros((rows, max_new_tokens), jnp.float32),
+  )
+  state = record(state, *pick(hidden[:, -1], state.step))
+
+  def decode(state: _State) -> _State:
+    index = width + state.step - 1
+    seen = (slots[None] <= index) & (slots[None] >= start[:, None])
+    positions = (before + lengths + state.step - 1)[:, None]
+    hidden, cache = forward(
+      decoder, state.token[:, None], positions, seen[:, None], layers=layers, prefix=prefix,
+      cache=state.cache, cache_index=index,
+    )  # fmt: skip
+    return record(state._replace(cache=cache), *pick(hidden[:, 0], state.step))
+
+  state = jax.lax.while_loop(lambda s: (s.step < max_new_tokens) & ~s.done.all(), decode, state)
+  return state.tokens, state.log_probs, state.done
+
+
+def sample(
+  decoder: Decoder,
+  prompts: Sequence[Tokens],
+  keys: jax.Array,
+  eos_ids: Sequence[int],
+  settings: Sampling,
+  *,
+  adapter: Any = None,
+  width: int = 0,
+  on_batch: Callable[[int], None] = lambda rows: None,
+) -> list[Reply]:
+  """Draws one reply to each prompt.
+
+  What all prompts have in common at their beginning goes through the model once.
+
+  Args:
+    decoder: the weights.
+    prompts: token ids; none may be empty.
+    keys: one random key a prompt (engine.batch.item_keys): a reply depends on its key, not on its neighbours.
+    eos_ids: ids that end a reply.
+    settings: how to draw.
+    adapter: a LoRA adapter, or None.
+    width: the least width that prompts are padded to, so that calls with other prompts need no new program.
+    on_batch: called with the number of rows after each batch, for progress.
+  """
+  if not prompts:
+    return []
+  shared = common_prefix(prompts)
+  prefix = prefill(decoder, prompts[0][:shared], adapter)
+  rest = [list(prompt[shared:]) for prompt in prompts]
+  width = bucket(max(width, *(len(row) for row in rest)), ROW_STEP)
+  replies: list[Reply] = []
+  for begin in range(0, len(rest), settings.batch_size):
+    rows = rest[begin : begin + settings.batch_size]
+    missing = settings.batch_size - len(rows)
+    tokens, real = pad([*rows, *[[]] * missing], width, left=True)
+    batch_keys = keys[np.minimum(np.arange(begin, begin + settings.batch_size), len(rest) - 1)]
+    drawn = _sample(
+      decoder, adapter, prefix, *shard_batch((tokens, real)), batch_keys, np.asarray(eos_ids, np.int32),
+      max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p,
+    )  # fmt: skip
+    ids, log_probs, done = (np.asarray(x) for x in jax.device_get(drawn))
+    for i in range(len(rows)):
+      count = int((ids[i] >= 0).sum())
+      replies.append(Reply(ids[i, :count].tolist(), log_probs[i, :count], 'stop' if done[i] else 'length'))
+    on_batch(len(rows))
+  return replies
+
+
+def compilations() -> int:
+  """How many times the sampler has been compiled in this process."""
+  return _sample._cache_size()

@@ -1,0 +1,346 @@
+"""The command line: reads flags, checks everything a run will need, then hands over to the stages."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.metadata
+import inspect
+import json
+import operator
+import os
+import platform
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from charjax import character as characters
+from charjax import workdir as workdirs
+from charjax.errors import UserError
+from charjax.stages import STAGES
+
+_USAGE = f"""charjax: train a character into a language model
+
+  charjax run --config=FILE.py --workdir=DIR     the whole loop, stage by stage
+  charjax STAGE --config=FILE.py --workdir=DIR   one of {', '.join(stage.name for stage in STAGES)}
+  charjax character check FILE                   what is wrong with a character's examples
+  charjax help                                   this text
+
+  --config=FILE.py[:argument][,field=value...]   a config file, what its get_config takes, and changes
+  --config.some.field=value                      a change of one field
+  --workdir=DIR                                  where the run lives; the same command goes on with it
+
+A finished stage is skipped, one that was cut off goes on, one whose inputs or settings changed is made anew.
+"""
+
+_PACKAGES = ('charjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command.
+
+  Args:
+    argv: the arguments, without the program's name; those of the process by default.
+
+  Returns:
+    The exit code: 0, 1 (a check found problems), 2 (a mistake of the user's), 130 (interrupted).
+  """
+  arguments = list(sys.argv[1:] if argv is None else argv)
+  try:
+    return _command(arguments)
+  except UserError as error:
+    print('charjax: ' + ' '.join(str(error).split()), file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('charjax: interrupted', file=sys.stderr)
+    return 130
+
+
+def _command(arguments: list[str]) -> int:
+  if {'--help', '-h', '-help', '--helpfull'} & set(arguments) or arguments[:1] == ['help']:
+    print(_USAGE, end='')
+    return 0
+  names, config_spec, workdir, changes = _parse(arguments)
+  if not names:
+    raise UserError('no command given; `charjax help` lists them')
+  known = [stage.name for stage in STAGES]
+  command, *rest = names
+  if command == 'character':
+    if len(rest) != 2 or rest[0] != 'check':
+      raise UserError('charjax character takes `check FILE`')
+    return _check_character(rest[1])
+  if command not in ('run', *known):
+    raise UserError(f'there is no command {command}{_nearest(command, ["run", "character", *known])}')
+  if rest:
+    raise UserError(f'unexpected argument {rest[0]}; flags begin with --, and `charjax help` lists them')
+  if not config_spec:
+    raise UserError(f'charjax {command} needs --config=FILE.py')
+  if not workdir:
+    raise UserError(f'charjax {command} needs --workdir=DIR')
+  config = _read_config(config_spec, changes)
+  chosen = STAGES if command == 'run' else tuple(stage for stage in STAGES if stage.name == command)
+  _run(chosen, config, epath.Path(os.path.expanduser(workdir)))
+  return 0
+
+
+def _check_character(path: str) -> int:
+  from charjax import character_lint
+
+  findings = character_lint.lint(characters.load(path))
+  print(character_lint.format_table(findings))
+  return int(any(finding.problems for finding in findings))
+
+
+# ---- flags and config ----
+
+
+def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str]]:
+  """Splits arguments into (command words, --config, --workdir, the --config.field=value changes)."""
+  changes, others = [], []
+  rest = iter(arguments)
+  for argument in rest:
+    if not re.match(r'--?(no)?config\.', argument):
+      others.append(argument)
+    elif '=' in argument or re.match(r'--?noconfig\.', argument):
+      changes.append(argument)
+    else:
+      value = next(rest, None)
+      if value is None:
+        raise UserError(f'{argument} has no value; write {argument}=VALUE')
+      changes.append(f'{argument}={value}')
+  values = flags.FlagValues()
+  values.set_gnu_getopt(True)
+  flags.DEFINE_string('config', '', 'a config file', flag_values=values)
+  flags.DEFINE_string('workdir', '', 'the run folder', flag_values=values)
+  try:
+    names = values(['charjax', *others])[1:]
+  except flags.Error as error:
+    raise UserError(f'{error}; `charjax help` lists the flags') from error
+  # Libraries that define absl flags of their own (Orbax, Grain) read the defaults.
+  flags.FLAGS(['charjax'], known_only=True)
+  return names, values.config, values.workdir, changes
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+  found = difflib.get_close_matches(word, words, n=1)
+  return f'; did you mean {found[0]}?' if found else f'; there are {", ".join(words)}'
+
+
+def _read_config(spec: str, changes: Sequence[str]) -> ml_collections.ConfigDict:
+  """The defaults, changed by the config file, by what stands behind its name, and by the flags.
+
+  Args:
+    spec: FILE.py[:argument][,field=value...].
+    changes: --config.field=value arguments.
+
+  Raises:
+    UserError: the file fails, or a field is unknown or has the wrong type.
+  """
+  from charjax import defaults
+
+  match = re.fullmatch(r'(.+?\.py)(?:[:,](.*))?', spec, re.DOTALL)
+  if not match:
+    raise UserError(f'--config={spec}: not a Python file; give FILE.py')
+  path, behind = match.groups()
+  # Commas inside brackets belong to a value, as in mesh=(1,2,4).
+  words = re.split(r',(?![^(\[{]*[)\]}])', behind) if behind else []
+  argument = words.pop(0) if words and '=' not in words[0] else None
+  for word in words:
+    if '=' not in word:
+      raise UserError(f'--config={spec}: {word} is no field=value')
+  config = defaults.get_config()
+  config.lock()
+  _merge(config, _execute_config(path, argument), path, '')
+  return _override(config, [*(f'--config.{word}' for word in words), *changes])
+
+
+def _execute_config(path: str, argument: str | None) -> ml_collections.ConfigDict:
+  """Calls get_config() of a Python file; whatever goes wrong in there is the file's mistake."""
+  try:
+    source = epath.Path(path).read_text()
+  except (OSError, ValueError) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(f'--config={path}: cannot be read ({reason}); check the path') from error
+  namespace: dict[str, Any] = {'__file__': path, '__name__': 'charjax_config'}
+  try:
+    exec(compile(source, path, 'exec'), namespace)
+    function = namespace.get('get_config')
+    if not callable(function):
+      raise UserError(f'{path}: has no function get_config; see configs/quickstart.py')
+    arguments = () if argument is None else (argument,)
+    try:
+      inspect.signature(function).bind(*arguments)
+    except TypeError:
+      wants = 'takes no argument' if arguments else 'needs an argument, --config=FILE.py:ARGUMENT'
+      raise UserError(f'{path}: get_config {wants}') from None
+    config = function(*arguments)
+  except UserError:
+    raise
+  except SyntaxError as error:
+    raise UserError(f'{path}:{error.lineno}: {error.msg}; mend the line') from error
+  except (Exception, SystemExit) as error:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+    short = reason if len(reason) < 200 else reason[:200] + '...'
+    raise UserError(f'{path}:{lines[-1] if lines else 1}: {short}') from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(f'{path}: get_config returned {type(config).__name__}; it must return a ConfigDict')
+  return config
+
+
+def _merge(
+  config: ml_collections.ConfigDict, changes: ml_collections.ConfigDict, where: str, prefix: str
+) -> None:
+  """Sets the fields of `changes` in `config`, which knows all fields and their types."""
+  for key in changes:
+    if key not in config:
+      raise UserError(f'{where}: there is no config field {prefix}{key}{_nearest(key, sorted(config))}')
+    try:
+      value, default = changes[key], config[key]
+      if isinstance(value, ml_collections.ConfigDict) and isinstance(default, ml_collections.ConfigDict):
+        _merge(default, value, where, f'{prefix}{key}.')
+      elif value is None and default is not None:
+        raise UserError(f'{where}: config field {prefix}{key} is None; give a {type(default).__name__}')
+      else:
+        config[key] = value
+    except (TypeError, ValueError) as error:
+      wanted = config.get_type(key).__name__
+      raise UserError(f'{where}: config field {prefix}{key} is {changes[key]!r}; give a {wanted}') from error
+
+
+def _override(config: ml_collections.ConfigDict, changes: Sequence[str]) -> ml_collections.ConfigDict:
+  """Applies --config.field=value arguments, with the types that the config has; of two, the last counts."""
+  latest: dict[str, list[str]] = {}
+  tuples = {}
+  for change in changes:
+    name, _, value = change.partition('=')
+    field = re.sub(r'^--?(no)?config\.', '', name)
+    default: Any = config
+    for part in field.split('.'):
+      if not isinstance(default, ml_collections.ConfigDict) or part not in default:
+        hint = _nearest(part, sorted(default)) if isinstance(default, ml_collections.ConfigDict) else ''
+        raise UserError(f'{change}: there is no config field {field}{hint}')
+      default = default[part]
+    if isinstance(default, ml_collections.ConfigDict):
+      raise UserError(f'{change}: {field} is a section; set one of its fields: {", ".join(sorted(default))}')
+    latest[field] = [change]
+    if isinstance(default, tuple):
+      tuples[field] = default
+      # config_flags gathers a tuple from repeated flags: a,b becomes one flag each.
+      if not re.search(r'[(\[\'"]', value):
+        latest[field] = [f'{name}={word.strip()}' for word in value.split(',')]
+  values = flags.FlagValues()
+  values.set_gnu_getopt(True)
+  # config_flags looks in its sys_argv for the fields to define, and absl then parses the same arguments.
+  arguments = ['charjax', *(argument for arguments in latest.values() for argument in arguments)]
+  try:
+    config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=arguments)
+    values(arguments)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+    raise UserError(f'config: {error}') from error
+  for field, default in tuples.items():
+    value = operator.attrgetter(field)(values.config)
+    if default and not all(type(item) is type(default[0]) for item in value):
+      raise UserError(f'--config.{field}: {value!r} is not like {default!r}, which it replaces')
+  return values.config
+
+
+# ---- a run ----
+
+
+def _model_is_there(path: str) -> None:
+  """A missing file is told of before any work; what is in it is checked when it is read."""
+  from charjax.model import checkpoint_source
+
+  if path not in (checkpoint_source.EMBEDDED, 'random') and not os.path.exists(path):
+    raise UserError(
+      f'config.model.path={path}: no such file or directory; give {checkpoint_source.EMBEDDED}, a .gguf file '
+      'or a Hugging Face directory'
+    )
+
+
+def _prepare(config: ml_collections.ConfigDict, workdir: epath.Path) -> workdirs.Session:
+  """Reads all that can be wrong before a stage starts.
+
+  Raises:
+    UserError: naming the first thing that is.
+  """
+  character = characters.select(characters.load(config.character.path), config.character.traits)
+  _model_is_there(config.model.path)
+  if config.evaluation.probes or config.evaluation.neutral:
+    from charjax.stages import evaluation
+
+    if config.evaluation.probes:
+      evaluation.read_probes(config.evaluation.probes)
+    if config.evaluation.neutral:
+      evaluation.read_neutral(config.evaluation.neutral)
+  return workdirs.Session(config=config, character=character, workdir=workdir)
+
+
+def _record(session: workdirs.Session) -> None:
+  """Writes what the run was started with beside its stages."""
+  versions = {'python': platform.python_version()}
+  for package in _PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[package] = importlib.metadata.version(package)
+  record = {'seed': session.config.seed, 'config': session.config.to_dict(), 'versions': versions}
+  workdirs.write_text(
+    session.workdir / 'config.json', json.dumps(record, indent=2, ensure_ascii=False, default=str) + '\n'
+  )
+  workdirs.write_text(session.workdir / 'character.toml', characters.source(session.config.character.path))
+
+
+@contextlib.contextmanager
+def _devices(config: ml_collections.ConfigDict) -> Iterator[None]:
+  """JAX as the stages find it: compiled programs kept between processes, and a mesh."""
+  import jax
+
+  from charjax import mesh
+
+  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    jax.config.update('jax_compilation_cache_dir', os.path.join(caches, 'charjax', 'xla'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  with jax.set_mesh(mesh.make_mesh(config.mesh)):
+    yield
+
+
+def _sources(stage: workdirs.Stage) -> set[str]:
+  """The stages it reads, and those that they read."""
+  found = set(stage.reads)
+  for other in STAGES:
+    if other.name in stage.reads:
+      found |= _sources(other)
+  return found
+
+
+def _run(chosen: Sequence[workdirs.Stage], config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+  session = _prepare(config, workdir)
+  with workdirs.lock(workdir):
+    if len(chosen) == 1:
+      for stage in STAGES:
+        state = workdirs.status(stage, session) if stage.name in _sources(chosen[0]) else 'done'
+        if state != 'done':
+          folder = session.folder(stage.name)
+          raise UserError(f'{folder}: {state}, and {chosen[0].name} builds on it; run {stage.name} first')
+    _record(session)
+    with _devices(config):
+      # A broken model file is told of before any work too, unless there is none that needs the model.
+      if any(stage.name != 'report' and workdirs.status(stage, session) != 'done' for stage in chosen):
+        session.checkpoint  # noqa: B018
+      workdirs.execute(chosen, session)
+  if chosen[-1].name == 'report':
+    from charjax.stages import report
+
+    session.log('\n' + report.console_summary(session.workdir))
+
+
+if __name__ == '__main__':
+  sys.exit(main())

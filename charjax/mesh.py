@@ -1,0 +1,94 @@
+"""How arrays are laid out over devices: one mesh, one table from logical axes to mesh axes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from charjax.errors import UserError
+
+AXES = ('data', 'fsdp', 'tensor')
+
+# Logical axis -> mesh axes. Parameters are split over fsdp along `embed` and over tensor along the others;
+# activations are split along `batch`. An axis that is not named here is not split.
+RULES: dict[str, tuple[str, ...]] = {
+  'batch': ('data', 'fsdp'),
+  'embed': ('fsdp',),
+  'heads': ('tensor',),
+  'kv_heads': ('tensor',),
+  'mlp': ('tensor',),
+  'vocab': ('tensor',),
+}
+
+
+def make_mesh(shape: Sequence[int]) -> Mesh:
+  """A (data, fsdp, tensor) mesh; one size may be -1 and takes the devices that are left.
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices.
+  """
+  sizes = [int(size) for size in shape]
+  count = jax.device_count()
+  if len(sizes) != len(AXES) or sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    raise UserError(f'config.mesh is {tuple(shape)}; it takes three sizes (data, fsdp, tensor), one of them may be -1')
+  if -1 in sizes:
+    sizes[sizes.index(-1)] = count // max(1, -int(np.prod(sizes)))
+  if int(np.prod(sizes)) != count:
+    raise UserError(f'config.mesh {tuple(shape)} does not fit the {count} devices here; use e.g. (-1, 1, 1)')
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Any) -> PartitionSpec:
+  """The PartitionSpec of an array with these logical axes. A dimension that does not divide is not split."""
+  entries: list[tuple[str, ...] | None] = []
+  used: set[str] = set()
+  for size, axis in zip(shape, axes, strict=True):
+    names = tuple(name for name in RULES.get(axis or '', ()) if mesh.shape[name] > 1)
+    if used & set(names):
+      raise ValueError(f'logical axes {tuple(axes)} use mesh axis {used & set(names)} twice')
+    if names and size % int(np.prod([mesh.shape[name] for name in names])) == 0:
+      used |= set(names)
+      entries.append(names)
+    else:
+      entries.append(None)
+  return PartitionSpec(*entries)
+
+
+def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
+  """Pins an activation's layout inside a jitted function; without a mesh it changes nothing."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return array
+  return jax.lax.with_sharding_constraint(array, spec(array.shape, axes, mesh))
+
+
+def shardings(tree: Any) -> Any:
+  """The NamedSharding of every array of `tree`, from the logical `axes` of its nnx.Param (none: replicated).
+
+  Call it under `jax.set_mesh`.
+  """
+  mesh = jax.sharding.get_mesh()
+
+  def one(node: Any) -> Any:
+    if not isinstance(node, nnx.Variable):
+      return NamedSharding(mesh, PartitionSpec())
+    axes = node.get_metadata().get('axes') or (None,) * node.ndim
+    return node.replace(NamedSharding(mesh, spec(node.shape, axes, mesh)))
+
+  return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def shard_batch(tree: Any) -> Any:
+  """Puts host arrays on the mesh, split along their first axis; without a mesh they stay where they are."""
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    return tree
+
+  def put(array: np.ndarray) -> jax.Array:
+    axes = ('batch',) + (None,) * (np.ndim(array) - 1)
+    return jax.device_put(array, NamedSharding(mesh, spec(np.shape(array), axes, mesh)))
+
+  return jax.tree.map(put, tree)

@@ -1,0 +1,227 @@
+"""Reads a GGUF file: header, llama shape, weights, tokenizer and chat template.
+
+The header is parsed here rather than by gguf.GGUFReader, which makes an object of every element (3 s for
+SmolLM2's vocabulary) and follows a damaged length without end. The format is that of
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; `gguf` knows the quantised types.
+"""
+
+import struct
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize, quant_shape_to_byte_shape
+
+from charjax.errors import UserError
+from charjax.model.chat import ChatTemplate
+from charjax.model.checkpoint_source import Checkpoint, assemble
+from charjax.model.config import ModelConfig
+from charjax.model.tokenizer import bpe_from_gguf
+
+_NAMES = {
+  'embed': 'token_embd.weight',
+  'final_norm': 'output_norm.weight',
+  'head': 'output.weight',
+  'blocks.attn_norm': 'blk.{}.attn_norm.weight',
+  'blocks.q': 'blk.{}.attn_q.weight',
+  'blocks.k': 'blk.{}.attn_k.weight',
+  'blocks.v': 'blk.{}.attn_v.weight',
+  'blocks.o': 'blk.{}.attn_output.weight',
+  'blocks.mlp_norm': 'blk.{}.ffn_norm.weight',
+  'blocks.gate': 'blk.{}.ffn_gate.weight',
+  'blocks.up': 'blk.{}.ffn_up.weight',
+  'blocks.down': 'blk.{}.ffn_down.weight',
+}
+# GGUFValueType of the scalars, as struct and numpy write them; 8 is a string and 9 an array.
+_SCALARS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q', 12: 'd'}
+_STRING, _ARRAY = 8, 9
+
+
+class _Stored(NamedTuple):
+  """Where a tensor lies: shape as numpy has it (the fastest axis last), type, and offset in bytes."""
+
+  shape: tuple[int, ...]
+  kind: GGMLQuantizationType
+  offset: int
+
+
+def read(path: str) -> Checkpoint:
+  """A llama GGUF file as a checkpoint, dequantised to float32.
+
+  Raises:
+    UserError: the file is missing, truncated, damaged, or of a kind that is not supported.
+  """
+  try:
+    data = np.asarray(np.memmap(path, mode='r'))  # a plain array: slices of a memmap are slow to make
+    metadata, stored = _parse(data)
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror or error})') from error
+  except (ValueError, struct.error) as error:
+    raise UserError(f'{path}: not a GGUF file, truncated or damaged ({error}); fetch it again') from error
+  config = _config(metadata, stored, path)
+
+  def tensor(name: str, file_name: str) -> np.ndarray:
+    value = _dequantize(data, stored[file_name], f'{path}: tensor {file_name}')
+    if name in ('blocks.q', 'blocks.k'):
+      # GGUF keeps the pairs that are rotated together next to each other; here they are half a head apart.
+      value = value.reshape(-1, config.head_dim // 2, 2, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
+    return value
+
+  template, reply_end = _template(metadata, path)
+  tokenizer = bpe_from_gguf(metadata, path, reply_end)
+  if tokenizer.vocab_size > config.vocab_size:
+    raise UserError(f'{path}: {tokenizer.vocab_size} tokens for {config.vocab_size} embeddings; wrong file?')
+  tensors = assemble(config, path, _NAMES, {name: s.shape for name, s in stored.items()}, tensor)
+  return Checkpoint(config, tensors, tokenizer, template)
+
+
+def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, _Stored]]:
+  """Key-value pairs and tensors of a GGUF file; ValueError or struct.error when it is damaged."""
+  view, position = data.data, 0
+
+  def take(size: int) -> memoryview:
+    nonlocal position
+    if size > len(view) - position:
+      raise ValueError(f'it ends after {len(view)} bytes, in the middle of its header')
+    position += size
+    return view[position - size : position]
+
+  def number(code: str) -> Any:
+    return struct.unpack('<' + code, take(struct.calcsize('<' + code)))[0]
+
+  def string() -> str:
+    return str(take(number('Q')), 'utf-8')
+
+  def value(kind: int) -> Any:
+    if kind in _SCALARS:
+      return number(_SCALARS[kind])
+    if kind == _STRING:
+      return string()
+    if kind != _ARRAY:
+      raise ValueError(f'unknown value type {kind}')
+    element, count = number('I'), number('Q')
+    if element in _SCALARS:
+      dtype = np.dtype(_SCALARS[element]).newbyteorder('<')
+      return np.frombuffer(take(count * dtype.itemsize), dtype).tolist()
+    if element != _STRING:
+      raise ValueError(f'an array of value type {element}')
+    return [string() for _ in range(count)]
+
+  if bytes(take(4)) != b'GGUF':
+    raise ValueError('it does not start with GGUF')
+  version = number('I')
+  if version not in (2, 3):
+    raise ValueError(f'version {version}, where 2 and 3 are known')
+  num_tensors, num_pairs = number('Q'), number('Q')
+  metadata: dict[str, Any] = {}
+  for _ in range(num_pairs):
+    key = string()
+    if key in metadata:
+      raise ValueError(f'field {key[:40]!r} is there twice')
+    metadata[key] = value(number('I'))
+  headers = []
+  for _ in range(num_tensors):
+    name, dims = string(), number('I')
+    if dims > 4:
+      raise ValueError(f'tensor {name[:40]!r} has {dims} dimensions')
+    shape = tuple(number('Q') for _ in range(dims))[::-1]
+    headers.append((name, shape, GGMLQuantizationType(number('I')), number('Q')))
+  alignment = metadata.get('general.alignment', 32)
+  if not isinstance(alignment, int) or alignment < 1:
+    raise ValueError(f'general.alignment is {alignment!r}')
+  start = position + -position % alignment
+  stored = {name: _Stored(shape, kind, start + offset) for name, shape, kind, offset in headers}
+  for name, (shape, kind, offset) in stored.items():
+    if offset + _size(shape, kind) > len(view):
+      raise ValueError(f'it ends after {len(view)} bytes, before the end of tensor {name[:40]!r}')
+  return metadata, stored
+
+
+def _size(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+  """Bytes of a tensor; ValueError if its rows are no whole number of blocks."""
+  size = 1
+  for axis in quant_shape_to_byte_shape(shape or (1,), kind):
+    size *= axis
+  return size
+
+
+def _dequantize(data: np.ndarray, stored: _Stored, where: str) -> np.ndarray:
+  shape, kind, offset = stored
+  raw = data[offset : offset + _size(shape, kind)]
+  if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+    return raw.view('<f4' if kind == GGMLQuantizationType.F32 else '<f2').reshape(shape).astype(np.float32)
+  try:
+    return dequantize(raw.reshape(quant_shape_to_byte_shape(shape, kind)), kind)
+  except NotImplementedError as error:
+    raise UserError(f'{where} is of type {kind.name}, which is not read; use Q4_K, Q8_0 or F16') from error
+
+
+def _config(metadata: Mapping[str, Any], stored: Mapping[str, _Stored], where: str) -> ModelConfig:
+  def field(key: str, default: Any, kind: type = int) -> Any:
+    value = metadata.get(key, default)
+    if value is None:
+      raise UserError(f'{where}: field {key} is missing; is this a complete file?')
+    if isinstance(value, bool) or not isinstance(value, kind):
+      raise UserError(f'{where}: field {key} is {str(value)[:40]!r}, which is not supported')
+    return value
+
+  architecture = metadata.get('general.architecture')
+  if architecture != 'llama':
+    raise UserError(f'{where}: architecture {str(architecture)[:40]!r} is not supported; use a llama model')
+  heads = field('llama.attention.head_count', None)
+  embed_dim = field('llama.embedding_length', None)
+  head_dim = field('llama.attention.key_length', embed_dim // max(heads, 1))
+  for key, neutral in {
+    'llama.attention.value_length': head_dim,
+    'llama.rope.dimension_count': head_dim,
+    'llama.rope.scaling.type': 'none',
+    'llama.rope.scale_linear': 1.0,
+    'llama.expert_count': 0,
+  }.items():
+    if metadata.get(key, neutral) != neutral:
+      value = str(metadata[key])[:40]
+      raise UserError(f'{where}: field {key} is {value!r}, which is not supported; only {neutral!r} is')
+  if head_dim % 2:
+    raise UserError(f'{where}: field llama.attention.key_length is {head_dim}; rotary positions need it even')
+  embed = stored.get(_NAMES['embed'])
+  if embed is None or not embed.shape:
+    raise UserError(f'{where}: tensor {_NAMES["embed"]} is missing; is this a complete llama checkpoint?')
+  fields = {
+    'num_layers': field('llama.block_count', None),
+    'num_kv_heads': field('llama.attention.head_count_kv', heads),
+    'mlp_dim': field('llama.feed_forward_length', None),
+    'rope_theta': field('llama.rope.freq_base', 10_000.0, float),
+    'norm_eps': field('llama.attention.layer_norm_rms_epsilon', None, float),
+    'max_length': field('llama.context_length', None),
+  }
+  try:
+    return ModelConfig(
+      embed_dim=embed_dim,
+      num_heads=heads,
+      head_dim=head_dim,
+      vocab_size=embed.shape[0],
+      tied_embeddings=_NAMES['head'] not in stored,
+      **fields,
+    )
+  except UserError as error:
+    raise UserError(f'{where}: {error}') from error
+
+
+def _template(metadata: Mapping[str, Any], where: str) -> tuple[ChatTemplate, str]:
+  """The chat template, and what it writes after a reply."""
+  source = metadata.get('tokenizer.chat_template')
+  if not isinstance(source, str):
+    raise UserError(f'{where}: it has no chat template; use an instruction-tuned model')
+  tokens = metadata.get('tokenizer.ggml.tokens')
+  tokens = tokens if isinstance(tokens, list) else []
+
+  def token(name: str) -> str:
+    index = metadata.get(f'tokenizer.ggml.{name}_token_id')
+    return tokens[index] if isinstance(index, int) and 0 <= index < len(tokens) else ''
+
+  try:
+    template = ChatTemplate(source, token('bos'), token('eos'))
+    return template, template.reply_end
+  except UserError as error:
+    raise UserError(f'{where}: {error}') from error

@@ -1,0 +1,165 @@
+"""Reads a Hugging Face directory: config.json, safetensors, tokenizer.json, chat template."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (gives numpy the bfloat16 that safetensors asks it for)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from charjax.errors import UserError
+from charjax.model.chat import ChatTemplate
+from charjax.model.checkpoint_source import Checkpoint, assemble
+from charjax.model.config import ModelConfig, from_hf
+from charjax.model.tokenizer import Tokenizer, from_tokenizer_json
+
+_NAMES = {
+  'embed': 'model.embed_tokens.weight',
+  'final_norm': 'model.norm.weight',
+  'head': 'lm_head.weight',
+  'blocks.attn_norm': 'model.layers.{}.input_layernorm.weight',
+  'blocks.q': 'model.layers.{}.self_attn.q_proj.weight',
+  'blocks.k': 'model.layers.{}.self_attn.k_proj.weight',
+  'blocks.v': 'model.layers.{}.self_attn.v_proj.weight',
+  'blocks.o': 'model.layers.{}.self_attn.o_proj.weight',
+  'blocks.mlp_norm': 'model.layers.{}.post_attention_layernorm.weight',
+  'blocks.gate': 'model.layers.{}.mlp.gate_proj.weight',
+  'blocks.up': 'model.layers.{}.mlp.up_proj.weight',
+  'blocks.down': 'model.layers.{}.mlp.down_proj.weight',
+}
+_FLOATS = ('F64', 'F32', 'F16', 'BF16')
+
+
+def read(path: str) -> Checkpoint:
+  """A llama checkpoint as transformers saves it, one file or sharded, in float32.
+
+  Raises:
+    UserError: a file is missing, damaged, or of a kind that is not supported.
+  """
+  folder = Path(path)
+  raw = _json(folder / 'config.json')
+  where = str(folder / 'config.json')
+  if raw.get('quantization_config'):
+    raise UserError(f'{where}: quantization_config is not supported; use an unquantised checkpoint')
+  config = from_hf(raw, where)
+  template, tokenizer = _text(folder, raw, config)
+  return Checkpoint(config, _tensors(folder, config), tokenizer, template)
+
+
+def _tensors(folder: Path, config: ModelConfig) -> dict[str, np.ndarray]:
+  with contextlib.ExitStack() as stack:
+    files: dict[str, Any] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in _shards(folder):
+      try:
+        file = stack.enter_context(safe_open(shard, framework='numpy'))
+        for name in file.keys():  # noqa: SIM118  (not a mapping)
+          stored = file.get_slice(name)
+          if (kind := stored.get_dtype()) not in _FLOATS:
+            raise UserError(f'{shard}: tensor {name[:80]!r} is {kind}; only {", ".join(_FLOATS)} are read')
+          files[name], shapes[name] = file, tuple(stored.get_shape())
+      except (OSError, SafetensorError) as error:
+        raise UserError(f'{shard}: missing or damaged ({_one_line(error)}); fetch it again') from error
+    # Rotary frequencies follow from the config; a tied head is the embedding once more.
+    ignored = [name for name in shapes if name.endswith('.rotary_emb.inv_freq')]
+    if config.tied_embeddings:
+      ignored.append(_NAMES['head'])
+
+    def tensor(_: str, file_name: str) -> np.ndarray:
+      return files[file_name].get_tensor(file_name)
+
+    return assemble(config, str(folder), _NAMES, shapes, tensor, ignored)
+
+
+def _shards(folder: Path) -> list[Path]:
+  single, index = folder / 'model.safetensors', folder / 'model.safetensors.index.json'
+  if single.exists():
+    return [single]
+  if not index.exists():
+    raise UserError(f'{single}: no such file, nor {index.name}; convert other formats to safetensors first')
+  weight_map = _json(index).get('weight_map')
+  if not isinstance(weight_map, dict) or not weight_map:
+    raise UserError(f'{index}: field weight_map is missing; fetch it again')
+  names = {str(name) for name in weight_map.values()}
+  for name in names:
+    # The index comes with the checkpoint: it must not lead out of its folder.
+    if Path(name).name != name:
+      raise UserError(f'{index}: shard {name[:80]!r} is not a plain file name; fetch the checkpoint again')
+  return [folder / name for name in sorted(names)]
+
+
+def _text(folder: Path, raw: Mapping[str, Any], config: ModelConfig) -> tuple[ChatTemplate, Tokenizer]:
+  """Chat template and tokenizer; the end of a turn is looked up in everything that names one."""
+  settings = _json(folder / 'tokenizer_config.json', optional=True)
+  generation = _json(folder / 'generation_config.json', optional=True)
+  bos, eos, pad = (_token(settings.get(f'{name}_token')) for name in ('bos', 'eos', 'pad'))
+  source, where = _template_source(folder, settings)
+  try:
+    template = ChatTemplate(source, bos, eos)
+    reply_end = template.reply_end
+  except UserError as error:
+    raise UserError(f'{where}: {error}') from error
+  path = folder / 'tokenizer.json'
+  tokenizer = from_tokenizer_json(
+    str(path),
+    eos_ids=[*_ids(generation, 'eos_token_id', folder), *_ids(raw, 'eos_token_id', folder)],
+    eos=eos,
+    pad=pad,
+    reply_end=reply_end,
+  )
+  if tokenizer.vocab_size > config.vocab_size:
+    raise UserError(f'{path}: {tokenizer.vocab_size} tokens, but {config.vocab_size} embeddings; wrong file?')
+  return template, tokenizer
+
+
+def _template_source(folder: Path, settings: Mapping[str, Any]) -> tuple[str, Path]:
+  path = folder / 'chat_template.jinja'
+  if path.exists():
+    try:
+      return path.read_text(encoding='utf-8'), path
+    except (OSError, UnicodeDecodeError) as error:
+      raise UserError(f'{path}: cannot be read ({_one_line(error)}); fetch it again') from error
+  path = folder / 'tokenizer_config.json'
+  source = settings.get('chat_template')
+  if isinstance(source, list):
+    # Several templates, told apart by name.
+    source = {t.get('name'): t.get('template') for t in source if isinstance(t, dict)}.get('default')
+  if not isinstance(source, str):
+    raise UserError(f'{path}: no chat template here, nor a chat_template.jinja; use an instruct model')
+  return source, path
+
+
+def _token(value: Any) -> str:
+  """A special token of tokenizer_config.json: a string, or an object that holds it."""
+  if isinstance(value, dict):
+    value = value.get('content')
+  return value if isinstance(value, str) else ''
+
+
+def _ids(settings: Mapping[str, Any], field: str, folder: Path) -> list[int]:
+  value = settings.get(field)
+  ids = value if isinstance(value, list) else [] if value is None else [value]
+  if not all(isinstance(i, int) for i in ids):
+    raise UserError(f'{folder}: {field} is {str(value)[:40]}; it must be a token id or a list of them')
+  return ids
+
+
+def _json(path: Path, optional: bool = False) -> dict[str, Any]:
+  if optional and not path.exists():
+    return {}
+  try:
+    content = json.loads(path.read_text(encoding='utf-8'))
+  except OSError as error:
+    raise UserError(f'{path}: {error.strerror}; is this a Hugging Face checkpoint directory?') from error
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{path}: not valid JSON ({_one_line(error)}); fetch it again') from error
+  if not isinstance(content, dict):
+    raise UserError(f'{path}: a JSON object is expected there; fetch it again')
+  return content
+
+
+def _one_line(error: Exception) -> str:
+  return ' '.join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,63 @@
+"""A decoder with its tokenizer and chat template: what a stage means by "the model"."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from charjax.errors import UserError
+from charjax.model.chat import ChatTemplate, encode_prompt, encode_reply
+from charjax.model.checkpoint_source import Checkpoint
+from charjax.model.decoder import Decoder, Runtime
+from charjax.model.tokenizer import Tokenizer
+from charjax.model.weights import make_decoder
+
+_DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+  """Starting weights, and how text becomes their tokens."""
+
+  decoder: Decoder
+  tokenizer: Tokenizer
+  template: ChatTemplate
+
+  @property
+  def eos_ids(self) -> tuple[int, ...]:
+    return self.tokenizer.eos_ids
+
+  def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation, up to where the assistant's next reply begins."""
+    return encode_prompt(self.template, self.tokenizer, messages)
+
+  def reply(self, text: str, ended: bool = True) -> list[int]:
+    """Token ids of a reply, with the end-of-turn id unless it was cut off (then at least one token)."""
+    ids = encode_reply(self.template, self.tokenizer, text)
+    return ids if ended or len(ids) == 1 else ids[:-1]
+
+  def text(self, tokens: Sequence[int]) -> str:
+    """The text of drawn tokens, without surrounding white space."""
+    return self.tokenizer.decode(tokens).strip()
+
+
+def build(checkpoint: Checkpoint, config: Any) -> LanguageModel:
+  """Puts a checkpoint on the current mesh as `config.model` says.
+
+  Raises:
+    UserError: an unknown dtype, or tensors that do not fit.
+  """
+  for field in ('dtype', 'compute_dtype'):
+    if config[field] not in _DTYPES:
+      raise UserError(f'config.model.{field} is {config[field]!r}; choose from {", ".join(_DTYPES)}')
+  compute = _DTYPES[config.compute_dtype]
+  runtime = Runtime(
+    compute_dtype=compute,
+    attention_dtype=jnp.float32 if jax.default_backend() == 'cpu' else compute,
+    scan_layers=config.scan_layers,
+    remat=config.remat,
+  )
+  decoder = make_decoder(checkpoint.config, checkpoint.tensors, _DTYPES[config.dtype], runtime)
+  return LanguageModel(decoder, checkpoint.tokenizer, checkpoint.template)

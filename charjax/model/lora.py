@@ -1,0 +1,46 @@
+"""Low-rank adapters (Hu et al. 2021, LoRA): W x + (alpha / r) B A x, with W untouched."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from charjax.errors import UserError
+from charjax.model.config import ModelConfig
+from charjax.model.decoder import block_shapes
+
+TARGETS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
+
+
+class Adapter(nnx.Module):
+  """For each target weight [L, I..., O...]: a [L, I, R] (random) and b [L, R, O] (zero, so that it starts as no change).
+
+  The scale alpha / r of the paper is folded into the initial a, so that the learning rate is the only knob.
+  """
+
+  def __init__(self, config: ModelConfig, rank: int, *, rngs: nnx.Rngs, targets: Sequence[str] = TARGETS):
+    if rank < 1:
+      raise UserError(f'lora rank is {rank}; it must be at least 1')
+    shapes = block_shapes(config)
+    for name in targets:
+      if name not in TARGETS:
+        raise UserError(f'lora target {name!r} is unknown; choose from {", ".join(TARGETS)}')
+      layers, *dims = shapes[name]
+      inputs = 2 if name == 'o' else 1
+      in_dim, out_dim = int(np.prod(dims[:inputs])), int(np.prod(dims[inputs:]))
+      a = jax.random.normal(rngs.params(), (layers, in_dim, rank)) * in_dim**-0.5
+      pair = {
+        'a': nnx.Param(a, axes=(None, 'embed' if name not in ('o', 'down') else None, None)),
+        'b': nnx.Param(jnp.zeros((layers, rank, out_dim)), axes=(None, None, None)),
+      }
+      setattr(self, name, nnx.Dict(pair))
+
+  def arrays(self) -> dict[str, dict[str, Any]]:
+    return {
+      name: {'a': getattr(self, name)['a'][...], 'b': getattr(self, name)['b'][...]}
+      for name in TARGETS
+      if hasattr(self, name)
+    }

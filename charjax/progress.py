@@ -1,0 +1,154 @@
+"""How far a stage is: a bar with the time left for people, metrics for files and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from etils import epath
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def is_first_process() -> bool:
+  """True in the one process that prints and writes. Does not import JAX: without it there is only one."""
+  jax = sys.modules.get('jax')
+  return jax is None or jax.process_index() == 0
+
+
+def duration(seconds: float) -> str:
+  """Seconds as a person says them: '8 s', '3 min 20 s', '2 h 05 min'."""
+  whole = round(seconds)
+  if whole < 60:
+    return f'{whole} s'
+  if whole < 3600:
+    return f'{whole // 60} min {whole % 60:02d} s'
+  return f'{whole // 3600} h {whole % 3600 // 60:02d} min'
+
+
+class Progress:
+  """A progress bar on a terminal, a line at most every ten seconds elsewhere (standard error).
+
+      with Progress('replies', total=len(prompts), unit='replies') as bar:
+        bar.advance(32, note='12% cut off')
+
+  Work that an earlier process did is counted with `skip`, so that it does not flatter the estimate.
+  """
+
+  def __init__(self, name: str, total: int, unit: str = 'items'):
+    self._name, self._total, self._unit = name, total, unit
+    self._done = self._skipped = 0
+    self._start = self._last_line = time.monotonic()
+    self._printed = False
+    self._bar: Any = None
+    if is_first_process() and sys.stderr.isatty():
+      import tqdm
+
+      self._bar = tqdm.tqdm(total=total, desc=name, unit=f' {unit}', dynamic_ncols=True, leave=False)
+
+  def skip(self, count: int) -> None:
+    """Counts items that were already there."""
+    self._skipped += count
+    if self._bar is not None:
+      self._bar.initial += count
+      self._bar.n += count
+      self._bar.refresh()
+
+  def advance(self, count: int = 1, note: str = '') -> None:
+    """Counts items that were just made; `note` stands behind the figures."""
+    self._done += count
+    if self._bar is not None:
+      if note:
+        self._bar.set_postfix_str(note, refresh=False)
+      self._bar.update(count)
+    elif is_first_process() and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+      self._print_line(note)
+
+  def _print_line(self, note: str) -> None:
+    self._last_line = time.monotonic()
+    self._printed = True
+    elapsed = self._last_line - self._start
+    there = self._done + self._skipped
+    line = f'{self._name}: {there}/{self._total} {self._unit} in {duration(elapsed)}'
+    if self._done > 0 and there < self._total:
+      line += f', about {duration(elapsed / self._done * (self._total - there))} left'
+    print(line + (f' ({note})' if note else ''), file=sys.stderr, flush=True)
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+  ) -> None:
+    if self._bar is not None:
+      self._bar.close()
+    elif self._printed and error is None:
+      self._print_line('')
+
+
+class Metrics:
+  """Scalars of a training run: `metrics.jsonl` (no times, so that two runs can be compared) and TensorBoard.
+
+      metrics = Metrics(folder)
+      metrics.truncate_after(first_step - 1)   # when a checkpoint was restored
+      metrics.write(step, {'loss': 0.3})
+  """
+
+  def __init__(self, folder: epath.Path):
+    self._folder = folder
+    self._path = folder / 'metrics.jsonl'
+    self._purge_step: int | None = None
+    self._writer: Any = None
+
+  def truncate_after(self, step: int) -> None:
+    """Drops what was written after `step`, and a last line that a kill cut in two."""
+    self._purge_step = step + 1
+    if not is_first_process() or not self._path.exists():
+      return
+    kept = []
+    for line in self._path.read_text().split('\n'):
+      try:
+        row = json.loads(line)
+      except ValueError:
+        continue
+      if row['step'] <= step:
+        kept.append(line + '\n')
+    temporary = self._folder / '.metrics.jsonl.tmp'
+    temporary.write_text(''.join(kept))
+    temporary.replace(self._path)
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Appends one row of scalars (Python, NumPy or JAX). A value that is not finite becomes null."""
+    if not is_first_process():
+      return
+    scalars = {name: float(value) for name, value in values.items()}
+    row = {'step': step} | {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+    with self._path.open('a') as file:
+      file.write(json.dumps(row) + '\n')
+    if self._writer is None:
+      import tensorboardX
+
+      self._writer = tensorboardX.SummaryWriter(
+        str(self._folder / 'tensorboard'), purge_step=self._purge_step, write_to_disk=True
+      )
+    for name, value in scalars.items():
+      self._writer.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    """Flushes TensorBoard's events."""
+    if self._writer is not None:
+      self._writer.close()
+      self._writer = None
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+  ) -> None:
+    self.close()

@@ -1,0 +1,185 @@
+"""Figures of the report: a plot, its title and unit, and the table of the same numbers behind it."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from charjax.progress import duration
+from charjax.report import plots, words
+from charjax.report.read import CONDITIONS, Estimate, estimate, finite
+from charjax.report.words import CONDITION_NAMES, MINUS, Measure, figure, interval, percent, plain, spoken
+
+_TABLE_STEPS = 12
+_MOST_POINTS = 400
+_ESTIMATE_HEAD = ('mean', '95% from', 'to', 'n')
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  head: Sequence[str]
+  rows: Sequence[Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  title: str
+  unit: str
+  svg: Markup
+  table: Table
+  note: str = ''
+
+
+def estimates(metric: Any) -> dict[str, Estimate | None]:
+  """base, prompted, prompted_examples, trained and delta of one metric of summary.json."""
+  metric = metric if isinstance(metric, Mapping) else {}
+  return {name: estimate(metric.get(name)) for name in (*CONDITIONS, 'delta')}
+
+
+def conditions(measure: Measure, metric: Any) -> Figure | None:
+  """One metric under each condition; the difference trained - base stands in the table and the note."""
+  found = estimates(metric)
+  delta = found.pop('delta')
+  rows = {name: value for name, value in found.items() if value is not None}
+  if not rows:
+    return None
+  note = ''
+  if delta is not None:
+    note = f'trained {MINUS} base: {words.difference(delta, measure.share)}, {words.verdict(delta)[1]}'
+  svg = plots.whiskers(
+    [plots.Row(CONDITION_NAMES[name], [_mark(value, name, measure.share)]) for name, value in rows.items()],
+    axis=measure.unit,
+    describe=_describe(
+      measure.title, {CONDITION_NAMES[n]: value for n, value in rows.items()}, measure.share
+    ),
+    reference=measure.chance,
+    tick=percent if measure.share else plain,
+  )
+  cells = [(CONDITION_NAMES[name], *_cells(value, measure.share)) for name, value in rows.items()]
+  if delta is not None:
+    label = f'trained {MINUS} base' + (', points' if measure.share else '')
+    mean, low, high, n = (cell.rstrip('%') for cell in _cells(delta, measure.share))
+    cells.append((label, mean, low, high, n))
+  return Figure(measure.title, measure.unit, Markup(svg), Table(('', *_ESTIMATE_HEAD), cells), note)
+
+
+def by_trait(
+  title: str,
+  unit: str,
+  values: Mapping[str, Estimate | None],
+  reference: float = 0.0,
+  share: bool = False,
+  note: str = '',
+) -> Figure | None:
+  """One estimate of the trained model a trait, hollow where its interval holds the reference."""
+  if all(value is None for value in values.values()):
+    return None
+  rows = []
+  for trait, value in values.items():
+    look = 'trained' if value is not None and value.side_of(reference) else 'unclear'
+    marks = [] if value is None else [_mark(value, look, share, signed=not share)]
+    rows.append(plots.Row(spoken(trait), marks))
+  named = {spoken(trait): value for trait, value in values.items()}
+  svg = plots.whiskers(
+    rows, unit, _describe(title, named, share), reference=reference, tick=percent if share else plain
+  )
+  cells = [(name, *_cells(value, share)) for name, value in named.items()]
+  return Figure(title, unit, Markup(svg), Table(('trait', *_ESTIMATE_HEAD), cells), note)
+
+
+def paired(
+  title: str,
+  unit: str,
+  first: tuple[str, str, Mapping[str, Estimate | None]],
+  second: tuple[str, str, Mapping[str, Estimate | None]],
+  note: str = '',
+) -> Figure | None:
+  """Two accuracies a trait in one row, each (name, look, by trait), against chance at one half."""
+  names = list(dict.fromkeys([*first[2], *second[2]]))
+  series = [entry for entry in (first, second) if any(value is not None for value in entry[2].values())]
+  if not series:
+    return None
+  rows, cells = [], []
+  for trait in names:
+    marks = []
+    for _, look, values in series:
+      value = values.get(trait)
+      if value is not None:
+        marks.append(_mark(value, look, True))
+    rows.append(plots.Row(spoken(trait), marks))
+    cells += [(spoken(trait), name, *_cells(values.get(trait), True)) for name, _, values in series]
+  said = [
+    _describe(f'{title}, {name}', {spoken(t): found.get(t) for t in names}, True) for name, _, found in series
+  ]
+  svg = plots.whiskers(rows, unit, '. '.join(said), reference=0.5, limits=(0.0, 1.0), tick=percent)
+  return Figure(title, unit, Markup(svg), Table(('trait', '', *_ESTIMATE_HEAD), cells), note)
+
+
+def curve(
+  title: str, unit: str, rows: Sequence[Mapping[str, Any]], key: str, split: str = ''
+) -> Figure | None:
+  """A metric over training steps; `split` names the field that tells series apart."""
+  series: dict[str, list[tuple[float, float]]] = {}
+  for row in rows:
+    step, value = finite(row.get('step')), finite(row.get(key))
+    if step is not None and value is not None:
+      series.setdefault(str(row.get(split, '')) if split else '', []).append((step, value))
+  if not series:
+    return None
+  drawn, cells, last = [], [], []
+  for name, points in series.items():
+    points.sort()
+    kept = _thinned(points, _MOST_POINTS)
+    drawn.append(plots.Line(name or title, name, [x for x, _ in kept], [y for _, y in kept]))
+    cells += [(*([name] if split else []), plain(x), figure(y)) for x, y in _thinned(points, _TABLE_STEPS)]
+    ends = ', '.join(f'{figure(y)} at step {plain(x)}' for x, y in (points[0], points[-1]))
+    last.append(f'{name}: {ends}' if name else ends)
+  svg = plots.lines(drawn, 'training step', unit, f'{title}, {unit}. ' + '; '.join(last))
+  head = (*(['model'] if split else []), 'step', unit)
+  return Figure(title, unit, Markup(svg), Table(head, cells))
+
+
+def durations(title: str, seconds: Mapping[str, float]) -> Figure | None:
+  """Time a stage."""
+  if not seconds:
+    return None
+  rows = [(name, length, duration(length)) for name, length in seconds.items()]
+  describe = f'{title}: ' + '; '.join(f'{name} {text}' for name, _, text in rows)
+  svg = plots.bars(rows, 'wall-clock seconds', describe)
+  table = Table(('stage', 'seconds'), [(name, figure(length)) for name, length, _ in rows])
+  return Figure(title, 'wall-clock time', Markup(svg), table)
+
+
+def present(figures: Iterable[Figure | None]) -> list[Figure]:
+  return [item for item in figures if item is not None]
+
+
+def _cells(value: Estimate | None, share: bool) -> tuple[str, str, str, str]:
+  if value is None:
+    return ('\u2013', '', '', '')
+  ends = ('' if end is None else figure(end, share) for end in (value.low, value.high))
+  low, high = ends
+  return figure(value.mean, share), low, high, '' if value.n is None else str(value.n)
+
+
+def _mark(value: Estimate, look: str, share: bool, signed: bool = False) -> plots.Mark:
+  return plots.Mark(value.mean, value.low, value.high, look, figure(value.mean, share, signed))
+
+
+def _describe(title: str, values: Mapping[str, Estimate | None], share: bool) -> str:
+  parts = []
+  for name, value in values.items():
+    if value is None:
+      parts.append(f'{name} not measured')
+      continue
+    between = interval(value, share)
+    parts.append(f'{name} {figure(value.mean, share)}' + (f', {between}' if between else ''))
+  return f'{title}: ' + '; '.join(parts)
+
+
+def _thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+  """At most `most` points, evenly spread, both ends among them."""
+  if len(points) <= most:
+    return list(points)
+  return [points[round(index * (len(points) - 1) / (most - 1))] for index in range(most)]

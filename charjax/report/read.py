@@ -1,0 +1,181 @@
+"""What a run folder holds, read for the report: missing pieces are empty, broken ones are a UserError."""
+
+import dataclasses
+import json
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from charjax.errors import UserError
+from charjax.workdir import read_jsonl
+
+STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation')
+CONDITIONS = ('base', 'prompted', 'prompted_examples', 'trained')
+
+# Control characters (line breaks and tabs apart) and halves of surrogate pairs can neither be shown nor
+# always be written as UTF-8; both occur in what a small model samples.
+_UNPRINTABLE = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]')
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """A mean with its 95% interval; low and high are None where the file holds a bare number."""
+
+  mean: float
+  low: float | None = None
+  high: float | None = None
+  n: int | None = None
+
+  def side_of(self, reference: float) -> int:
+    """1 or -1 when the whole interval lies above or below the reference, 0 when it does not say."""
+    if self.low is not None and self.low > reference:
+      return 1
+    if self.high is not None and self.high < reference:
+      return -1
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """The parts of a run folder that the report shows, as parsed JSON; empty where there is none."""
+
+  name: str
+  character: Mapping[str, Any]
+  config: Mapping[str, Any]
+  stages: Mapping[str, Mapping[str, Any]]
+  messages: list[dict[str, Any]]
+  replies: list[dict[str, Any]]
+  audit: Mapping[str, Any]
+  preference: Mapping[str, Any]
+  preference_metrics: list[dict[str, Any]]
+  policy_metrics: list[dict[str, Any]]
+  samples: list[dict[str, Any]]
+  summary: Mapping[str, Any]
+  evaluation_replies: list[dict[str, Any]]
+
+  @property
+  def traits(self) -> list[dict[str, Any]]:
+    """The traits of this run in the character's order, then those only the evaluation knows (id alone)."""
+    written = [
+      trait for trait in listed(self.character, 'traits') if isinstance(trait, dict) and trait.get('id')
+    ]
+    # A run may train some of a character's traits; every stage records which.
+    chosen = next(
+      (listed(section(stage, 'config_values'), 'character.traits') for stage in self.stages.values()), []
+    )
+    chosen = chosen or listed(section(self.config, 'character'), 'traits')
+    written = [trait for trait in written if not chosen or trait['id'] in chosen]
+    known = {trait['id'] for trait in written}
+    return written + [{'id': name} for name in section(self.summary, 'traits') if name not in known]
+
+
+def read_run(workdir: epath.PathLike) -> Run:
+  """Reads a run folder.
+
+  Raises:
+    UserError: there is no such folder, or one of its files is not what its name says.
+  """
+  root = epath.Path(workdir)
+  if not root.is_dir():
+    raise UserError(f'{root}: no such run folder; give --workdir the folder that a run wrote')
+  stages = {name: _object(root / name / 'stage.json') for name in STAGES}
+  return Run(
+    name=root.name,
+    character=_toml(root / 'character.toml'),
+    config=_object(root / 'config.json'),
+    stages={name: stage for name, stage in stages.items() if stage},
+    messages=_lines(root / 'messages' / 'messages.jsonl'),
+    replies=_lines(root / 'replies' / 'replies.jsonl'),
+    audit=_object(root / 'rankings' / 'audit.json'),
+    preference=_object(root / 'preference' / 'report.json'),
+    preference_metrics=_lines(root / 'preference' / 'metrics.jsonl'),
+    policy_metrics=_lines(root / 'policy' / 'metrics.jsonl'),
+    samples=_lines(root / 'policy' / 'samples.jsonl'),
+    summary=_object(root / 'evaluation' / 'summary.json'),
+    evaluation_replies=_lines(root / 'evaluation' / 'replies.jsonl'),
+  )
+
+
+def section(parent: Any, *path: str) -> dict[str, Any]:
+  """The mapping found along `path`, or an empty one."""
+  for key in path:
+    parent = parent.get(key) if isinstance(parent, Mapping) else None
+  return dict(parent) if isinstance(parent, Mapping) else {}
+
+
+def listed(parent: Mapping[str, Any], key: str) -> list[Any]:
+  """The list under `key`, or an empty one."""
+  value = parent.get(key)
+  return value if isinstance(value, list) else []
+
+
+def estimate(value: Any) -> Estimate | None:
+  """`{mean, low, high, n}` or a bare number as an Estimate; None for null, NaN and anything else."""
+  if isinstance(value, Mapping):
+    mean = finite(value.get('mean'))
+    n = value.get('n')
+    if mean is None:
+      return None
+    return Estimate(
+      mean, finite(value.get('low')), finite(value.get('high')), n if isinstance(n, int) else None
+    )
+  mean = finite(value)
+  return None if mean is None else Estimate(mean)
+
+
+def finite(value: Any) -> float | None:
+  """The value where it is a finite number, else None."""
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  return float(value) if is_number and math.isfinite(value) else None
+
+
+def printable(text: str) -> str:
+  """The text with every character that cannot be shown replaced by U+FFFD."""
+  return _UNPRINTABLE.sub('\ufffd', text.replace('\r\n', '\n').replace('\r', '\n'))
+
+
+def _clean(value: Any) -> Any:
+  if isinstance(value, str):
+    return printable(value)
+  if isinstance(value, dict):
+    return {printable(str(key)): _clean(item) for key, item in value.items()}
+  if isinstance(value, list):
+    return [_clean(item) for item in value]
+  return value
+
+
+def _text(path: epath.Path) -> str:
+  if not path.exists():
+    return ''
+  try:
+    return path.read_bytes().decode('utf-8')
+  except UnicodeDecodeError as error:
+    raise UserError(f'{path}: not UTF-8 text (byte {error.start}); write it anew') from error
+
+
+def _object(path: epath.Path) -> dict[str, Any]:
+  text = _text(path)
+  if not text:
+    return {}
+  try:
+    value = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{path}: not JSON ({error}); run the stage that writes it again') from error
+  if not isinstance(value, dict):
+    raise UserError(f'{path}: holds no JSON object; run the stage that writes it again')
+  return _clean(value)
+
+
+def _lines(path: epath.Path) -> list[dict[str, Any]]:
+  return _clean(read_jsonl(path)) if path.exists() else []
+
+
+def _toml(path: epath.Path) -> dict[str, Any]:
+  try:
+    return _clean(tomllib.loads(_text(path)))
+  except tomllib.TOMLDecodeError as error:
+    raise UserError(f'{path}: not readable as TOML ({error}); copy the character file here again') from error

@@ -1,0 +1,98 @@
+"""How a character is shown to the model, and every other text that a stage puts before it.
+
+A trait is shown as a system message that states it, followed by worked examples as earlier turns of the
+conversation. What is shown is a list of messages: a chat template turns it into tokens.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from charjax.character import Character, Pair, Trait
+
+Messages = list[dict[str, str]]
+
+_SYSTEM = 'You are an AI assistant. This is your character: {statement}'
+
+
+def user(text: str) -> dict[str, str]:
+  return {'role': 'user', 'content': text}
+
+
+def _turns(pairs: Sequence[Pair], in_character: bool) -> Messages:
+  turns: Messages = []
+  for pair in pairs:
+    reply = pair.in_character if in_character else pair.out_of_character
+    turns += [user(pair.message), {'role': 'assistant', 'content': reply}]
+  return turns
+
+
+def shown(trait: Trait, examples: int) -> Messages:
+  """What is put before a message to show the trait: its statement and up to `examples` worked examples."""
+  system = {'role': 'system', 'content': _SYSTEM.format(statement=trait.statement)}
+  return [system, *_turns(trait.pairs_for('shown')[:examples], True)]
+
+
+def shown_character(character: Character, examples: int) -> Messages:
+  """The whole character: all statements, and `examples` worked examples drawn from the traits in turn."""
+  statement = ' '.join(trait.statement for trait in character.traits)
+  rounds = zip(*(trait.pairs_for('shown') for trait in character.traits), strict=False)
+  pairs = [pair for turn in rounds for pair in turn][:examples]
+  return [{'role': 'system', 'content': _SYSTEM.format(statement=statement)}, *_turns(pairs, True)]
+
+
+def opposed(trait: Trait, opposite: str, examples: int) -> Messages:
+  """The same for one of the trait's opposites. Its examples are those written against it.
+
+  They are as many as the trait has for that opposite: with two opposites, each has its share of the examples.
+  """
+  system = {'role': 'system', 'content': _SYSTEM.format(statement=trait.opposites[opposite])}
+  pairs = [pair for pair in trait.pairs_for('shown')[:examples] if pair.opposite == opposite]
+  return [system, *_turns(pairs, False)]
+
+
+def plain() -> Messages:
+  """Nothing: the model as it is."""
+  return []
+
+
+# ---- writing messages ----
+
+TOPICS = (
+  'cooking', 'a sick parent', 'a school exam', 'money trouble', 'a wedding', 'farming', 'football', 'the stars',
+  'a new job', 'religion', 'politics', 'a broken phone', 'music', 'raising children', 'loneliness', 'a long journey',
+  'medicine', 'history', 'a quarrel with a friend', 'computers', 'the sea', 'an old house', 'animals', 'books',
+  'a small business', 'growing old', 'learning a language', 'the weather', 'art', 'war and peace', 'sleep', 'the law',
+)  # fmt: skip
+
+ASKERS = (
+  'a farmer in Kenya', 'a student in Seoul', 'a nurse in Manila', 'a retired engineer in Poland', 'a teenager in Brazil',
+  'a shopkeeper in Cairo', 'a teacher in Ohio', 'a bus driver in London', 'a mother in Lagos', 'a monk in Thailand',
+  'a programmer in Bangalore', 'a fisherman in Norway', 'a grandmother in Mexico', 'a soldier on leave', 'a young father',
+  'a carpenter in Turkey', 'a biologist in Chile', 'a waitress in Naples', 'a taxi driver in Karachi', 'a poet in Iran',
+)  # fmt: skip
+
+LENGTHS = {'short': 'in one short sentence', 'medium': 'in one or two sentences', 'long': 'in three sentences'}
+
+_WRITE = 'Write one message that a person sends to a chat assistant, {length}. Write only the message.'
+_REQUEST = 'A message from {asker} about {topic}.'
+
+
+def choose(seed: int, item: str, options: Sequence[str]) -> str:
+  """One of the options, a function of (seed, item) alone."""
+  digest = hashlib.sha256(f'{seed}/{item}'.encode()).digest()
+  return options[int.from_bytes(digest[:8], 'little') % len(options)]
+
+
+def write_message(seeds: Sequence[str], topic: str, asker: str, length: str, item: str, seed: int, shown: int) -> Messages:
+  """Asks for a new human message, after `shown` of the seed messages as earlier answers to the same request."""
+  order = np.random.default_rng(
+    np.frombuffer(hashlib.sha256(f'{seed}/{item}/seeds'.encode()).digest(), np.uint32)
+  ).permutation(len(seeds))
+  messages: Messages = [{'role': 'system', 'content': _WRITE.format(length=LENGTHS[length])}]
+  for i, index in enumerate(order[:shown]):
+    example_topic = choose(seed, f'{item}/topic{i}', TOPICS)
+    request = _REQUEST.format(asker=choose(seed, f'{item}/asker{i}', ASKERS), topic=example_topic)
+    messages += [user(request), {'role': 'assistant', 'content': seeds[index]}]
+  return [*messages, user(_REQUEST.format(asker=asker, topic=topic))]

@@ -1,0 +1,305 @@
+"""rankings: the model ranks its own replies, after its rankers have been audited on pairs that people wrote.
+
+Reads the character, messages/ and replies/; writes rankings/rankings.jsonl (message, reply ids, scores [K],
+pairwise probabilities [K, K], ranker) and rankings/audit.json. Kept pairs only measure: the ranker, its length
+treatment and the temperature of its labels are chosen on the choosing pairs.
+"""
+
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from charjax.character import Pair, Trait
+from charjax.errors import UserError
+from charjax.progress import Progress
+from charjax.stages import messages, replies
+from charjax.stages.rankers import (
+  RANKERS,
+  Answer,
+  Settings,
+  evidence,
+  option_log_odds,
+  pointwise,
+  treat_length,
+)
+from charjax.stages.statistics import correlation, share
+from charjax.training.losses import soft_labels
+from charjax.workdir import Row, Session, chunks, write_jsonl, write_text
+
+_LENGTHS = ('mean', 'sum')
+
+
+def run(session: Session) -> Row:
+  """Audits the rankers, chooses one, ranks all replies; returns counts."""
+  config, folder = session.config.rankings, session.folder('rankings')
+  traits = session.character.traits
+  with Progress('audit', len(traits), 'traits') as bar:
+    rows = chunks(folder, 'audit', traits, 1, lambda items, _: [_examine(session, trait) for trait in items], bar)
+  measured: dict[str, Row] = {row['trait']: row for row in rows}
+  audit = {'traits': {trait.id: _trait_audit(trait, measured[trait.id]) for trait in traits}}
+  audit['overall'] = _overall_audit(traits, measured)
+  ranker, why = _choose(config.ranker, audit['overall'])
+  length, length_why = _length_treatment(traits, measured)
+  margins = np.concatenate([_margins(measured[t.id], ranker, length)[_uses(t) == 'choosing'] for t in traits])
+  temperature = fit_temperature(margins)
+  audit |= {
+    'ranker': ranker,
+    'why': why,
+    'length_treatment': f'{length}: {length_why}' if ranker == 'likelihood' else 'none: this ranker reads whole replies',
+    'temperature': temperature,
+    'weak_traits': [t.id for t in traits if not _told_from_chance(audit['traits'][t.id][ranker])],
+  }
+  write_text(folder / 'audit.json', json.dumps(audit, indent=2))
+  _stop_if_blind(config, ranker, audit['overall'][ranker]['choosing'])
+  for name in audit['weak_traits']:
+    session.log(f'rankings: {name} is not told from chance by the {ranker} ranker on the choosing pairs')
+
+  ranked = _rank(session, Settings(config.examples, length, config.batch_size), ranker, temperature)
+  by_id = {row['id']: row for row in replies.load(session)}
+  audit['sampled'] = _sampled_audit(ranked, by_id)
+  write_text(folder / 'audit.json', json.dumps(audit, indent=2))
+  write_jsonl(folder / 'rankings.jsonl', ranked)
+  return {'messages': len(ranked), 'ranker': ranker, 'temperature': round(temperature, 4)}
+
+
+# ---- the audit on written pairs ----
+
+
+def _written(trait: Trait) -> tuple[Pair, ...]:
+  return tuple(pair for pair in trait.pairs if pair.use != 'shown')
+
+
+def _uses(trait: Trait) -> np.ndarray:
+  return np.array([pair.use for pair in _written(trait)])
+
+
+def _examine(session: Session, trait: Trait) -> Row:
+  """All that the rankers say of one trait's written pairs, as JSON."""
+  config, model = session.config.rankings, session.model
+  pairs = _written(trait)
+  inside = [Answer(pair.message, pair.in_character) for pair in pairs]
+  outside = [Answer(pair.message, pair.out_of_character) for pair in pairs]
+  row: Row = {'trait': trait.id}
+  for name, examples in (('examples', config.examples), ('no_examples', 0)):
+    settings = Settings(examples=examples, batch_size=config.batch_size)
+    ratio, tokens = evidence(model, trait, [*inside, *outside], settings)
+    row[name] = {'ratio': ratio.tolist(), 'tokens': tokens.tolist()}
+  settings = Settings(batch_size=config.batch_size)
+  odds = option_log_odds(model, trait, list(zip(inside, outside, strict=True)), settings)
+  row['pairwise'] = odds.tolist()
+  row['pointwise'] = pointwise(model, trait, [*inside, *outside], settings).tolist()
+  row['triples'] = _triples(session, trait)
+  return row
+
+
+def _triples(session: Session, trait: Trait) -> list[bool]:
+  """Whether the pairwise ranker is transitive on triples of sampled replies, a few messages a trait."""
+  config, model = session.config.rankings, session.model
+  by_message = _grouped(session, trait)[: config.triples]
+  found = []
+  for answers, _ in by_message:
+    texts = answers[:3]
+    if len(texts) < 3:
+      continue
+    pairs = list(itertools.combinations(texts, 2))
+    first, second, third = option_log_odds(model, trait, pairs, Settings(batch_size=config.batch_size)).mean(1) > 0
+    # a > b, a > c, b > c: a cycle is a > b > c > a, or the reverse.
+    found.append(not (first == third != second))
+  return [bool(value) for value in found]
+
+
+def _margins(row: Row, ranker: str, length: str, shown: str = 'examples') -> np.ndarray:
+  """Score of the reply in character minus that of the other, for each written pair."""
+  if ranker == 'pairwise':
+    return np.array(row['pairwise']).mean(1)
+  if ranker == 'pointwise':
+    scores = np.array(row['pointwise'])
+  else:
+    scores = treat_length(np.array(row[shown]['ratio']), np.array(row[shown]['tokens']), length)
+  inside, outside = np.split(scores, 2)
+  return inside - outside
+
+
+def _trait_audit(trait: Trait, row: Row) -> Row:
+  length = _LENGTHS[0]
+  opposite = np.array([pair.opposite for pair in _written(trait)])
+  kept, choosing = _uses(trait) == 'kept', _uses(trait) == 'choosing'
+
+  def on_kept(margins: np.ndarray) -> Row:
+    sides = {name: share(margins[kept & (opposite == name)] > 0) for name in trait.opposites}
+    return {'accuracy': share(margins[kept] > 0), 'sides': sides}
+
+  audit: Row = {}
+  for ranker in RANKERS:
+    margins = _margins(row, ranker, length)
+    audit[ranker] = {'examples': None, 'no_examples': None, 'choosing': share(margins[choosing] > 0)}
+    # Only the likelihood ranker is shown examples.
+    audit[ranker]['examples' if ranker == 'likelihood' else 'no_examples'] = on_kept(margins)
+  audit['likelihood']['no_examples'] = on_kept(_margins(row, 'likelihood', length, 'no_examples'))
+  audit['pairwise'] |= _positions(np.array(row['pairwise']))
+  audit['pairwise']['transitivity'] = float(np.mean(row['triples'])) if row['triples'] else None
+  return audit
+
+
+def _positions(odds: np.ndarray) -> Row:
+  """How the pairwise ranker follows the position instead of the reply: odds [pairs, 2] of the first, (A) then (B)."""
+  if not len(odds):
+    return {'swap_consistency': None, 'position_bias': None, 'prefers_a': None}
+  same = (odds[:, 0] > 0) == (odds[:, 1] > 0)
+  prefers_a = np.concatenate([odds[:, 0] > 0, odds[:, 1] < 0])
+  return {
+    'swap_consistency': float(same.mean()),
+    'position_bias': float(1 - same.mean()),
+    'prefers_a': float(prefers_a.mean()),
+  }
+
+
+def _overall_audit(traits: Sequence[Trait], measured: dict[str, Row]) -> Row:
+  uses = np.concatenate([_uses(t) for t in traits])
+
+  def pooled(ranker: str, shown: str = 'examples') -> np.ndarray:
+    return np.concatenate([_margins(measured[t.id], ranker, _LENGTHS[0], shown) for t in traits]) > 0
+
+  audit: Row = {}
+  for ranker in RANKERS:
+    right = pooled(ranker)
+    audit[ranker] = {'examples': None, 'no_examples': None, 'choosing': share(right[uses == 'choosing'])}
+    shown = 'examples' if ranker == 'likelihood' else 'no_examples'
+    audit[ranker][shown] = {'accuracy': share(right[uses == 'kept']), 'sides': {}}
+  without = pooled('likelihood', 'no_examples')
+  audit['likelihood']['no_examples'] = {'accuracy': share(without[uses == 'kept']), 'sides': {}}
+  odds = [np.array(measured[t.id]['pairwise']).reshape(-1, 2) for t in traits]
+  audit['pairwise'] |= _positions(np.concatenate(odds))
+  triples = [value for t in traits for value in measured[t.id]['triples']]
+  audit['pairwise']['transitivity'] = float(np.mean(triples)) if triples else None
+  return audit
+
+
+def _told_from_chance(audit: Row) -> bool:
+  return audit['choosing'] is not None and audit['choosing']['low'] > 0.5
+
+
+# ---- choices, made on the choosing pairs ----
+
+
+def _choose(wanted: str, overall: Row) -> tuple[str, str]:
+  accuracy = {name: (overall[name]['choosing'] or {'mean': 0.0})['mean'] for name in RANKERS}
+  figures = ', '.join(f'{name} {value:.2f}' for name, value in accuracy.items())
+  if wanted != 'auto':
+    if wanted not in RANKERS:
+      raise UserError(f'config.rankings.ranker is {wanted!r}; choose from auto, {", ".join(RANKERS)}')
+    return wanted, f'named in the config; accuracy on the choosing pairs: {figures}'
+  best = max(accuracy, key=lambda name: accuracy[name])
+  return best, f'best accuracy on the choosing pairs: {figures}'
+
+
+def _length_treatment(traits: Sequence[Trait], measured: dict[str, Row]) -> tuple[str, str]:
+  """Per token or whole reply: by accuracy on the choosing pairs, then by how little the score follows the length."""
+  accuracy, follows = {}, {}
+  for length in _LENGTHS:
+    right, scores, tokens = [], [], []
+    for trait in traits:
+      row = measured[trait.id]
+      choosing = _uses(trait) == 'choosing'
+      right.append(_margins(row, 'likelihood', length)[choosing] > 0)
+      both = np.concatenate([choosing, choosing])
+      count = np.array(row['examples']['tokens'])
+      scores.append(treat_length(np.array(row['examples']['ratio']), count, length)[both])
+      tokens.append(count[both])
+    accuracy[length] = float(np.mean(np.concatenate(right))) if right else 0.0
+    follows[length] = abs(correlation(np.concatenate(scores), np.concatenate(tokens)) or 0.0)
+  best = min(_LENGTHS, key=lambda length: (-round(accuracy[length], 2), follows[length]))
+  figures = '; '.join(f'{n} {accuracy[n]:.2f} right, |r| with length {follows[n]:.2f}' for n in _LENGTHS)
+  return best, f'on the choosing pairs {figures}'
+
+
+def fit_temperature(margins: np.ndarray) -> float:
+  """The tau that minimises the log-loss of sigmoid(margin / tau) where the first is always right.
+
+  The loss is convex in 1 / tau; a grid is enough for one number and cannot fail.
+  """
+  if not len(margins):
+    return 1.0
+  scale = float(np.abs(margins).mean()) or 1.0
+  grid = scale * np.geomspace(0.05, 20, 241)
+  losses = np.logaddexp(0, -margins[None] / grid[:, None]).mean(1)
+  return float(grid[losses.argmin()])
+
+
+def _stop_if_blind(config: Any, ranker: str, choosing: Row | None) -> None:
+  if choosing is None and config.minimum_accuracy > 0:
+    raise UserError('rankings: the character has no choosing pairs, so its ranker cannot be judged; write some')
+  if choosing is not None and choosing['low'] < config.minimum_accuracy:
+    raise UserError(
+      f'rankings: the {ranker} ranker is right on {choosing["mean"]:.2f} of {choosing["n"]} choosing pairs '
+      f'(95% interval from {choosing["low"]:.2f}, wanted {config.minimum_accuracy}): it would train noise. Reword '
+      'traits and examples, take a larger model, or lower config.rankings.minimum_accuracy; see rankings/audit.json'
+    )
+
+
+# ---- ranking ----
+
+
+def _grouped(session: Session, trait: Trait) -> list[tuple[list[Answer], list[str]]]:
+  """The replies to each training message of a trait that has two or more, with their ids."""
+  texts = {row['id']: row['text'] for row in messages.load(session) if row['trait'] == trait.id}
+  groups: dict[str, list[Row]] = defaultdict(list)
+  for row in replies.load(session):
+    if row['message'] in texts:
+      groups[row['message']].append(row)
+  return [
+    ([Answer(texts[m], row['text'], row['finish'] == 'stop') for row in rows], [row['id'] for row in rows])
+    for m, rows in groups.items()
+    if len(rows) > 1
+  ]
+
+
+def _rank(session: Session, settings: Settings, ranker: str, temperature: float) -> list[Row]:
+  config, folder = session.config.rankings, session.folder('rankings')
+  groups = {trait.id: _grouped(session, trait) for trait in session.character.traits}
+  ranked = []
+  with Progress('rankings', sum(map(len, groups.values())), 'messages') as bar:
+    for trait in session.character.traits:
+
+      def make(items: Sequence[tuple[list[Answer], list[str]]], _: int, trait: Trait = trait) -> list[Row]:
+        answers = [answer for group, _ in items for answer in group]
+        scores = iter(RANKERS[ranker](session.model, trait, answers, settings))
+        return [
+          {'message': ids[0].split('/')[0], 'replies': ids, 'scores': [round(float(next(scores)), 6) for _ in ids]}
+          for _, ids in items
+        ]
+
+      ranked += chunks(folder, f'rank-{trait.id}', groups[trait.id], config.messages_per_chunk, make, bar)
+  for row in ranked:
+    labels = soft_labels(np.array(row['scores']), temperature, config.label_low, config.label_high)
+    row['probabilities'] = np.round(np.asarray(labels, np.float64), 4).tolist()
+    row['ranker'] = ranker
+  return ranked
+
+
+def _sampled_audit(ranked: Sequence[Row], by_id: dict[str, Row]) -> Row:
+  """Of the ranked replies themselves: how often the longer one wins, and how the conditions compare.
+
+  Shown against plain or opposed is circular for the likelihood ranker: a reply drawn with the trait shown has a
+  higher ratio almost by definition. It is recorded as such.
+  """
+  longer, wins = [], defaultdict(list)
+  for row in ranked:
+    for (i, a), (j, b) in itertools.combinations(enumerate(row['replies']), 2):
+      first, second = by_id[a], by_id[b]
+      ahead = row['scores'][i] > row['scores'][j]
+      if first['tokens'] != second['tokens']:
+        longer.append(ahead == (first['tokens'] > second['tokens']))
+      if first['condition'] != second['condition']:
+        wins[f'{first["condition"]} over {second["condition"]}'].append(ahead)
+  scores = [score for row in ranked for score in row['scores']]
+  tokens = [by_id[name]['tokens'] for row in ranked for name in row['replies']]
+  return {
+    'longer_wins': float(np.mean(longer)) if longer else None,
+    'length_correlation': correlation(scores, tokens),
+    'circular': {name: float(np.mean(values)) for name, values in wins.items()},
+  }

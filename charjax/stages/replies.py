@@ -1,0 +1,114 @@
+"""replies: several answers to each training message, in character and not.
+
+Reads the character and messages/; writes replies/replies.jsonl (id, message, condition, text, tokens, logprob,
+finish). Conditions: `shown` (the trait before the message), `plain` (nothing), `opposed` (one of the trait's
+opposites). What was shown is gone afterwards: a reply that quotes it is dropped and counted.
+"""
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from charjax.character import Trait
+from charjax.engine.batch import item_keys
+from charjax.engine.sample import Sampling, sample
+from charjax.errors import UserError
+from charjax.progress import Progress
+from charjax.stages import messages, prompts
+from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl
+
+CONDITIONS = ('shown', 'plain', 'opposed')
+_QUOTED_WORDS = 6  # a run of this many words of what was shown makes a reply a quotation
+
+
+def run(session: Session) -> Row:
+  """Draws the replies to every training message of every trait; returns counts."""
+  config, folder = session.config.replies, session.folder('replies')
+  asked = [row for row in messages.load(session) if row['split'] == 'train' and row['trait']]
+  rows: list[Row] = []
+  counts: Counter[str] = Counter()
+  each = {condition: config[condition] for condition in CONDITIONS}
+  with Progress('replies', len(asked) * sum(each.values()), 'replies') as bar:
+    for trait in session.character.traits:
+      for condition, number in each.items():
+        # All that one call draws begins alike, so that what is shown goes through the model once.
+        for opposite in trait.opposites if condition == 'opposed' else ('',):
+          items = [
+            {'id': f'{row["id"]}/{condition}/{k}', 'message': row['id'], 'text': row['text']}
+            for row in asked
+            if row['trait'] == trait.id
+            for k in range(number)
+            if not opposite or prompts.choose(session.config.seed, row['id'], tuple(trait.opposites)) == opposite
+          ]
+          before = _before(session, trait, condition, opposite)
+          make = functools.partial(_draw, session, condition, before)
+          drawn = chunks(folder, f'{trait.id}-{condition}-{opposite}', items, config.batch_size, make, bar)
+          banned = runs_of_words([message['content'] for message in before])
+          for row in drawn:
+            if not row['text']:
+              counts['empty'] += 1
+            elif banned & runs_of_words([row['text']]):
+              counts['quoted'] += 1
+            else:
+              counts[condition] += 1
+              counts['cut_off'] += row['finish'] == 'length'
+              rows.append(row)
+  if not rows:
+    raise UserError('replies: the model gave only empty replies; is config.model.path a chat model?')
+  write_jsonl(folder / 'replies.jsonl', rows)
+  return dict(sorted(counts.items())) | {'replies': len(rows), 'cut_off_rate': round(counts['cut_off'] / len(rows), 4)}
+
+
+def _before(session: Session, trait: Trait, condition: str, opposite: str) -> prompts.Messages:
+  """What stands before the message."""
+  config = session.config.replies
+  if condition == 'plain':
+    return prompts.plain()
+  if condition == 'opposed':
+    return prompts.opposed(trait, opposite, config.examples)
+  if config.show == 'character':
+    return prompts.shown_character(session.character, config.examples)
+  return prompts.shown(trait, config.examples)
+
+
+def _draw(
+  session: Session, condition: str, before: prompts.Messages, items: Sequence[Row], index: int
+) -> list[Row]:
+  del index
+  config, model = session.config.replies, session.model
+  settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size)
+  drawn = sample(
+    model.decoder,
+    [model.prompt([*before, prompts.user(item['text'])]) for item in items],
+    item_keys(session.config.seed, 'replies', [item['id'] for item in items]),
+    model.eos_ids,
+    settings,
+    width=config.prompt_width,
+  )
+  return [
+    {
+      'id': item['id'],
+      'message': item['message'],
+      'condition': condition,
+      'text': model.text(reply.tokens),
+      'tokens': len(reply.tokens),
+      'logprob': round(float(reply.log_probs.sum()), 4),
+      'finish': reply.finish,
+    }
+    for item, reply in zip(items, drawn, strict=True)
+  ]
+
+
+def runs_of_words(texts: Sequence[str]) -> set[tuple[str, ...]]:
+  """All runs of six words in the texts, lower-cased."""
+  runs = set()
+  for text in texts:
+    words = re.findall(r'\w+', text.lower())
+    runs |= {tuple(words[i : i + _QUOTED_WORDS]) for i in range(len(words) - _QUOTED_WORDS + 1)}
+  return runs
+
+
+def load(session: Session) -> list[Row]:
+  """The replies of this run."""
+  return read_jsonl(session.folder('replies') / 'replies.jsonl')

@@ -1,0 +1,425 @@
+"""The run folder: what is finished, what goes on where it was cut off, and what must be made anew.
+
+Every stage owns one folder. `unfinished.json` stands in it while the stage works and `stage.json` is written
+last; both hold fingerprints of contents, never paths or times, so that a moved or copied run stays valid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ml_collections
+from etils import epath
+
+import charjax
+from charjax.errors import UserError
+from charjax.progress import Progress, duration, is_first_process
+
+if TYPE_CHECKING:
+  from charjax.character import Character
+  from charjax.model.checkpoint_source import Checkpoint
+  from charjax.model.language_model import LanguageModel
+
+Row = dict[str, Any]
+T = TypeVar('T')
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One step of the loop, and all that its result depends on.
+
+  Attributes:
+    name: also the name of its folder.
+    run: does the work and returns the counts that stage.json records.
+    reads: the stages whose products it reads.
+    fields: the config fields it depends on, dotted ('policy', 'seed', 'model.path').
+    products: its files whose contents stand for its result.
+    files: the config fields that name a file; its contents count, not its path.
+  """
+
+  name: str
+  run: Callable[[Session], Row]
+  reads: tuple[str, ...]
+  fields: tuple[str, ...]
+  products: tuple[str, ...]
+  files: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass
+class Session:
+  """What a stage is given: the config, the character (already narrowed to the run's traits), the folder."""
+
+  config: ml_collections.ConfigDict
+  character: Character
+  workdir: epath.Path
+
+  def folder(self, stage_name: str) -> epath.Path:
+    """Where a stage keeps its files."""
+    return self.workdir / stage_name
+
+  @functools.cached_property
+  def checkpoint(self) -> Checkpoint:
+    """The starting model, read when a stage first needs it."""
+    from charjax.model import checkpoint_source
+
+    return checkpoint_source.load(self.config.model.path)
+
+  @functools.cached_property
+  def model(self) -> LanguageModel:
+    """The starting model on the current mesh."""
+    from charjax.model import language_model
+
+    return language_model.build(self.checkpoint, self.config.model)
+
+  def log(self, line: str) -> None:
+    """Prints a line for the person who waits."""
+    if is_first_process():
+      print(line, flush=True)
+
+
+# ---- files ----
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+  """Writes a file whole or not at all: a reader, or a restart, never sees half of it."""
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.parent / f'.{path.name}.tmp'
+  # A lone surrogate, which a model's JSON may hold, has no UTF-8 form; its escape is the same JSON.
+  temporary.write_bytes(text.encode('utf-8', errors='backslashreplace'))
+  temporary.replace(path)
+
+
+def write_jsonl(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+  """Writes one JSON object per line, keys in the order given, atomically."""
+  write_text(path, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+
+
+def read_jsonl(path: epath.PathLike) -> list[Row]:
+  """Reads one JSON object per line; empty lines are passed over.
+
+  Raises:
+    UserError: the file is missing or not UTF-8, or a line is no JSON object.
+  """
+  path = epath.Path(path)
+  try:
+    text = path.read_bytes().decode('utf-8')
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror or error}); check the path') from error
+  except UnicodeDecodeError as error:
+    line = error.object[: error.start].count(b'\n') + 1
+    raise UserError(f'{path}:{line}: not UTF-8 text; save the file as UTF-8') from error
+  rows = []
+  # Not splitlines(): it also cuts at U+2028 and others, which stand unescaped inside JSON strings.
+  for number, line in enumerate(text.split('\n'), start=1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+      reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
+      raise UserError(f'{path}:{number}: not JSON ({reason}); each line must be one JSON object') from error
+    if not isinstance(row, dict):
+      raise UserError(f'{path}:{number}: {type(row).__name__} found; each line must be one JSON object')
+    rows.append(row)
+  return rows
+
+
+def chunks(
+  folder: epath.Path,
+  name: str,
+  items: Sequence[T],
+  size: int,
+  make: Callable[[Sequence[T], int], list[Row]],
+  bar: Progress | None = None,
+) -> list[Row]:
+  """Makes rows from items in chunks of `size`, each committed as it is finished.
+
+  Args:
+    folder: the stage's folder; finished chunks are kept in its subfolder `chunks` until the stage ends.
+    name: what is made; names the files.
+    items: what the rows are made from.
+    size: items in a chunk; the last chunk may be shorter.
+    make: (the chunk's items, the chunk's index) -> its rows.
+    bar: counts items, if given.
+
+  Returns:
+    All rows in the order of the items, those of a process that was killed among them.
+  """
+  rows: list[Row] = []
+  for index, start in enumerate(range(0, len(items), size)):
+    path = folder / 'chunks' / f'{name}-{index:05d}.jsonl'
+    chunk = items[start : start + size]
+    if path.exists():
+      made = read_jsonl(path)
+      if bar is not None:
+        bar.skip(len(chunk))
+    else:
+      made = make(chunk, index)
+      write_jsonl(path, made)
+      if bar is not None:
+        bar.advance(len(chunk))
+    rows.extend(made)
+  return rows
+
+
+# ---- fingerprints ----
+
+
+def fingerprint(value: Any) -> str:
+  """sha256 of a value's canonical JSON."""
+  text = json.dumps(value, sort_keys=True, separators=(',', ':'), default=str)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_fingerprint(path: epath.PathLike) -> str:
+  """sha256 of a file's contents."""
+  with epath.Path(path).open('rb') as file:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+      digest.update(block)
+    return digest.hexdigest()
+
+
+def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+  if isinstance(value, Mapping):
+    for key in value:
+      yield from _flat(value[key], f'{prefix}.{key}')
+  else:
+    yield prefix, value
+
+
+def relevant_config(stage: Stage, session: Session) -> dict[str, Any]:
+  """The values that a stage's result depends on, by dotted field, as JSON reads them back.
+
+  The character stands there by its contents, a trait at a time, in place of the path it was read from.
+  """
+  values: dict[str, Any] = {}
+  for field in stage.fields:
+    value: Any = session.config
+    for part in field.split('.'):
+      value = value[part]
+    if isinstance(value, ml_collections.ConfigDict):
+      value = value.to_dict()
+    values.update(_flat(value, field))
+  for field in stage.files:
+    if values.get(field):
+      values[field] = 'contents ' + file_fingerprint(values[field])[:16]
+  character = dataclasses.asdict(session.character)
+  values.pop('character.path', None)
+  values['character.name'] = character['name']
+  values['character.description'] = character['description']
+  values['character.traits'] = [trait['id'] for trait in character['traits']]
+  for trait in character['traits']:
+    values[f'character.traits.{trait["id"]}'] = 'contents ' + fingerprint(trait)[:16]
+  return json.loads(json.dumps(values, default=str))
+
+
+def _read_json(path: epath.Path) -> Row:
+  """A file of ours; {} when it is missing or was damaged from outside, which means: make it anew."""
+  try:
+    value = json.loads(path.read_text())
+  except (OSError, ValueError):
+    return {}
+  return value if isinstance(value, dict) else {}
+
+
+def _products(folder: epath.Path, names: Iterable[str]) -> dict[str, str]:
+  return {name: file_fingerprint(folder / name) for name in names}
+
+
+def _inputs(stage: Stage, session: Session) -> dict[str, str]:
+  """Fingerprints of what lies in the folders the stage reads now, edits by hand included.
+
+  Raises:
+    UserError: one of them is not finished.
+  """
+  inputs = {}
+  for name in stage.reads:
+    folder = session.folder(name)
+    names = _read_json(folder / 'stage.json').get('products', {})
+    if not names or not all((folder / file).exists() for file in names):
+      raise UserError(f'{folder}: stage {name} is not finished and {stage.name} reads it; run {name} first')
+    inputs[name] = fingerprint(_products(folder, names))
+  return inputs
+
+
+# ---- what is finished ----
+
+
+def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+  """Names the first field that differs between two flat configs, and how many more do."""
+  missing = object()
+  fields = [f for f in {**before, **now} if before.get(f, missing) != now.get(f, missing)]
+  # The contents of one trait say more than the list of all.
+  field = min(fields, key=lambda f: f == 'character.traits')
+  if field.startswith('character.'):
+    reason = f'{field.replace("character.traits.", "character trait ")} changed'
+  elif field not in before or field not in now:
+    reason = f'config field {field} was {"added" if field in now else "removed"}'
+  else:
+    reason = f'config field {field} changed from {before[field]!r} to {now[field]!r}'
+  return reason + (f', and {len(fields) - 1} more' if len(fields) > 1 else '')
+
+
+def status(stage: Stage, session: Session) -> str:
+  """'done', 'missing', 'unfinished' (can be resumed), or the reason why a result no longer holds.
+
+  A product that was edited by hand leaves its own stage done, since a person may correct a message; the
+  stages that read it are made anew.
+  """
+  folder = session.folder(stage.name)
+  done, unfinished = _read_json(folder / 'stage.json'), _read_json(folder / 'unfinished.json')
+  if not done and not unfinished:
+    return 'missing'
+  record = done or unfinished
+  config = relevant_config(stage, session)
+  if record.get('config_values') != config:
+    return _change(record.get('config_values', {}), config)
+  try:
+    inputs = _inputs(stage, session)
+  except UserError:
+    return 'missing'
+  changed = [name for name in inputs if record.get('inputs', {}).get(name) != inputs[name]]
+  if changed or len(record.get('inputs', {})) != len(inputs):
+    return f'{", ".join(changed) or "the list of stages it reads"} changed'
+  if not done:
+    return 'unfinished' if record.get('version') == charjax.__version__ else 'the version of charjax changed'
+  lost = [name for name in stage.products if not (folder / name).exists()]
+  return f'{lost[0]} is gone' if lost else 'done'
+
+
+def _empty(folder: epath.Path) -> None:
+  """Empties a stage's folder so that a kill half-way leaves one that is neither done nor resumable."""
+  write_text(folder / 'unfinished.json', '{}')
+  (folder / 'stage.json').unlink(missing_ok=True)
+  for child in folder.iterdir():
+    if child.name == 'unfinished.json':
+      continue
+    if child.is_dir():
+      child.rmtree()
+    else:
+      child.unlink()
+
+
+def _tidy(folder: epath.Path) -> None:
+  """Removes what only a resume needs."""
+  if (folder / 'chunks').exists():
+    (folder / 'chunks').rmtree()
+  (folder / 'unfinished.json').unlink(missing_ok=True)
+
+
+def _perform(stage: Stage, session: Session) -> None:
+  """Brings one stage to 'done'."""
+  folder = session.folder(stage.name)
+  state = status(stage, session)
+  if state == 'done':
+    recorded = _read_json(folder / 'stage.json')['products']
+    edited = [name for name in recorded if recorded[name] != file_fingerprint(folder / name)]
+    session.log(f'{stage.name}: done already' + (f' ({", ".join(edited)} edited since)' if edited else ''))
+    _tidy(folder)
+    return
+  # What is about to be emptied must be ours: --workdir may name any folder of a person's disk.
+  ours = (folder / 'stage.json').exists() or (folder / 'unfinished.json').exists()
+  if folder.exists() and not ours and any(folder.iterdir()):
+    raise UserError(f'{folder}: holds files that no run wrote; choose another --workdir or move them away')
+  inputs, config = _inputs(stage, session), relevant_config(stage, session)
+  record: Row = {
+    'stage': stage.name,
+    'inputs': inputs,
+    'config': fingerprint(config),
+    'config_values': config,
+    'version': charjax.__version__,
+  }
+  if state == 'unfinished':
+    session.log(f'{stage.name}: going on where it was cut off')
+  else:
+    session.log(f'{stage.name}: ' + ('starting' if state == 'missing' else f'made anew, since {state}'))
+    if ours:
+      _empty(folder)
+    write_text(folder / 'unfinished.json', json.dumps(record, indent=2, ensure_ascii=False))
+  start = time.monotonic()
+  counts = stage.run(session)
+  seconds = time.monotonic() - start
+  record |= {
+    'products': _products(folder, stage.products),
+    'counts': counts,
+    # Of the process that finished it; the time before a kill is not known.
+    'seconds': round(seconds, 2),
+    'resumed': state == 'unfinished',
+  }
+  write_text(folder / 'stage.json', json.dumps(record, indent=2, ensure_ascii=False))
+  _tidy(folder)
+  session.log(f'{stage.name}: finished in {duration(seconds)}')
+
+
+class _Terminated(KeyboardInterrupt):
+  """SIGTERM, as an exception, so that files are closed and the lock is let go."""
+
+
+def _raise_terminated(number: int, frame: Any) -> None:
+  raise _Terminated
+
+
+def execute(stages: Sequence[Stage], session: Session) -> None:
+  """Runs stages in order: skips the done, goes on with the unfinished, makes anew what no longer holds.
+
+  Raises:
+    UserError: a stage that is read is not finished, or a stage raised it.
+    SystemExit: 130 after Ctrl-C, 143 after SIGTERM, having said how to go on.
+  """
+  main_thread = threading.current_thread() is threading.main_thread()
+  before = signal.signal(signal.SIGTERM, _raise_terminated) if main_thread else None
+  name = ''
+  try:
+    for stage in stages:
+      name = stage.name
+      _perform(stage, session)
+  except KeyboardInterrupt as error:
+    session.log(f'\n{name}: interrupted; give the same command again to go on from here')
+    raise SystemExit(143 if isinstance(error, _Terminated) else 130) from None
+  finally:
+    if main_thread:
+      signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def lock(workdir: epath.Path) -> Iterator[None]:
+  """Keeps a second process out of a local run folder; the kernel lets go when this one dies.
+
+  Raises:
+    UserError: another process holds it, or the folder cannot be written.
+  """
+  if '://' in str(workdir):  # Object stores have no locks.
+    yield
+    return
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = os.open(workdir / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
+  except OSError as error:
+    reason = error.strerror or error
+    raise UserError(f'--workdir={workdir}: cannot be written ({reason}); choose another folder') from error
+  try:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      holder = os.read(file, 32).decode(errors='replace').strip() or 'unknown'
+      raise UserError(
+        f'--workdir={workdir}: process {holder} is working in it; wait for it or choose another folder'
+      ) from error
+    os.ftruncate(file, 0)
+    os.pwrite(file, f'{os.getpid()}\n'.encode(), 0)
+    yield
+  finally:
+    os.close(file)

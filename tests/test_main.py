@@ -1,0 +1,192 @@
+"""What a person types: mistakes end in one line before any work, settings arrive where they should."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from charjax import main as command_line
+from charjax import workdir as workdirs
+from charjax.main import main
+from charjax.workdir import Stage
+
+CONFIG = """
+from charjax import defaults
+
+def get_config(name='plain'):
+  config = defaults.get_config()
+  config.model.path = 'random'
+  config.seed = 7
+  if name == 'seeded':
+    config.seed = 8
+  return config
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+  path = tmp_path / 'config.py'
+  path.write_text(CONFIG)
+  return str(path)
+
+
+@pytest.fixture
+def toy_stages(monkeypatch):
+  """Two stages that need no model, in place of the seven."""
+
+  def write(name):
+    def run(session):
+      workdirs.write_text(session.folder(name) / 'seed.txt', str(session.config.seed))
+      return {}
+
+    return run
+
+  # `report` last, as a run that ends without one reports nothing.
+  stages = (
+    Stage('messages', write('messages'), (), ('seed',), ('seed.txt',)),
+    Stage('replies', write('replies'), ('messages',), ('seed',), ('seed.txt',)),
+  )
+  monkeypatch.setattr(command_line, 'STAGES', stages)
+  monkeypatch.setattr(workdirs.Session, 'checkpoint', None)
+
+
+def mistake(capsys, *arguments: str) -> str:
+  """The one line that a command ends in."""
+  assert main(list(arguments)) == 2
+  captured = capsys.readouterr()
+  assert captured.out == ''
+  assert captured.err.count('\n') == 1 and captured.err.startswith('charjax: ')
+  return captured.err
+
+
+def test_help_does_not_wait_for_jax():
+  program = "import sys; from charjax.main import main; main(['--help']); sys.exit('jax' in sys.modules)"
+  done = subprocess.run([sys.executable, '-c', program], capture_output=True, check=True, text=True)
+  assert 'charjax run --config=FILE.py' in done.stdout
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'expected'),
+  [
+    ([], 'no command given'),
+    (['rum'], 'there is no command rum; did you mean run?'),
+    (['run'], 'run needs --config=FILE.py'),
+    (['run', '--config={config}'], 'run needs --workdir=DIR'),
+    (['run', '--confg={config}'], "Unknown command line flag 'confg'"),
+    (['run', 'again', '--config={config}'], 'unexpected argument again'),
+    (['run', '--config={tmp}/none.py', '--workdir={tmp}/run'], 'none.py: cannot be read (No such file'),
+    (['run', '--config={tmp}', '--workdir={tmp}/run'], 'not a Python file'),
+    (['run', '--config={config}:plain,seed', '--workdir={tmp}/run'], 'seed is no field=value'),
+    (['run', '--config={config},sed=1', '--workdir={tmp}/run'], 'no config field sed; did you mean seed?'),
+    (['character', 'chek', 'assistant'], 'charjax character takes `check FILE`'),
+    (['character', 'check', '{tmp}/none.toml'], 'cannot read this character'),
+  ],
+)
+def test_a_mistake_ends_in_one_line(tmp_path, config, capsys, arguments, expected):
+  arguments = [argument.format(tmp=tmp_path, config=config) for argument in arguments]
+  assert expected in mistake(capsys, *arguments)
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  ('change', 'expected'),
+  [
+    ('--config.sede=1', 'no config field sede; did you mean seed?'),
+    ('--config.evaluation.probs=x', 'no config field evaluation.probs; did you mean probes?'),
+    ('--config.seed.deep=1', 'no config field seed.deep'),
+    ('--config.evaluation={}', 'evaluation is a section; set one of its fields'),
+    ('--config.seed=many', 'seed'),
+    ('--config.seed', 'has no value'),
+    ('--config.mesh=(1', "mesh: ('(1',) is not like"),
+    ('--config.mesh=1,2,x', "mesh: (1, 2, 'x') is not like"),
+    ('--config.mesh=(3,1,1)', 'config.mesh'),
+    ('--config.model.path={tmp}/none.gguf', 'none.gguf: no such file'),
+    ('--config.character.path={tmp}/none.toml', 'cannot read this character'),
+    ("--config.character.traits=('humility',)", 'humility'),
+    ('--config.evaluation.probes={tmp}/none.jsonl', 'none.jsonl'),
+  ],
+)
+def test_a_wrong_setting_ends_in_one_line(tmp_path, config, capsys, change, expected):
+  change = change.replace('{tmp}', str(tmp_path))
+  assert expected in mistake(capsys, 'run', f'--config={config}', f'--workdir={tmp_path / "run"}', change)
+  assert not (tmp_path / 'run' / 'messages').exists()
+
+
+@pytest.mark.parametrize(
+  ('text', 'expected'),
+  [
+    ('def get_config(:\n', 'config.py:1: invalid syntax'),
+    ('import nowhere\n', "config.py:1: ModuleNotFoundError: No module named 'nowhere'"),
+    ('\nraise SystemExit\n', 'config.py:2: SystemExit'),
+    (CONFIG.replace('config.seed = 7', 'config.sede = 7'), 'sede'),
+    (CONFIG.replace('= 7', '= "seven"'), 'config.py:7: TypeError'),
+    (CONFIG.replace('= 7', '= None'), 'config field seed is None; give a int'),
+    (CONFIG.replace('return config', 'pass'), 'get_config returned NoneType'),
+    ('x = 1\n', 'has no function get_config'),
+    ('from ml_collections import *\nget_config = lambda: ConfigDict({"sed": 1})', 'no config field sed;'),
+    ('from ml_collections import *\nget_config = lambda: ConfigDict({"seed": "x"})', 'give a int'),
+  ],
+)
+def test_a_broken_config_file_is_named_with_its_line(tmp_path, capsys, text, expected):
+  (tmp_path / 'config.py').write_text(text)
+  assert expected in mistake(capsys, 'run', f'--config={tmp_path}/config.py', f'--workdir={tmp_path}/run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_flags_come_before_the_spec_and_the_spec_before_the_file(config):
+  read = command_line._read_config
+  assert read(config, []).seed == 7
+  assert read(f'{config}:seeded', []).seed == 8
+  assert read(f'{config}:seeded,seed=9,mesh=(1,2,4)', []).mesh == (1, 2, 4)
+  assert read(f'{config}:seeded,seed=9', []).seed == 9
+  assert read(f'{config}:seed=9', ['--config.seed=10', '--config.seed=11']).seed == 11
+  assert read(f'{config}:mesh=(1,2,4)', ['--config.mesh=8,1,1']).mesh == (8, 1, 1)
+  for traits in ('honesty,curiosity', "('honesty', 'curiosity')"):
+    changed = read(config, [f'--config.character.traits={traits}'])
+    assert changed.character.traits == ('honesty', 'curiosity')
+
+
+def test_values_may_stand_apart_and_anywhere(tmp_path, config):
+  names, spec, workdir, changes = command_line._parse(
+    ['--config.seed', '3', 'run', '--config', config, '--workdir', str(tmp_path), '--noconfig.some.switch']
+  )
+  assert (names, spec, workdir) == (['run'], config, str(tmp_path))
+  assert changes == ['--config.seed=3', '--noconfig.some.switch']
+
+
+def test_a_run_records_what_it_was_started_with_and_goes_on(tmp_path, config, capsys, toy_stages):
+  arguments = ['run', f'--config={config}', f'--workdir={tmp_path / "run"}', '--config.seed=5']
+  assert main(arguments) == 0
+  record = json.loads((tmp_path / 'run/config.json').read_text())
+  assert record['seed'] == record['config']['seed'] == 5 and record['versions']['jax']
+  assert (tmp_path / 'run/character.toml').read_text().count('[[traits]]') > 0
+  assert (tmp_path / 'run/replies/seed.txt').read_text() == '5'
+  capsys.readouterr()
+  assert main(arguments) == 0
+  assert capsys.readouterr().out.count('done already') == 2
+
+
+def test_one_stage_needs_the_earlier_ones_up_to_date(tmp_path, config, capsys, toy_stages):
+  place = (f'--config={config}', f'--workdir={tmp_path / "run"}')
+  line = mistake(capsys, 'replies', *place)
+  assert 'messages: missing, and replies builds on it; run messages first' in line
+  assert main(['messages', *place]) == 0
+  capsys.readouterr()
+  line = mistake(capsys, 'replies', *place, '--config.seed=1')
+  assert 'config field seed changed from 7 to 1, and replies builds on it' in line
+  assert main(['replies', *place]) == 0
+
+
+def test_a_second_process_is_refused_in_one_line(tmp_path, config, capsys, toy_stages):
+  with workdirs.lock(command_line.epath.Path(tmp_path / 'run')):
+    assert 'is working in it' in mistake(capsys, 'run', f'--config={config}', f'--workdir={tmp_path / "run"}')
+
+
+def test_an_unexpected_error_keeps_its_trace(monkeypatch):
+  def fail(arguments):
+    raise RuntimeError('a bug')
+
+  monkeypatch.setattr(command_line, '_command', fail)
+  with pytest.raises(RuntimeError, match='a bug'):
+    main(['run'])

@@ -1,0 +1,312 @@
+"""The report: it says what the files say, shows untrusted text as text, and stands without anything else."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+import types
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from report_run import HOSTILE, write_run
+
+from charjax.errors import UserError
+from charjax.report import plots, words
+from charjax.report.read import Estimate, estimate
+from charjax.report.replies import exchanges, typical
+from charjax.stages import report
+
+_VOID = {'meta', 'br', 'input', 'link', 'img', 'hr'}
+
+
+class Page(HTMLParser):
+  """Checks that every element is closed in order, and collects what the tests ask about."""
+
+  def __init__(self, text: str):
+    super().__init__(convert_charrefs=True)
+    self.open: list[str] = []
+    self.tags: list[tuple[str, dict[str, str | None]]] = []
+    self.tables: dict[str, list[list[str]]] = {}
+    self.scripts: list[str] = []
+    self.styles: list[str] = []
+    self.ids: list[str] = []
+    self._caption = ''
+    self.feed(text)
+    self.close()
+    assert not self.open
+
+  def handle_starttag(self, tag, attrs):
+    names = [name for name, _ in attrs]
+    assert len(names) == len(set(names)), f'{tag} has an attribute twice'
+    self.tags.append((tag, dict(attrs)))
+    self.ids += [value for name, value in attrs if name == 'id' and value]
+    if tag not in _VOID:
+      self.open.append(tag)
+    if tag == 'table':
+      self._caption = f'table {len(self.tables)}'
+      self.tables[self._caption] = []
+    if tag == 'caption':
+      self.tables.pop(self._caption)
+      self._caption = ''
+    if tag == 'tr':
+      self.tables.setdefault(self._caption, []).append([])
+    if tag in ('th', 'td'):
+      self.tables[self._caption][-1].append('')
+
+  def handle_startendtag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+
+  def handle_endtag(self, tag):
+    assert self.open and self.open[-1] == tag, f'</{tag}> closes {self.open[-1:]} at {self.getpos()}'
+    self.open.pop()
+
+  def handle_data(self, data):
+    where = self.open[-1] if self.open else ''
+    if where == 'caption':
+      self._caption += data
+    elif where in ('th', 'td'):
+      self.tables[self._caption][-1][-1] += data
+    elif where == 'script':
+      self.scripts.append(data)
+    elif where == 'style':
+      self.styles.append(data)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+  return write_run(tmp_path_factory.mktemp('run'))
+
+
+@pytest.fixture(scope='module')
+def page(folder) -> str:
+  return report.render(folder)
+
+
+def test_well_formed(page):
+  parsed = Page(page)
+  assert len(parsed.ids) == len(set(parsed.ids))
+  targets = {(attrs.get('href') or '')[1:] for tag, attrs in parsed.tags if tag == 'a'}
+  assert targets <= set(parsed.ids)
+
+
+def test_text_of_models_stays_text(page):
+  parsed = Page(page)
+  assert [tag for tag, _ in parsed.tags].count('script') == 2
+  assert not [tag for tag, _ in parsed.tags if tag in ('img', 'iframe', 'object', 'embed', 'link', 'form')]
+  assert not [name for _, attrs in parsed.tags for name in attrs if name.startswith('on') or name == 'style']
+  assert '&lt;script&gt;alert(1)' in page and '{{ 7 * 7 }}' in page and '\x1b' not in page
+  page.encode('utf-8')
+
+
+def test_hostile_everywhere(tmp_path):
+  """Every string of the run, keys included, may be hostile; the page stays two scripts of ours."""
+  folder = write_run(tmp_path, messages=4, steps=8)
+
+  def spoil(value):
+    if isinstance(value, dict):
+      return {key: spoil(item) for key, item in value.items()} | {HOSTILE: HOSTILE}
+    if isinstance(value, list):
+      return [spoil(item) for item in value]
+    return HOSTILE if isinstance(value, str) else value
+
+  for path in folder.rglob('*.json*'):
+    texts = path.read_text().splitlines() if path.suffix == '.jsonl' else [path.read_text()]
+    path.write_text('\n'.join(json.dumps(spoil(json.loads(text))) for text in texts))
+  summary = json.loads((folder / 'evaluation' / 'summary.json').read_text())
+  for part in ('traits', 'probes', 'neutral', 'side_effects'):
+    summary[part][HOSTILE] = next(iter(summary[part].values()))
+  (folder / 'evaluation' / 'summary.json').write_text(json.dumps(summary))
+  text = report.render(folder)
+  parsed = Page(text)
+  assert [tag for tag, _ in parsed.tags].count('script') == 2
+  assert not [tag for tag, _ in parsed.tags if tag == 'img']
+  assert '\x1b' not in report.console_summary(folder)
+
+
+def test_embedded_figures_equal_the_file(page, folder):
+  block = re.search(r'<script type="application/json" id="summary">(.*?)</script>', page, re.DOTALL)
+  assert block and '<' not in block[1]
+  assert json.loads(block[1]) == json.loads((folder / 'evaluation' / 'summary.json').read_text())
+
+
+def test_self_contained_and_locked_down(page):
+  parsed = Page(page)
+  for tag, attrs in parsed.tags:
+    assert not {'src', 'srcset', 'data', 'action', 'poster', 'xlink:href'} & set(attrs), tag
+    assert (attrs.get('href') or '#').startswith('#')
+  style, script = parsed.styles[0], parsed.scripts[-1]
+  assert 'url(' not in style and '@import' not in style and '//' not in style
+  assert 'http' not in script and 'fetch' not in script and 'innerHTML' not in script
+  policy = next(
+    attrs['content'] for tag, attrs in parsed.tags if attrs.get('http-equiv') == 'Content-Security-Policy'
+  )
+  for text, source in ((style, 'style-src'), (script, 'script-src')):
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    assert f"{source} 'sha256-{digest}'" in policy
+  assert "default-src 'none'" in policy and 'unsafe' not in policy
+
+
+def test_shown_numbers_equal_the_files(page, folder):
+  summary = json.loads((folder / 'evaluation' / 'summary.json').read_text())
+  tables = Page(page).tables
+
+  def number(cell: str) -> float:
+    return float(cell.replace(words.MINUS, '-').replace(',', '').rstrip('%')) / (100 if '%' in cell else 1)
+
+  rows = {row[0]: row[1:] for row in tables['Margin on kept pairs: trained \u2212 base, nats per token'][1:]}
+  for trait, metrics in summary['traits'].items():
+    delta = metrics['margin']['delta']
+    assert [number(cell) for cell in rows[words.spoken(trait)]] == pytest.approx(
+      [delta['mean'], delta['low'], delta['high'], delta['n']], abs=5.1e-4
+    )
+  rows = {row[0]: row[1:] for row in tables['Win rate against base: trained, share of messages'][1:]}
+  for trait, metrics in summary['traits'].items():
+    rate = metrics['win_rate']['trained']
+    assert [number(cell) for cell in rows[words.spoken(trait)][:3]] == pytest.approx(
+      [rate['mean'], rate['low'], rate['high']], abs=5.1e-4
+    )
+  rows = {row[0]: row[1:] for row in tables['Length of a reply, tokens'][1:]}
+  for condition in ('base', 'prompted', 'prompted_examples', 'trained'):
+    value = summary['side_effects']['length'][condition]
+    assert number(rows[words.CONDITION_NAMES[condition]][0]) == pytest.approx(value['mean'], abs=0.051)
+  audit = json.loads((folder / 'rankings' / 'audit.json').read_text())
+  rows = {(row[0], row[1]): row[2] for row in tables['Likelihood (the one used), right on kept pairs'][1:]}
+  for trait, rankers in audit['traits'].items():
+    accuracy = rankers['likelihood']['examples']['accuracy']['mean']
+    assert number(rows[words.spoken(trait), 'with examples']) == pytest.approx(accuracy, abs=5.1e-4)
+  metrics = [json.loads(line) for line in (folder / 'policy' / 'metrics.jsonl').read_text().splitlines()]
+  reward = tables['Reward, preference-model score'][1:]
+  assert (reward[0][0], reward[-1][0]) == ('0', str(metrics[-1]['step']))
+  assert number(reward[-1][1]) == pytest.approx(metrics[-1]['reward'], abs=5.1e-4)
+
+
+def test_says_what_the_intervals_carry(page):
+  text = html.unescape(re.sub(r'\s+', ' ', page))
+  assert 'Training moved 3 of 4 traits clearly towards the character.' in text
+  assert 'the change is not clear of zero for honesty' in text
+  assert 'the ranker hardly sees this trait' in text and 'left out of the reward' in text
+  assert 'I was not trained' not in text  # a trait of the character that this run left out
+
+
+def test_all_replies_stand_in_the_page(page, folder):
+  rows = [json.loads(line) for line in (folder / 'evaluation' / 'replies.jsonl').read_text().splitlines()]
+  section = page[page.index('<section id="replies">') :]
+  section = section[: section.index('<section id="probes">')]
+  assert section.count('class="reply ') == len(rows)
+
+
+@pytest.mark.parametrize('missing', [
+  'character.toml', 'config.json', 'messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation',
+  'evaluation/summary.json', 'evaluation/replies.jsonl', 'policy/samples.jsonl', 'preference/metrics.jsonl',
+])  # fmt: skip
+def test_missing_pieces(tmp_path, missing):
+  folder = write_run(tmp_path / 'run', messages=4, steps=3)
+  path = folder / missing
+  (path.rename if path.exists() else pytest.fail)(tmp_path / 'elsewhere')
+  Page(report.render(folder))
+  assert str(folder) in report.console_summary(folder)
+
+
+def test_an_empty_run_says_so(tmp_path):
+  assert 'has not been evaluated yet' in report.render(tmp_path)
+  assert report.console_summary(tmp_path).endswith('index.html')
+
+
+def test_null_and_bare_numbers(tmp_path):
+  folder = write_run(tmp_path, messages=4, steps=3)
+  path = folder / 'evaluation' / 'summary.json'
+  summary = json.loads(path.read_text())
+  summary['traits']['honesty'] = {
+    'margin': None,
+    'win_rate': {'trained': 0.5},
+    'new_metric': {'base': float('nan')},
+  }
+  summary['side_effects']['length'] = {'base': 3, 'trained': 4}
+  summary['internalisation'] = None
+  path.write_text(json.dumps(summary))
+  text = report.render(folder)
+  Page(text)
+  assert 'The margin on the kept pairs was not measured.' in text
+
+
+@pytest.mark.parametrize('name, text, where', [
+  ('evaluation/summary.json', '{"traits": ', 'summary.json'),
+  ('evaluation/replies.jsonl', '{}\n{"a": \n', 'replies.jsonl:2'),
+  ('character.toml', 'name = ', 'character.toml'),
+  ('config.json', '[]', 'config.json'),
+])  # fmt: skip
+def test_a_broken_file_is_one_line(tmp_path, name, text, where):
+  folder = write_run(tmp_path, messages=2, steps=2)
+  (folder / name).write_text(text)
+  with pytest.raises(UserError) as caught:
+    report.render(folder)
+  assert where in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_no_such_folder(tmp_path):
+  with pytest.raises(UserError, match='no such run folder'):
+    report.render(tmp_path / 'nowhere')
+
+
+def test_the_stage_writes_the_page_twice_alike(folder):
+  session = types.SimpleNamespace(workdir=folder, folder=lambda name: folder / name)
+  counts = report.run(session)
+  first = (folder / 'report' / 'index.html').read_bytes()
+  assert counts == {'bytes': len(first)}
+  report.run(session)
+  assert (folder / 'report' / 'index.html').read_bytes() == first
+
+
+def test_console_summary(folder):
+  text = report.console_summary(folder)
+  assert str(folder / 'report' / 'index.html') in text
+  assert text.count('before ') == 3 + 1 and '\x1b' not in text  # three replies and the heading
+  assert max(len(line) for line in text.splitlines()[1:]) <= 96
+
+
+def test_the_typical_reply_is_the_median():
+  rows = [
+    {'trait': 't', 'message': f'm{i}', 'prompt': '?', 'condition': condition, 'text': 'x', 'score': score}
+    for i, change in enumerate([5.0, -1.0, 0.5])
+    for condition, score in (('trained', change), ('base', 0.0))
+  ]
+  found = exchanges(rows)['t']
+  assert [reply.condition for reply in found[0].replies] == ['base', 'trained']
+  chosen = typical(found)
+  assert chosen is not None and chosen.message == 'm2'
+
+
+def test_intervals_and_verdicts():
+  assert [Estimate(0.1, low, high).side_of(0) for low, high in ((0.05, 0.2), (-0.1, 0.2), (-0.2, -0.1))] == [
+    1,
+    0,
+    -1,
+  ]
+  assert estimate({'mean': float('nan')}) is None and estimate(True) is None and estimate('1') is None
+  assert words.verdict(Estimate(0.1, -0.1, 0.3)) == ('unclear', 'not clear of zero')
+  assert 'not clear of 50%' in words.win_sentence(Estimate(0.55, 0.4, 0.7, 20), None)
+  assert (
+    words.difference(Estimate(-0.101, -0.111, -0.091), share=True)
+    == '\u221210.1 points (\u221211.1 to \u22129.1)'
+  )
+
+
+def test_plots_escape_and_stay_inside():
+  rows = [plots.Row('<b>"&', [plots.Mark(5.0, -9.0, 1e9, 'a" onload="x', '</svg>')]), plots.Row('none', [])]
+  svg = plots.whiskers(rows, '<i>', '"><script>', reference=0.0)
+  for text in (
+    svg,
+    plots.lines([plots.Line('<b>', 'x', [3], [2.0])], 'x', 'y', 'd'),
+    plots.bars([('<', 0.0, '>')], 'a', 'd'),
+  ):
+    tags = [tag for tag, _ in Page(text).tags]
+    assert tags.count('svg') == 1 and not {'b', 'i', 'script'} & set(tags)
+  assert all(float(x) <= plots.WIDTH for x in re.findall(r'cx="([\d.]+)"', svg))
+
+
+@pytest.mark.parametrize('low, high', [(0, 1), (-0.031, 0.2), (1e-7, 3e-7), (1234, 98765), (-5, -4.9)])
+def test_ticks_are_few_and_cover(low, high):
+  ticks = plots.ticks_between(low, high)
+  assert ticks[0] <= low + 1e-12 and ticks[-1] >= high - 1e-12 and 3 <= len(ticks) <= 8
