@@ -14,15 +14,20 @@ def get_config() -> ConfigDict:
   config.model.scan_layers = False
   config.model.remat = False
 
-  config.messages.train_per_trait = 36
+  config.messages.train_per_trait = 32
   config.messages.heldout_per_trait = 40
   config.messages.train_neutral = 40
   config.messages.heldout_neutral = 24
-  config.messages.seeds_shown = 3
-  config.messages.max_new_tokens = 40
-  config.messages.prompt_width = 128
+  config.messages.seeds_shown = 6
+  config.messages.temperature = 0.7
+  config.messages.top_p = 0.9
+  config.messages.max_new_tokens = 32
+  config.messages.prompt_width = 32
+  config.messages.batch_size = 64
 
   config.replies.max_new_tokens = 48
+  config.replies.temperature = 0.7
+  config.replies.batch_size = 64
 
   config.rankings.triples = 1
 
@@ -40,4 +45,6 @@ def get_config() -> ConfigDict:
   config.policy.samples_every = 4
 
   config.evaluation.max_new_tokens = 48
+  config.evaluation.temperature = 0.7
+  config.evaluation.batch_size = 64
   return config

@@ -35,7 +35,7 @@ NEUTRAL_SEEDS = (
   'Summarize the water cycle in two sentences.',
 )
 _ROUNDS = 6  # of writing more where too many were rejected
-_LEAKS = re.compile(r'<\||\b(chat assistant|as an ai language model|a message from|system prompt)\b', re.IGNORECASE)
+_LEAKS = re.compile(r'<\||\b(as an ai language model|a (short|medium|long) message|ai assistant|system prompt)\b', re.IGNORECASE)
 
 
 def run(session: Session) -> Row:
@@ -44,73 +44,63 @@ def run(session: Session) -> Row:
   rows: list[Row] = []
   rejected: Counter[str] = Counter()
   written = 0
-  kinds: list[Trait | None] = [*session.character.traits, None]
-  wanted = {
-    kind: (config.train_neutral + config.heldout_neutral)
-    if kind is None
-    else (config.train_per_trait + config.heldout_per_trait)
-    for kind in kinds
-  }
-  with Progress('messages', sum(wanted.values()), 'messages') as bar:
-    for kind in kinds:
-      kept = Kept(authored(session, kind), config.near_duplicate)
-      texts: list[Row] = []
+  neutral = (None, config.train_neutral, config.heldout_neutral)
+  kinds = [*((t, config.train_per_trait, config.heldout_per_trait) for t in session.character.traits), neutral]
+  with Progress('messages', sum(train + heldout for _, train, heldout in kinds), 'messages') as bar:
+    for trait, train, heldout in kinds:
+      name, wanted = trait.id if trait else 'neutral', train + heldout
+      kept = Kept(authored(trait), config.near_duplicate)
+      made: list[Row] = []
       for attempt in range(_ROUNDS):
-        missing = wanted[kind] - len(texts)
+        missing = wanted - len(made)
         if missing <= 0:
           break
-        # A fixed number of rows, so that the sampler is compiled once.
-        items = [f'{kind.id if kind else "neutral"}/{attempt}/{i}' for i in range(_round_up(missing, config.batch_size))]
-        make = functools.partial(_write, session, kind)
-        name = f'{kind.id if kind else "neutral"}-{attempt}'
-        for candidate in chunks(folder, name, items, config.batch_size, make):
+        # A whole number of batches: the rest of one would be computed all the same.
+        count = -(-missing // config.batch_size) * config.batch_size
+        items = [f'{name}/{attempt}/{i}' for i in range(count)]
+        make = functools.partial(_write, session, trait)
+        for candidate in chunks(folder, f'{name}-{attempt}', items, config.batch_size, make):
           written += 1
           reason = broken(candidate) or kept.reject(candidate['text'])
           if reason:
             rejected[reason] += 1
           else:
-            texts.append(candidate)
-        bar.advance(min(missing, missing - (wanted[kind] - len(texts))))
-      if len(texts) < wanted[kind]:
+            made.append(candidate)
+        bar.advance(missing - max(0, wanted - len(made)))
+      if len(made) < wanted:
         raise UserError(
-          f'messages: only {len(texts)} of {wanted[kind]} messages for {kind.id if kind else "neutral"} after '
-          f'{_ROUNDS} rounds (rejected: {dict(rejected)}); add seeds to the trait or lower config.messages.*_per_trait'
+          f'messages: only {len(made)} of {wanted} messages for {name} after {_ROUNDS} rounds (rejected: '
+          f'{dict(rejected)}); add seeds to the trait or lower config.messages.*_per_trait'
         )
-      heldout = config.heldout_neutral if kind is None else config.heldout_per_trait
-      rows += _numbered(kind, texts[: wanted[kind]], heldout)
+      rows += _split(trait, made[:wanted], heldout)
   write_jsonl(folder / 'messages.jsonl', rows)
   return {'messages': len(rows), 'written': written, 'rejected': dict(sorted(rejected.items()))}
 
 
-def _round_up(count: int, step: int) -> int:
-  return -(-count // step) * step
+def _split(trait: Trait | None, made: Sequence[Row], heldout: int) -> list[Row]:
+  """Messages as rows, the first `heldout` of them held out."""
+  return [
+    {
+      'id': f'{trait.id if trait else "neutral"}-{i:04d}',
+      'trait': trait.id if trait else None,
+      'split': 'heldout' if i < heldout else 'train',
+      'text': row['text'],
+      'origin': row['origin'],
+    }
+    for i, row in enumerate(made)
+  ]
 
 
-def _numbered(kind: Trait | None, texts: Sequence[Row], heldout: int) -> list[Row]:
-  rows = []
-  for i, text in enumerate(texts):
-    rows.append(
-      {
-        'id': f'{kind.id if kind else "neutral"}-{i:04d}',
-        'trait': kind.id if kind else None,
-        'split': 'heldout' if i < heldout else 'train',
-        'text': text['text'],
-        'origin': text['origin'],
-      }
-    )
-  return rows
-
-
-def authored(session: Session, kind: Trait | None) -> list[str]:
+def authored(trait: Trait | None) -> list[str]:
   """Texts that a written message must not repeat: seeds and the messages of all contrast pairs."""
-  if kind is None:
+  if trait is None:
     return list(NEUTRAL_SEEDS)
-  return [*kind.seeds, *(pair.message for pair in kind.pairs)]
+  return [*trait.seeds, *(pair.message for pair in trait.pairs)]
 
 
-def _write(session: Session, kind: Trait | None, items: Sequence[str], index: int) -> list[Row]:
+def _write(session: Session, trait: Trait | None, items: Sequence[str], index: int) -> list[Row]:
   """One batch of candidates, each from its own topic, asker, length and choice of seeds."""
-  del index
+  group = f'{trait.id if trait else "neutral"}/{index}'
   config, seed, model = session.config.messages, session.config.seed, session.model
   origins, asked = [], []
   for item in items:
@@ -119,9 +109,9 @@ def _write(session: Session, kind: Trait | None, items: Sequence[str], index: in
       'asker': prompts.choose(seed, f'{item}/asker', prompts.ASKERS),
       'length': prompts.choose(seed, f'{item}/length', tuple(prompts.LENGTHS)),
     }
-    seeds = NEUTRAL_SEEDS if kind is None else kind.seeds
+    seeds = NEUTRAL_SEEDS if trait is None else trait.seeds
     origins.append(origin)
-    asked.append(prompts.write_message(seeds, **origin, item=item, seed=seed, shown=config.seeds_shown))
+    asked.append(prompts.write_message(seeds, **origin, group=group, seed=seed, shown=config.seeds_shown))
   settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size)
   keys = item_keys(seed, 'messages', items)
   drawn = sample(model.decoder, [model.prompt(m) for m in asked], keys, model.eos_ids, settings, width=config.prompt_width)

@@ -7,8 +7,6 @@ conversation. What is shown is a list of messages: a chat template turns it into
 import hashlib
 from collections.abc import Sequence
 
-import numpy as np
-
 from charjax.character import Character, Pair, Trait
 
 Messages = list[dict[str, str]]
@@ -73,10 +71,10 @@ ASKERS = (
   'a carpenter in Turkey', 'a biologist in Chile', 'a waitress in Naples', 'a taxi driver in Karachi', 'a poet in Iran',
 )  # fmt: skip
 
-LENGTHS = {'short': 'in one short sentence', 'medium': 'in one or two sentences', 'long': 'in three sentences'}
+LENGTHS = {'short': 8, 'medium': 14, 'long': 24}  # about so many words
 
-_WRITE = 'Write one message that a person sends to a chat assistant, {length}. Write only the message.'
-_REQUEST = 'A message from {asker} about {topic}.'
+_WRITE = 'You write messages that people send to an AI assistant. Write one message and nothing else.'
+_REQUEST = 'Write a {length} message from {asker} about {topic}.'
 
 
 def choose(seed: int, item: str, options: Sequence[str]) -> str:
@@ -85,14 +83,18 @@ def choose(seed: int, item: str, options: Sequence[str]) -> str:
   return options[int.from_bytes(digest[:8], 'little') % len(options)]
 
 
-def write_message(seeds: Sequence[str], topic: str, asker: str, length: str, item: str, seed: int, shown: int) -> Messages:
-  """Asks for a new human message, after `shown` of the seed messages as earlier answers to the same request."""
-  order = np.random.default_rng(
-    np.frombuffer(hashlib.sha256(f'{seed}/{item}/seeds'.encode()).digest(), np.uint32)
-  ).permutation(len(seeds))
-  messages: Messages = [{'role': 'system', 'content': _WRITE.format(length=LENGTHS[length])}]
-  for i, index in enumerate(order[:shown]):
-    example_topic = choose(seed, f'{item}/topic{i}', TOPICS)
-    request = _REQUEST.format(asker=choose(seed, f'{item}/asker{i}', ASKERS), topic=example_topic)
-    messages += [user(request), {'role': 'assistant', 'content': seeds[index]}]
-  return [*messages, user(_REQUEST.format(asker=asker, topic=topic))]
+def write_message(seeds: Sequence[str], topic: str, asker: str, length: str, group: str, seed: int, shown: int) -> Messages:
+  """Asks for a new human message, after `shown` of the seed messages as earlier answers to such a request.
+
+  Which seeds, and their order, depend on (seed, group) alone: the messages of one batch differ in their last
+  request only, so that what comes before it goes through the model once.
+  """
+  order = sorted(range(len(seeds)), key=lambda i: hashlib.sha256(f'{seed}/{group}/{i}'.encode()).digest())
+  messages: Messages = [{'role': 'system', 'content': _WRITE}]
+  for i in order[:shown]:
+    size = min(LENGTHS, key=lambda name: abs(LENGTHS[name] - len(seeds[i].split())))
+    request = _REQUEST.format(
+      length=size, asker=choose(seed, f'{group}/{i}/asker', ASKERS), topic=choose(seed, f'{group}/{i}/topic', TOPICS)
+    )
+    messages += [user(request), {'role': 'assistant', 'content': seeds[i]}]
+  return [*messages, user(_REQUEST.format(length=length, asker=asker, topic=topic))]
