@@ -127,15 +127,17 @@ def map_rows(
   *,
   adapter: Any = None,
   batch_size: int = 32,
+  share_prefix: bool = True,
   on_batch: Callable[[int], None] = lambda rows: None,
 ) -> list[np.ndarray]:
   """Calls a jitted `function(prefix, rows)` on batches of rows of like length; returns its rows in the order given.
 
-  What all prompts have in common at their beginning goes through the model once.
+  What all prompts have in common at their beginning goes through the model once, with `adapter`, unless
+  `share_prefix` is off (for a function that reads the rows with two models).
   """
   if not prompts:
     return []
-  shared = common_prefix(prompts)
+  shared = common_prefix(prompts) if share_prefix else 0
   prefix = prefill(decoder, prompts[0][:shared], adapter)
   rest = [prompt[shared:] for prompt in prompts]
   order = sorted(range(len(rest)), key=lambda i: (len(rest[i]) + len(replies[i]), i))

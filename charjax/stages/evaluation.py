@@ -1,0 +1,357 @@
+"""evaluation: what training changed, beside what showing the trait would have changed.
+
+Reads the character, messages/, preference/ and policy/; writes evaluation/replies.jsonl and evaluation/summary.json.
+Conditions: `base`, `prompted` (the trait's statement shown), `prompted_examples` (statement and examples), `trained`
+(nothing shown). Every figure is {mean, low, high, n}; delta is trained minus base, paired by message.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from charjax.character import Trait
+from charjax.engine.batch import item_keys
+from charjax.engine.sample import Sampling, sample
+from charjax.engine.score import Rows, hidden_states, map_rows, over_chunks, predicting, score
+from charjax.errors import UserError
+from charjax.model.decoder import Prefix, logits
+from charjax.model.heads import bind, rewards
+from charjax.progress import Progress
+from charjax.stages import messages, policy, preference, prompts
+from charjax.stages.statistics import interval
+from charjax.training.losses import kl_from_logits
+from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write_text
+
+CONDITIONS = ('base', 'prompted', 'prompted_examples', 'trained')
+Values = dict[str, np.ndarray]  # condition -> one value a message
+
+_NEUTRAL_FILE = epath.Path(__file__).parent / 'neutral.jsonl'
+_PRAISE = re.compile(
+  r'\b(great|excellent|wonderful|amazing|fantastic|brilliant|fascinating|good) (question|point|idea|thought|choice)\b'
+  r'|\b(you are|you\'re) (so |very |absolutely )?(right|amazing|wonderful|brilliant|talented|smart)\b',
+  re.IGNORECASE,
+)
+
+
+def run(session: Session) -> Row:
+  """Draws and judges replies, scores written pairs, and writes the summary; returns counts."""
+  folder = session.folder('evaluation')
+  trained = policy.load(session)
+  judge = preference.load(session, 'judge')
+  traits = session.character.traits
+  held = [row for row in messages.load(session) if row['split'] == 'heldout']
+  probes = read_probes(session.config.evaluation.probes) if session.config.evaluation.probes else []
+  neutral = read_neutral(session.config.evaluation.neutral or str(_NEUTRAL_FILE))
+
+  drawn = _draw_replies(session, held, trained)
+  _judge_replies(session, drawn, judge)
+  write_jsonl(folder / 'replies.jsonl', drawn)
+
+  summary: Row = {'traits': {}, 'probes': {}, 'internalisation': {}}
+  with Progress('evaluation', len(traits) + len(probes) + 1, 'parts') as bar:
+    for trait in traits:
+      values = {'margin': _pair_margins(session, trait, trained)} | _judged(drawn, trait.id)
+      summary['traits'][trait.id] = {name: summarise(v) for name, v in values.items()}
+      summary['internalisation'][trait.id] = {
+        name: internalisation(v) for name, v in values.items() if not name.startswith('win_rate')
+      }
+      bar.advance()
+    for name, rows in _by_trait(probes).items():
+      margins = _probe_margins(session, name, rows, trained)
+      accuracy = {c: (v > 0).astype(float) if v is not None else None for c, v in margins.items()}
+      summary['probes'][name] = {'margin': summarise(margins), 'accuracy': summarise(accuracy)}
+      bar.advance(len(rows))
+    summary['neutral'] = _neutral(session, neutral, held, drawn, trained)
+    summary['side_effects'] = _side_effects(drawn)
+    bar.advance()
+  write_text(folder / 'summary.json', json.dumps(summary, indent=2))
+  return {'replies': len(drawn), 'probes': len(probes), 'neutral': len(neutral)}
+
+
+# ---- figures ----
+
+
+def summarise(values: dict[str, np.ndarray | None]) -> Row:
+  """Each condition's mean with its interval, and delta = trained - base paired by message; null where not measured."""
+  out: Row = {c: interval(values[c]) if values.get(c) is not None else None for c in CONDITIONS}
+  base, trained = values.get('base'), values.get('trained')
+  out['delta'] = interval(trained - base) if base is not None and trained is not None else None
+  return out
+
+
+def internalisation(values: dict[str, np.ndarray | None], resamples: int = 2000) -> Row | None:
+  """(trained - base) / (prompted with examples - base), resampled by message; null unless the prompted effect is clear of zero."""
+  base, shown, trained = values['base'], values['prompted_examples'], values['trained']
+  if base is None or shown is None or trained is None:
+    return None
+  effect = interval(shown - base)
+  if effect is None or effect['low'] <= 0 <= effect['high']:
+    return None
+  index = np.random.default_rng(0).integers(0, len(base), (resamples, len(base)))
+  ratios = (trained - base)[index].mean(1) / (shown - base)[index].mean(1)
+  low, high = np.quantile(ratios, [0.025, 0.975])
+  mean = float((trained - base).mean() / (shown - base).mean())
+  return {'mean': mean, 'low': float(low), 'high': float(high), 'n': len(base)}
+
+
+# ---- replies ----
+
+
+def _before(session: Session, trait: Trait | None, condition: str) -> prompts.Messages:
+  if trait is None or condition in ('base', 'trained'):
+    return prompts.plain()
+  return prompts.shown(trait, session.config.evaluation.examples if condition == 'prompted_examples' else 0)
+
+
+def _draw_replies(session: Session, held: Sequence[Row], trained: Any) -> list[Row]:
+  """A reply to each held-out message in each condition; to neutral messages there is nothing to show."""
+  config, model, folder = session.config.evaluation, session.model, session.folder('evaluation')
+  settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size)
+  rows: list[Row] = []
+
+  def make(condition: str, trait: Trait | None, items: Sequence[Row], index: int) -> list[Row]:
+    del index
+    decoder, adapter = bind(model.decoder, trained) if condition == 'trained' else (model.decoder, None)
+    before = _before(session, trait, condition)
+    drawn = sample(
+      decoder,
+      [model.prompt([*before, prompts.user(item['text'])]) for item in items],
+      # The same key in every condition: what differs is the model, not the luck of the draw.
+      item_keys(session.config.seed, 'evaluation', [item['id'] for item in items]),
+      model.eos_ids,
+      settings,
+      adapter=adapter,
+      width=config.prompt_width,
+    )
+    return [
+      {
+        'message': item['id'],
+        'trait': item['trait'],
+        'prompt': item['text'],
+        'condition': condition,
+        'text': model.text(reply.tokens),
+        'tokens': len(reply.tokens),
+        'finish': reply.finish,
+      }
+      for item, reply in zip(items, drawn, strict=True)
+    ]
+
+  with Progress('evaluation replies', len(held) * len(CONDITIONS), 'replies') as bar:
+    # Messages of all traits fill batches together where nothing is shown; else a batch shares what is shown.
+    for condition in ('base', 'trained'):
+      work = functools.partial(make, condition, None)
+      rows += chunks(folder, condition, held, config.batch_size, work, bar)
+    for condition in ('prompted', 'prompted_examples'):
+      for trait in session.character.traits:
+        items = [row for row in held if row['trait'] == trait.id]
+        work = functools.partial(make, condition, trait)
+        rows += chunks(folder, f'{condition}-{trait.id}', items, config.batch_size, work, bar)
+  return rows
+
+
+def _judge_replies(session: Session, rows: Sequence[Row], judge: Any) -> None:
+  """Adds the held-out judge's score to every reply."""
+  model = session.model
+  asked = [model.prompt([*prompts.plain(), prompts.user(row['prompt'])]) for row in rows]
+  said = [model.reply(row['text'], row['finish'] == 'stop') for row in rows]
+  for row, value in zip(rows, rewards(model.decoder, judge, asked, said), strict=True):
+    row['score'] = round(float(value), 5)
+
+
+def _judged(rows: Sequence[Row], trait: str) -> dict[str, dict[str, np.ndarray | None]]:
+  """Judge's scores, and win rates of each condition over base and over prompted, by message."""
+  scores: Values = {
+    c: np.array([row['score'] for row in rows if row['trait'] == trait and row['condition'] == c]) for c in CONDITIONS
+  }
+
+  def wins(against: str) -> dict[str, np.ndarray | None]:
+    return {c: (scores[c] > scores[against]) + 0.5 * (scores[c] == scores[against]) for c in CONDITIONS}
+
+  return {'judge': dict(scores), 'win_rate': wins('base'), 'win_rate_vs_prompted': wins('prompted')}
+
+
+# ---- written pairs and probes ----
+
+
+def _margins(
+  session: Session, before: prompts.Messages, trained: Any, rows: Sequence[tuple[str, str, str]]
+) -> np.ndarray:
+  """Per-token log-prob of the first reply minus that of the second, for rows (message, first, second)."""
+  model = session.model
+  decoder, adapter = bind(model.decoder, trained) if trained is not None else (model.decoder, None)
+  asked = [model.prompt([*before, prompts.user(message)]) for message, _, _ in rows]
+  said = [model.reply(row[1]) for row in rows] + [model.reply(row[2]) for row in rows]
+  values = [float(p.mean()) for p in score(decoder, [*asked, *asked], said, adapter=adapter)]
+  first, second = np.split(np.array(values), 2)
+  return first - second
+
+
+def _conditions(session: Session, trait: Trait | None, trained: Any, rows: Sequence[tuple[str, str, str]]) -> Any:
+  out: dict[str, np.ndarray | None] = {}
+  for condition in CONDITIONS:
+    if trait is None and condition.startswith('prompted'):
+      out[condition] = None
+    else:
+      used = trained if condition == 'trained' else None
+      out[condition] = _margins(session, _before(session, trait, condition), used, rows)
+  return out
+
+
+def _pair_margins(session: Session, trait: Trait, trained: Any) -> dict[str, np.ndarray | None]:
+  pairs = trait.pairs_for('kept')
+  if not pairs:
+    return dict.fromkeys(CONDITIONS)
+  return _conditions(session, trait, trained, [(p.message, p.in_character, p.out_of_character) for p in pairs])
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+  """One line of a probe file."""
+
+  trait: str
+  message: str
+  consistent: str
+  inconsistent: str
+
+
+def _by_trait(probes: Sequence[Probe]) -> dict[str, list[Probe]]:
+  return {name: [p for p in probes if p.trait == name] for name in dict.fromkeys(p.trait for p in probes)}
+
+
+def _probe_margins(session: Session, name: str, rows: Sequence[Probe], trained: Any) -> dict[str, np.ndarray | None]:
+  trait = next((trait for trait in session.character.traits if trait.id == name), None)
+  return _conditions(session, trait, trained, [(p.message, p.consistent, p.inconsistent) for p in rows])
+
+
+def read_probes(path: str) -> list[Probe]:
+  """A probe file: JSON Lines with trait, message, consistent, inconsistent; other keys are ignored.
+
+  Raises:
+    UserError: naming file, line and field.
+  """
+  fields = [field.name for field in dataclasses.fields(Probe)]
+  return [Probe(**{field: _text(path, i, row, field) for field in fields}) for i, row in _lines(path)]
+
+
+def read_neutral(path: str) -> list[Row]:
+  """A neutral file: JSON Lines with message, reference, expect (a regular expression, or null).
+
+  Raises:
+    UserError: naming file, line and field.
+  """
+  rows = []
+  for i, row in _lines(path):
+    expect = row.get('expect')
+    if expect is not None:
+      try:
+        re.compile(expect)
+      except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise UserError(f'{path}:{i}: expect is no regular expression ({error}); mend it or write null') from error
+    rows.append({field: _text(path, i, row, field) for field in ('message', 'reference')} | {'expect': expect})
+  return rows
+
+
+def _lines(path: str) -> list[tuple[int, Row]]:
+  rows = read_jsonl(path)
+  if not rows:
+    raise UserError(f'{path}: the file is empty; write one JSON object a line')
+  numbers = [i for i, line in enumerate(epath.Path(path).read_bytes().split(b'\n'), 1) if line.strip()]
+  return list(zip(numbers, rows, strict=True))
+
+
+def _text(path: str, line: int, row: Row, field: str) -> str:
+  value = row.get(field)
+  if not isinstance(value, str) or not value.strip():
+    raise UserError(f'{path}:{line}: field {field} is missing or no text; give it a string')
+  return value
+
+
+# ---- what should not change ----
+
+
+def _neutral(session: Session, rows: Sequence[Row], held: Sequence[Row], drawn: Sequence[Row], trained: Any) -> Row:
+  """Log-prob of reference answers, accuracy of greedy answers, and KL on the starting model's own neutral replies."""
+  model = session.model
+  asked = [model.prompt([*prompts.plain(), prompts.user(row['message'])]) for row in rows]
+  said = [model.reply(row['reference']) for row in rows]
+  expected = [i for i, row in enumerate(rows) if row['expect'] is not None]
+  log_prob: dict[str, np.ndarray | None] = {}
+  accuracy: dict[str, np.ndarray | None] = {}
+  config = session.config.evaluation
+  for condition in ('base', 'trained'):
+    decoder, adapter = bind(model.decoder, trained) if condition == 'trained' else (model.decoder, None)
+    log_prob[condition] = np.array([p.mean() for p in score(decoder, asked, said, adapter=adapter)], np.float64)
+    if expected:
+      keys = item_keys(session.config.seed, 'neutral', [str(i) for i in expected])
+      settings = Sampling(config.max_new_tokens, 0.0, batch_size=config.batch_size)
+      answers = sample(
+        decoder, [asked[i] for i in expected], keys, model.eos_ids, settings, adapter=adapter, width=config.prompt_width
+      )
+      hits = [
+        bool(re.search(rows[i]['expect'], model.text(reply.tokens), re.IGNORECASE))
+        for i, reply in zip(expected, answers, strict=True)
+      ]
+      accuracy[condition] = np.array(hits, np.float64)
+  own = [row for row in drawn if row['trait'] is None and row['condition'] == 'base']
+  out = {'log_prob': summarise(log_prob), 'accuracy': summarise(accuracy) if expected else None}
+  base, delta = out['log_prob']['base'], out['log_prob']['delta']
+  out['log_prob_lost'] = -delta['mean'] / abs(base['mean']) if base and delta and base['mean'] else None
+  out['kl'] = {'trained': interval(_kl(session, own, trained))} if own else None
+  return out
+
+
+@jax.jit
+def _kl_rows(decoder: Any, trained: Any, prefix: Prefix | None, rows: Rows) -> jax.Array:
+  """Mean exact KL(starting || trained) a token, [B]; without a shared prefix, since two models read the rows."""
+  del prefix
+  used, adapter = bind(decoder, trained)
+  reference = predicting(hidden_states(decoder, rows), rows)
+  hidden = predicting(hidden_states(used, rows, adapter=adapter), rows)
+  kl = over_chunks(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), reference, hidden)
+  return jnp.where(rows.reply_mask, kl, 0.0).sum(-1) / jnp.maximum(rows.reply_mask.sum(-1), 1)
+
+
+def _kl(session: Session, rows: Sequence[Row], trained: Any) -> np.ndarray:
+  model = session.model
+  asked = [model.prompt([*prompts.plain(), prompts.user(row['prompt'])]) for row in rows]
+  said = [model.reply(row['text'], row['finish'] == 'stop') for row in rows]
+  run = functools.partial(_kl_rows, model.decoder, trained)
+  return np.array([float(v) for v in map_rows(run, model.decoder, asked, said, share_prefix=False)])
+
+
+_SIDE_EFFECTS: dict[str, Callable[[Row], float]] = {
+  'length': lambda row: row['tokens'],
+  'cut_off': lambda row: row['finish'] == 'length',
+  'exclamation_marks': lambda row: row['text'].count('!'),
+  'praise': lambda row: bool(_PRAISE.search(row['text'])),
+  'closing_questions': lambda row: row['text'].rstrip().endswith('?'),
+  'distinct_2': lambda row: _distinct(row['text'], 2),
+}
+
+
+def _distinct(text: str, n: int) -> float:
+  """Share of n-grams of words that are different (Li et al. 2016); 1 where there are none."""
+  words = text.lower().split()
+  grams = list(zip(*(words[i:] for i in range(n)), strict=False))
+  return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def _side_effects(rows: Sequence[Row]) -> Row:
+  """On the held-out trait messages, in every condition."""
+  out = {}
+  for name, measure in _SIDE_EFFECTS.items():
+    out[name] = summarise(
+      {
+        c: np.array([float(measure(row)) for row in rows if row['condition'] == c and row['trait']])
+        for c in CONDITIONS
+      }
+    )
+  return out

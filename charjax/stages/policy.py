@@ -1,0 +1,282 @@
+"""policy: GRPO on the trait messages, with no trait shown, against the preference model.
+
+Reads messages/ and preference/; writes Orbax checkpoints, metrics.jsonl and samples.jsonl (replies drawn as training
+went on). Replies are drawn by temperature alone, so that their log-probs are those of the distribution sampled
+from. The KL penalty to the starting model stands in the reward, where its gradient is right; neutral messages are
+held by an exact KL on replies that the starting model gave once.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from charjax.engine.batch import ROW_STEP, bucket, common_prefix, compute_prefix, item_keys, pad
+from charjax.engine.sample import Reply, Sampling, sample
+from charjax.engine.score import (
+  Rows,
+  hidden_states,
+  make_rows,
+  over_chunks,
+  predicting,
+  reply_log_probs,
+  token_log_probs,
+)
+from charjax.errors import UserError
+from charjax.mesh import shard_batch
+from charjax.model.decoder import logits
+from charjax.model.heads import bind, last_token_rewards, make_trainable
+from charjax.progress import Metrics, Progress
+from charjax.stages import messages, preference, prompts
+from charjax.training.checkpoint import Checkpoints, fingerprint
+from charjax.training.data import batches
+from charjax.training.losses import group_advantages, kl_from_logits, penalised_rewards, policy_gradient
+from charjax.training.step import init_optimizer, make_optimizer, make_step
+from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write_text
+
+
+def run(session: Session) -> Row:
+  """Trains the policy; returns counts."""
+  config, folder, model = session.config.policy, session.folder('policy'), session.model
+  asked, rewarded = _trait_prompts(session)
+  neutral = _neutral_replies(session)
+  shapes = _Layout([*asked, *neutral], config.max_new_tokens)
+
+  trainable, optimizer, state, layout = _start(session)
+  step_function = make_step(_loss, optimizer, trainable, layout)
+  reward_model = preference.load(session, 'train')
+  scale = json.loads((session.folder('preference') / 'report.json').read_text())['train']['reward_std'] or 1.0
+  asked_data = batches(asked, config.prompts_per_step, session.config.seed)
+  # At least as many neutral messages as trait messages, so that the rest of the model is held as firmly.
+  neutral_data = batches(neutral, config.prompts_per_step, session.config.seed + 1)
+  settings = Sampling(
+    config.max_new_tokens, config.temperature, batch_size=config.prompts_per_step * config.replies_per_prompt
+  )
+  with Checkpoints(folder / 'checkpoints') as checkpoints, Metrics(folder) as metrics, Progress(
+    'policy', config.steps, 'steps'
+  ) as bar:
+    start, (trainable, state), position = checkpoints.restore((trainable, state))
+    if position:
+      asked_data.set_state(position['asked'])
+      neutral_data.set_state(position['neutral'])
+    metrics.truncate_after(start)
+    bar.skip(start)
+    for step in range(start + 1, config.steps + 1):
+      group = [item for item in next(asked_data) for _ in range(config.replies_per_prompt)]
+      names = [f'{step}/{item["id"]}/{i}' for i, item in enumerate(group)]
+      used, adapter = bind(model.decoder, trainable)
+      drawn = sample(
+        used, [item['prompt'] for item in group], item_keys(session.config.seed, 'policy', names), model.eos_ids,
+        settings, adapter=adapter, width=config.prompt_width,
+      )  # fmt: skip
+      rows = shapes.rows([item['prompt'] for item in group], [reply.tokens for reply in drawn])
+      rewards, reference = _judge(
+        model.decoder, reward_model, shapes.prefix, shapes.length, rows, config.temperature
+      )
+      sampled = pad_log_probs(drawn, rows.reply_mask.shape[1])
+      weight = np.array([item['weight'] for item in group], np.float32)
+      advantages, penalised = _advantages(rewards / scale, sampled, reference, rows.reply_mask, weight, config)
+      neutral_batch = next(neutral_data)
+      batch = shapes.shared() | {
+        'rows': rows,
+        'sampled': shard_batch(sampled),
+        'advantages': shard_batch(advantages),
+        'neutral': shapes.rows([row['prompt'] for row in neutral_batch], [row['reply'] for row in neutral_batch]),
+        'temperature': np.float32(config.temperature),
+        'clip': np.float32(config.clip),
+        'neutral_weight': np.float32(config.neutral_weight),
+      }
+      trainable, state, values = step_function(trainable, state, model.decoder, batch)
+      tokens = max(1, int(np.asarray(rows.reply_mask).sum()))
+      values = jax.device_get(values) | {
+        'reward': float(np.mean(rewards) / scale),
+        'penalised_reward': float(np.mean(penalised)),
+        'kl': float((sampled - reference)[np.asarray(rows.reply_mask)].sum() / tokens),
+        'length': tokens / len(drawn),
+        'ended': float(np.mean([reply.finish == 'stop' for reply in drawn])),
+        'entropy': float(-sampled.sum() / tokens),
+      }
+      metrics.write(step, values)
+      bar.advance(1, f'reward {values["reward"]:.3f}, KL {values["kl"]:.3f} a token')
+      if step % config.samples_every == 0 or step in (1, config.steps):
+        _save_samples(session, step, group, drawn, np.asarray(rewards) / scale)
+      if step == config.steps or step % config.save_every == 0:
+        position = {'asked': asked_data.get_state(), 'neutral': neutral_data.get_state()}
+        checkpoints.save(step, (trainable, state), position)
+  _merge_samples(session)
+  write_text(folder / 'fingerprint.json', json.dumps({'policy': fingerprint(trainable)}))
+  return {'steps': config.steps, 'messages': len(asked), 'neutral': len(neutral), 'traits_rewarded': rewarded}
+
+
+def _start(session: Session) -> tuple[Any, Any, Any, Any]:
+  config, decoder = session.config.policy, session.model.decoder
+  trainable = make_trainable(decoder, config.lora_rank, session.config.seed + 10, with_head=False)
+  optimizer = make_optimizer(
+    config.learning_rate, config.warmup, config.steps, config.weight_decay, config.max_gradient
+  )
+  state, layout = init_optimizer(optimizer, trainable)
+  return trainable, optimizer, state, layout
+
+
+def load(session: Session) -> Any:
+  """The trained policy: what model.heads.bind takes."""
+  trainable, _, state, _ = _start(session)
+  with Checkpoints(session.folder('policy') / 'checkpoints') as checkpoints:
+    _, (trainable, _), _ = checkpoints.restore((trainable, state))
+  return trainable
+
+
+# ---- what is asked ----
+
+
+def _trait_prompts(session: Session) -> tuple[list[Row], list[str]]:
+  """Training messages of the traits whose preference model is better than chance, and those traits."""
+  report = json.loads((session.folder('preference') / 'report.json').read_text())
+  left_out = set() if session.config.policy.keep_unproven_traits else set(report['left_out'])
+  weights = {trait.id: trait.weight for trait in session.character.traits if trait.id not in left_out}
+  if not weights:
+    raise UserError(
+      'policy: no trait has a preference model better than chance, so there is nothing to reward; see '
+      'preference/report.json, or set config.policy.keep_unproven_traits=True'
+    )
+  rows = [row for row in messages.load(session) if row['split'] == 'train' and row['trait'] in weights]
+  asked = [
+    {
+      'id': row['id'],
+      'trait': row['trait'],
+      'text': row['text'],
+      'prompt': session.model.prompt([*prompts.plain(), prompts.user(row['text'])]),
+      'weight': weights[row['trait']],
+    }
+    for row in rows
+  ]
+  return asked, sorted(weights)
+
+
+def _neutral_replies(session: Session) -> list[Row]:
+  """The starting model's own replies to the neutral training messages, drawn once."""
+  config, model = session.config.policy, session.model
+  rows = [row for row in messages.load(session) if row['split'] == 'train' and row['trait'] is None]
+  if not rows:
+    raise UserError('policy: there are no neutral training messages; set config.messages.train_neutral above 0')
+
+  def make(items: Sequence[Row], _: int) -> list[Row]:
+    asked = [model.prompt([*prompts.plain(), prompts.user(item['text'])]) for item in items]
+    keys = item_keys(session.config.seed, 'policy/neutral', [item['id'] for item in items])
+    settings = Sampling(
+      config.max_new_tokens, config.temperature, batch_size=config.prompts_per_step * config.replies_per_prompt
+    )
+    drawn = sample(model.decoder, asked, keys, model.eos_ids, settings, width=config.prompt_width)
+    return [{'prompt': p, 'reply': reply.tokens} for p, reply in zip(asked, drawn, strict=True)]
+
+  return chunks(session.folder('policy'), 'neutral', rows, 256, make)
+
+
+class _Layout:
+  """Fixed shapes for all batches, so that each program is compiled once."""
+
+  def __init__(self, items: Sequence[Row], reply_tokens: int):
+    self.cut = common_prefix([item['prompt'] for item in items])
+    self.reply_tokens = reply_tokens
+    longest = max(len(item['prompt']) for item in items) - self.cut
+    self.width = bucket(longest + reply_tokens, ROW_STEP)
+    self.prefix = pad([items[0]['prompt'][: self.cut]], max(1, self.cut))[0][0]
+    self.length = np.int32(self.cut)
+
+  def shared(self) -> Row:
+    return {'prefix': self.prefix, 'prefix_length': self.length}
+
+  def rows(self, asked: Sequence[list[int]], said: Sequence[list[int]]) -> Rows:
+    rest = [prompt[self.cut :] for prompt in asked]
+    return shard_batch(make_rows(rest, said, width=self.width, reply_width=self.reply_tokens))
+
+
+def pad_log_probs(drawn: Sequence[Reply], width: int) -> np.ndarray:
+  """Log-probs of drawn replies as [B, width], 0 after their end."""
+  out = np.zeros((len(drawn), width), np.float32)
+  for i, reply in enumerate(drawn):
+    out[i, : len(reply.tokens)] = reply.log_probs
+  return out
+
+
+# ---- the step ----
+
+
+def _judge_rows(
+  decoder: Any, reward_model: Any, prefix_tokens: jax.Array, length: jax.Array, rows: Rows, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+  """Rewards [B], and log-probs [B, R] under the starting model."""
+  used, adapter = bind(decoder, reward_model)
+  rewards = last_token_rewards(decoder, reward_model, rows, compute_prefix(used, prefix_tokens, length, adapter))
+  prefix = compute_prefix(decoder, prefix_tokens, length)
+  return rewards, reply_log_probs(decoder, rows, prefix=prefix, temperature=temperature)
+
+
+_judge_compiled = jax.jit(_judge_rows)
+
+
+def _judge(*args: Any) -> tuple[np.ndarray, np.ndarray]:
+  rewards, reference = jax.device_get(_judge_compiled(*args))
+  return np.asarray(rewards), np.asarray(reference)
+
+
+def _advantages(
+  rewards: np.ndarray, sampled: np.ndarray, reference: np.ndarray, mask: Any, weight: np.ndarray, config: Any
+) -> tuple[np.ndarray, np.ndarray]:
+  """Advantages [B] among the replies to one prompt, weighted by trait, and the rewards less the KL penalty [B]."""
+  penalised = np.asarray(penalised_rewards(rewards, sampled, reference, np.asarray(mask), config.kl))
+  grouped = group_advantages(penalised.reshape(-1, config.replies_per_prompt))
+  return np.asarray(grouped).reshape(-1) * weight, penalised
+
+
+def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Clipped policy gradient a token, and the exact KL a token on neutral replies."""
+  used, adapter = bind(decoder, trainable)
+  prefix = compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter)
+  rows, neutral = batch['rows'], batch['neutral']
+
+  hidden = predicting(hidden_states(used, rows, adapter=adapter, prefix=prefix), rows)
+  log_probs = token_log_probs(used, hidden, rows.replies, batch['temperature'])
+  gradient, tokens, clipped = policy_gradient(
+    log_probs, batch['sampled'], batch['advantages'], rows.reply_mask, batch['clip']
+  )
+  tokens = jnp.maximum(tokens, 1)
+
+  start = compute_prefix(decoder, batch['prefix'], batch['prefix_length'])
+  reference = jax.lax.stop_gradient(predicting(hidden_states(decoder, neutral, prefix=start), neutral))
+  hidden = predicting(hidden_states(used, neutral, adapter=adapter, prefix=prefix), neutral)
+  kl = over_chunks(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), reference, hidden)
+  neutral_kl = jnp.where(neutral.reply_mask, kl, 0.0).sum() / jnp.maximum(neutral.reply_mask.sum(), 1)
+
+  gap = jnp.where(rows.reply_mask, jnp.abs(log_probs - batch['sampled']), 0.0).sum() / tokens
+  metrics = {'neutral_kl': neutral_kl, 'clip_fraction': clipped / tokens, 'logprob_gap': gap}
+  return gradient / tokens + batch['neutral_weight'] * neutral_kl, metrics
+
+
+# ---- samples ----
+
+
+def _save_samples(session: Session, step: int, group: Sequence[Row], drawn: Sequence[Reply], rewards: np.ndarray) -> None:
+  """The first reply to each message of this step."""
+  rows = [
+    {
+      'step': step,
+      'message': item['id'],
+      'trait': item['trait'],
+      'prompt': item['text'],
+      'text': session.model.text(reply.tokens),
+      'reward': round(float(reward), 4),
+    }
+    for i, (item, reply, reward) in enumerate(zip(group, drawn, rewards, strict=True))
+    if i % session.config.policy.replies_per_prompt == 0
+  ]
+  write_jsonl(session.folder('policy') / 'samples' / f'{step:06d}.jsonl', rows)
+
+
+def _merge_samples(session: Session) -> None:
+  folder = session.folder('policy')
+  files = sorted((folder / 'samples').glob('*.jsonl'))
+  write_jsonl(folder / 'samples.jsonl', [row for file in files for row in read_jsonl(file)])
