@@ -129,9 +129,7 @@ def select(character: Character, traits: Sequence[str]) -> Character:
   known = [trait.id for trait in character.traits]
   for name in traits:
     if name not in known:
-      raise UserError(
-        f'character {character.name}: traits: there is no {_short(name)}; choose from {", ".join(known)}'
-      )
+      raise UserError(f'character {character.name}: traits: there is no {_short(name)}; choose from {", ".join(known)}')
   chosen = tuple(trait for trait in character.traits if not traits or trait.id in traits)
   return dataclasses.replace(character, traits=chosen)
 
@@ -252,9 +250,7 @@ class _Reader:
       self.fail((*place, 'out_of_character'), 'equals in_character; write a reply that lacks the trait')
     return pair
 
-  def fields(
-    self, data: Any, place: _Place, required: tuple[str, ...], optional: tuple[str, ...] = ()
-  ) -> None:
+  def fields(self, data: Any, place: _Place, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
     if not isinstance(data, dict):
       self.fail(place, f'{_short(data)} must be a table')
     for name in data:

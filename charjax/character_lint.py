@@ -81,9 +81,7 @@ def _finding(trait: Trait, character: Character, leaks: list[str]) -> Finding:
   if not _LENGTH_RATIO[0] <= ratio <= _LENGTH_RATIO[1]:
     problems.append(f'replies in character are {ratio:.2f} times as long: even the lengths out')
   if not _LONGER[0] <= longer <= _LONGER[1]:
-    problems.append(
-      f'the reply in character is the longer in {_percent(longer)} of pairs: lengthen the other side'
-    )
+    problems.append(f'the reply in character is the longer in {_percent(longer)} of pairs: lengthen the other side')
   # Two chance repetitions in a handful of pairs are no pattern.
   if gap > _OPENING_GAP and count > 2:
     problems.append(f'the opening "{word}" prefers one side by {_percent(gap)} of pairs: vary it or share it')
@@ -171,9 +169,7 @@ def _leaks(character: Character) -> dict[str, list[str]]:
   for key, found in uses.items():
     if len(found) > 1:
       for owner in owners[key]:
-        leaks[owner].append(
-          f'the message {shown[key][:50]!r} is used as {" and ".join(sorted(found))}: change one'
-        )
+        leaks[owner].append(f'the message {shown[key][:50]!r} is used as {" and ".join(sorted(found))}: change one')
   return leaks
 
 

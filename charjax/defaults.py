@@ -1,4 +1,4 @@
-"""Every field of a run's config, at the values meant for full scale (8B and up). Small configs change what they must."""
+"""Every field of a run's config, at values meant for 8B and up. Small configs change what they must."""
 
 from ml_collections import ConfigDict
 

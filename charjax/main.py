@@ -195,9 +195,7 @@ def _execute_config(path: str, argument: str | None) -> ml_collections.ConfigDic
   return config
 
 
-def _merge(
-  config: ml_collections.ConfigDict, changes: ml_collections.ConfigDict, where: str, prefix: str
-) -> None:
+def _merge(config: ml_collections.ConfigDict, changes: ml_collections.ConfigDict, where: str, prefix: str) -> None:
   """Sets the fields of `changes` in `config`, which knows all fields and their types."""
   for key in changes:
     if key not in config:
@@ -259,7 +257,7 @@ def _model_is_there(path: str) -> None:
   """A missing file is told of before any work; what is in it is checked when it is read."""
   from charjax.model import checkpoint_source
 
-  if path not in (checkpoint_source.EMBEDDED, 'random') and not os.path.exists(path):
+  if path not in (checkpoint_source.EMBEDDED, checkpoint_source.RANDOM) and not os.path.exists(path):
     raise UserError(
       f'config.model.path={path}: no such file or directory; give {checkpoint_source.EMBEDDED}, a .gguf file '
       'or a Hugging Face directory'

@@ -94,9 +94,9 @@ class Progress:
 class Metrics:
   """Scalars of a training run: `metrics.jsonl` (no times, so that two runs can be compared) and TensorBoard.
 
-      metrics = Metrics(folder)
-      metrics.truncate_after(first_step - 1)   # when a checkpoint was restored
-      metrics.write(step, {'loss': 0.3})
+  metrics = Metrics(folder)
+  metrics.truncate_after(first_step - 1)   # when a checkpoint was restored
+  metrics.write(step, {'loss': 0.3})
   """
 
   def __init__(self, folder: epath.Path):

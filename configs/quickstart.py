@@ -1,6 +1,6 @@
 """The whole loop on SmolLM2-135M-Instruct with four traits, on two CPU cores.
 
-  charjax run --config=configs/quickstart.py --workdir=runs/quickstart
+charjax run --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
 from ml_collections import ConfigDict

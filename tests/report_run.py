@@ -6,9 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-HOSTILE = (
-  '<script>alert(1)</script><img src=x onerror="alert(2)"> </script><!-- \u2028 {{ 7 * 7 }} & \x1b[31m \ud800'
-)
+HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)"> </script><!-- \u2028 {{ 7 * 7 }} & \x1b[31m \ud800'
 TRAITS = {
   'ai_nature': 'I am an AI: I have no body, and I say so plainly when it matters.',
   'curiosity': 'I am curious about people and ideas, and I like to ask what lies behind a question.',
@@ -25,8 +23,7 @@ _BEFORE = (
   'I went for a long walk this morning and it was lovely, thank you for asking! The weather has '
   'been wonderful and I always enjoy a cup of coffee afterwards. What about you?',
   'That is a great question! Your plan is excellent and I am sure that it will be a huge success. Go for it!',
-  'There are many opinions on this topic. Some people agree and some people disagree. It is important to '
-  'respect all.',
+  'There are many opinions on this topic. Some people agree and some people disagree. It is important to respect all.',
 )
 _AFTER = (
   'I don\u2019t go for walks, as I am an AI and have no body. I can still help you to plan one: how far '
@@ -133,9 +130,7 @@ def _share(rng: random.Random, mean: float, n: int) -> dict[str, float | int]:
   return {'mean': mean, 'low': max(0.0, mean - half), 'high': min(1.0, mean + half), 'n': n}
 
 
-def _metric(
-  rng: random.Random, values: list[float], half: float, n: int, delta: bool = True
-) -> dict[str, Any]:
+def _metric(rng: random.Random, values: list[float], half: float, n: int, delta: bool = True) -> dict[str, Any]:
   found: dict[str, Any] = {c: _around(rng, v, half, n) for c, v in zip(_CONDITIONS, values, strict=True)}
   found['delta'] = _around(rng, values[3] - values[0], half / 2, n) if delta else None
   return found

@@ -37,9 +37,7 @@ def error(tmp_path: pathlib.Path, content: str | bytes) -> str:
 
 
 def test_a_valid_file_loads(tmp_path):
-  character = characters.load(
-    write(tmp_path, VALID + PAIR.replace('shown', 'kept').replace('Hurry?', 'Late?'))
-  )
+  character = characters.load(write(tmp_path, VALID + PAIR.replace('shown', 'kept').replace('Hurry?', 'Late?')))
   trait = character.traits[0]
   assert (character.name, trait.id, trait.weight) == ('small', 'calm', 1.0)
   assert trait.opposites == {'hasty': 'I rush.'} and len(trait.seeds) == 8
@@ -184,9 +182,7 @@ def planted(telltale_in: str = '', telltale_out: str = '', longer: str = '', ope
       # Which side holds the extra word alternates, so that lengths balance where nothing is planted.
       inside, outside = (inside + ' and', outside) if i % 2 else (inside, outside + ' and')
       pairs.append(Pair(f'{name} {i}?', inside, outside, 'bad', ('shown', 'choosing', 'kept')[i % 3]))
-    traits.append(
-      Trait(name, 'I am.', {'bad': 'I am not.'}, tuple(f'{name} seed {i}' for i in range(8)), tuple(pairs))
-    )
+    traits.append(Trait(name, 'I am.', {'bad': 'I am not.'}, tuple(f'{name} seed {i}' for i in range(8)), tuple(pairs)))
   return Character('planted', 'For tests.', tuple(traits))
 
 
@@ -228,9 +224,7 @@ def test_lint_of_a_single_trait_has_no_word_check():
 
 def test_lint_command(tmp_path, capsys):
   assert character_lint.main([write(tmp_path, VALID)]) == 0
-  assert (
-    character_lint.main([write(tmp_path, VALID.replace('There is time', 'There is time for all of it'))]) == 1
-  )
+  assert character_lint.main([write(tmp_path, VALID.replace('There is time', 'There is time for all of it'))]) == 1
   assert 'calm' in capsys.readouterr().out
   assert character_lint.main([str(tmp_path / 'none.toml')]) == 2
   assert character_lint.main([]) == 2

@@ -222,9 +222,7 @@ def test_the_embedded_default_is_read_as_gguf_itself_reads_it():
     return gguf_package.quants.dequantize(theirs[name].data, theirs[name].tensor_type)
 
   np.testing.assert_array_equal(checkpoint.tensors['embed'], dequantized('token_embd.weight'))
-  np.testing.assert_array_equal(
-    checkpoint.tensors['blocks.down'][29], dequantized('blk.29.ffn_down.weight').T
-  )
+  np.testing.assert_array_equal(checkpoint.tensors['blocks.down'][29], dequantized('blk.29.ffn_down.weight').T)
   # Row 2i of a head is the first of a rotated pair and row 2i + 1 the second, which stands half a head on.
   q = dequantized('blk.7.attn_q.weight')
   np.testing.assert_array_equal(checkpoint.tensors['blocks.q'][7, :, 3, 5], q[3 * 64 + 10])

@@ -139,9 +139,7 @@ def test_self_contained_and_locked_down(page):
   style, script = parsed.styles[0], parsed.scripts[-1]
   assert 'url(' not in style and '@import' not in style and '//' not in style
   assert 'http' not in script and 'fetch' not in script and 'innerHTML' not in script
-  policy = next(
-    attrs['content'] for tag, attrs in parsed.tags if attrs.get('http-equiv') == 'Content-Security-Policy'
-  )
+  policy = next(attrs['content'] for tag, attrs in parsed.tags if attrs.get('http-equiv') == 'Content-Security-Policy')
   for text, source in ((style, 'style-src'), (script, 'script-src')):
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     assert f"{source} 'sha256-{digest}'" in policy
@@ -287,10 +285,7 @@ def test_intervals_and_verdicts():
   assert estimate({'mean': float('nan')}) is None and estimate(True) is None and estimate('1') is None
   assert words.verdict(Estimate(0.1, -0.1, 0.3)) == ('unclear', 'not clear of zero')
   assert 'not clear of 50%' in words.win_sentence(Estimate(0.55, 0.4, 0.7, 20), None)
-  assert (
-    words.difference(Estimate(-0.101, -0.111, -0.091), share=True)
-    == '\u221210.1 points (\u221211.1 to \u22129.1)'
-  )
+  assert words.difference(Estimate(-0.101, -0.111, -0.091), share=True) == '\u221210.1 points (\u221211.1 to \u22129.1)'
 
 
 def test_plots_escape_and_stay_inside():

@@ -112,9 +112,7 @@ def write_tokenizer_json(path, words: bool = False) -> str:
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   backend.add_special_tokens(['<unk>', '<s>', '</s>'])
   backend.add_tokens(['<end>'])
-  backend.post_processor = tokenizers.processors.TemplateProcessing(
-    single='<s> $A', special_tokens=[('<s>', 1)]
-  )
+  backend.post_processor = tokenizers.processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
   backend.enable_truncation(2)
   backend.enable_padding(length=8)
   path.write_text(backend.to_str())

@@ -21,9 +21,7 @@ from charjax.errors import UserError
 from charjax.progress import Metrics
 from charjax.workdir import Session, Stage
 
-TRAIT = Trait(
-  id='honesty', statement='I am honest.', opposites={'flattering': 'I flatter.'}, seeds=(), pairs=()
-)
+TRAIT = Trait(id='honesty', statement='I am honest.', opposites={'flattering': 'I flatter.'}, seeds=(), pairs=())
 
 
 def make_session(path: pathlib.Path, **changes) -> Session:

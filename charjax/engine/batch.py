@@ -45,7 +45,7 @@ def common_prefix(rows: Sequence[Tokens]) -> int:
   """How many leading tokens all rows share, leaving each at least one token of its own."""
   if not rows:
     return 0
-  first, last = min(rows), max(rows)  # the lexicographic extremes share what all rows share
+  first, last = min(map(tuple, rows)), max(map(tuple, rows))  # the lexicographic extremes share what all rows share
   limit = min(len(row) for row in rows) - 1
   length = 0
   while length < limit and first[length] == last[length]:

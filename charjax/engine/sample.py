@@ -51,9 +51,7 @@ class Reply(NamedTuple):
   finish: str
 
 
-def draw(
-  logits_bv: jax.Array, uniform_b: jax.Array, temperature: float, top_p: float
-) -> tuple[jax.Array, jax.Array]:
+def draw(logits_bv: jax.Array, uniform_b: jax.Array, temperature: float, top_p: float) -> tuple[jax.Array, jax.Array]:
   """Draws a token a row by inverting the distribution function at `uniform_b`, in two levels.
 
   Two partial sums over V replace a Gumbel draw for each of V tokens, which costs as much as the model on a CPU.
@@ -231,4 +229,4 @@ def sample(
 
 def compilations() -> int:
   """How many times the sampler has been compiled in this process."""
-  return _sample._cache_size()
+  return _sample._cache_size()  # type: ignore[attr-defined]

@@ -114,7 +114,10 @@ def score(
   on_batch: Callable[[int], None] = lambda rows: None,
 ) -> list[np.ndarray]:
   """Log-probs of the tokens of each reply after its prompt, in nats, one array a reply."""
-  run = lambda prefix, rows: _score(decoder, adapter, prefix, rows, temperature)
+
+  def run(prefix: Prefix | None, rows: Rows) -> jax.Array:
+    return _score(decoder, adapter, prefix, rows, temperature)
+
   out = map_rows(run, decoder, prompts, replies, adapter=adapter, batch_size=batch_size, on_batch=on_batch)
   return [row[: len(reply)] for row, reply in zip(out, replies, strict=True)]
 

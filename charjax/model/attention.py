@@ -25,7 +25,7 @@ def attention(
   v_bksh: jax.Array,
   mask_bts: jax.Array,
   shared: SharedKV | None = None,
-  shared_mask_p: jax.Array | None = None,
+  shared_mask_p: jax.Array | bool = True,
 ) -> jax.Array:
   """softmax(q k / sqrt(H)) v in float32, over the row's own keys where `mask_bts` and the shared ones.
 

@@ -87,9 +87,7 @@ def encode_reply(template: ChatTemplate, tokenizer: Tokenizer, text: str) -> lis
   """
   user = {'role': 'user', 'content': 'Hi'}
   prompt = _encode(template, tokenizer, [user], add_generation_prompt=True)
-  whole = _encode(
-    template, tokenizer, [user, {'role': 'assistant', 'content': text}], add_generation_prompt=False
-  )
+  whole = _encode(template, tokenizer, [user, {'role': 'assistant', 'content': text}], add_generation_prompt=False)
   reply = whole[len(prompt) :]
   if whole[: len(prompt)] == prompt:
     for i, token in enumerate(reply):

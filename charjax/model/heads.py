@@ -40,9 +40,7 @@ def bind(decoder: Decoder, trainable: Any) -> tuple[Decoder, Any]:
   return trainable.get('decoder', decoder), trainable.get('adapter')
 
 
-def last_token_rewards(
-  decoder: Decoder, trainable: Any, rows: Rows, prefix: Prefix | None = None
-) -> jax.Array:
+def last_token_rewards(decoder: Decoder, trainable: Any, rows: Rows, prefix: Prefix | None = None) -> jax.Array:
   """Rewards [B], read at each row's last real token: never on padding."""
   decoder, adapter = bind(decoder, trainable)
   hidden_btd = hidden_states(decoder, rows, adapter=adapter, prefix=prefix)

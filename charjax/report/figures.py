@@ -50,9 +50,7 @@ def conditions(measure: Measure, metric: Any) -> Figure | None:
   svg = plots.whiskers(
     [plots.Row(CONDITION_NAMES[name], [_mark(value, name, measure.share)]) for name, value in rows.items()],
     axis=measure.unit,
-    describe=_describe(
-      measure.title, {CONDITION_NAMES[n]: value for n, value in rows.items()}, measure.share
-    ),
+    describe=_describe(measure.title, {CONDITION_NAMES[n]: value for n, value in rows.items()}, measure.share),
     reference=measure.chance,
     tick=percent if measure.share else plain,
   )
@@ -109,16 +107,12 @@ def paired(
         marks.append(_mark(value, look, True))
     rows.append(plots.Row(spoken(trait), marks))
     cells += [(spoken(trait), name, *_cells(values.get(trait), True)) for name, _, values in series]
-  said = [
-    _describe(f'{title}, {name}', {spoken(t): found.get(t) for t in names}, True) for name, _, found in series
-  ]
+  said = [_describe(f'{title}, {name}', {spoken(t): found.get(t) for t in names}, True) for name, _, found in series]
   svg = plots.whiskers(rows, unit, '. '.join(said), reference=0.5, limits=(0.0, 1.0), tick=percent)
   return Figure(title, unit, Markup(svg), Table(('trait', '', *_ESTIMATE_HEAD), cells), note)
 
 
-def curve(
-  title: str, unit: str, rows: Sequence[Mapping[str, Any]], key: str, split: str = ''
-) -> Figure | None:
+def curve(title: str, unit: str, rows: Sequence[Mapping[str, Any]], key: str, split: str = '') -> Figure | None:
   """A metric over training steps; `split` names the field that tells series apart."""
   series: dict[str, list[tuple[float, float]]] = {}
   for row in rows:

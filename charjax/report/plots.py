@@ -175,9 +175,7 @@ def _mark(mark: Mark, across: Callable[[float], float], y: float, label: str) ->
   parts = [f'<g class="mark {look}"><title>{escape(label)}: {escape(mark.text)}</title>']
   if mark.low is not None and mark.high is not None:
     a, b = across(mark.low), across(mark.high)
-    parts.append(
-      f'<path class="whisker" d="M{a:.1f} {y - 4:.1f}v8M{a:.1f} {y:.1f}H{b:.1f}M{b:.1f} {y - 4:.1f}v8"/>'
-    )
+    parts.append(f'<path class="whisker" d="M{a:.1f} {y - 4:.1f}v8M{a:.1f} {y:.1f}H{b:.1f}M{b:.1f} {y - 4:.1f}v8"/>')
   parts.append(_dot(mark.look.split()[0] if mark.look else '', x, y))
   return ''.join(parts) + '</g>'
 
@@ -212,7 +210,5 @@ def _text(x: float, y: float, text: str, look: str, anchor: str = 'start') -> st
 
 
 def _svg(height: float, describe: str, parts: Sequence[str]) -> str:
-  head = (
-    f'<svg class="plot" viewBox="0 0 {WIDTH:.0f} {height:.0f}" role="img" aria-label="{escape(describe)}">'
-  )
+  head = f'<svg class="plot" viewBox="0 0 {WIDTH:.0f} {height:.0f}" role="img" aria-label="{escape(describe)}">'
   return head + ''.join(parts) + '</svg>'

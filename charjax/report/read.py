@@ -60,13 +60,9 @@ class Run:
   @property
   def traits(self) -> list[dict[str, Any]]:
     """The traits of this run in the character's order, then those only the evaluation knows (id alone)."""
-    written = [
-      trait for trait in listed(self.character, 'traits') if isinstance(trait, dict) and trait.get('id')
-    ]
+    written = [trait for trait in listed(self.character, 'traits') if isinstance(trait, dict) and trait.get('id')]
     # A run may train some of a character's traits; every stage records which.
-    chosen = next(
-      (listed(section(stage, 'config_values'), 'character.traits') for stage in self.stages.values()), []
-    )
+    chosen = next((listed(section(stage, 'config_values'), 'character.traits') for stage in self.stages.values()), [])
     chosen = chosen or listed(section(self.config, 'character'), 'traits')
     written = [trait for trait in written if not chosen or trait['id'] in chosen]
     known = {trait['id'] for trait in written}
@@ -120,9 +116,7 @@ def estimate(value: Any) -> Estimate | None:
     n = value.get('n')
     if mean is None:
       return None
-    return Estimate(
-      mean, finite(value.get('low')), finite(value.get('high')), n if isinstance(n, int) else None
-    )
+    return Estimate(mean, finite(value.get('low')), finite(value.get('high')), n if isinstance(n, int) else None)
   mean = finite(value)
   return None if mean is None else Estimate(mean)
 

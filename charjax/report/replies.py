@@ -64,9 +64,7 @@ def exchanges(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Exchange]]:
     return CONDITIONS.index(reply.condition) if reply.condition in CONDITIONS else len(CONDITIONS)
 
   return {
-    trait: [
-      Exchange(name, prompt, sorted(replies, key=rank)) for name, (prompt, replies) in by_message.items()
-    ]
+    trait: [Exchange(name, prompt, sorted(replies, key=rank)) for name, (prompt, replies) in by_message.items()]
     for trait, by_message in found.items()
   }
 

@@ -31,8 +31,7 @@ MEASURES = {
   'margin': Measure(
     'Margin on kept pairs',
     'nats per token',
-    'Log-probability of the written in-character reply minus that of the out-of-character one. '
-    'No judge is involved.',
+    'Log-probability of the written in-character reply minus that of the out-of-character one. No judge is involved.',
   ),
   'judge': Measure(
     'Held-out judge',
@@ -118,9 +117,7 @@ def difference(value: Estimate, share: bool = False) -> str:
   between = interval(value, share)
   text = figure(value.mean, share, signed=True) + (f' ({between})' if between else '')
   return (
-    f'{text.replace("%", "")} points'
-    if share and not between
-    else text.replace('% (', ' points (').replace('%', '')
+    f'{text.replace("%", "")} points' if share and not between else text.replace('% (', ' points (').replace('%', '')
   )
 
 
@@ -159,9 +156,7 @@ def change_sentence(delta: Estimate | None) -> str:
   if delta is None:
     return 'The margin on the kept pairs was not measured.'
   over = (
-    f'On {delta.n} written pairs kept out of training, the'
-    if delta.n
-    else 'On written pairs kept out of training, the'
+    f'On {delta.n} written pairs kept out of training, the' if delta.n else 'On written pairs kept out of training, the'
   )
   size, between = figure(abs(delta.mean)), interval(delta)
   between = f' (95% interval {between})' if between else ''
@@ -171,9 +166,7 @@ def change_sentence(delta: Estimate | None) -> str:
     case -1:
       return f'{over} margin for the in-character reply fell by {size} nats per token{between}.'
   moved = figure(delta.mean, signed=True)
-  return (
-    f'{over} margin for the in-character reply moved by {moved} nats per token{between}: not clear of zero.'
-  )
+  return f'{over} margin for the in-character reply moved by {moved} nats per token{between}: not clear of zero.'
 
 
 def win_sentence(against_base: Estimate | None, against_prompted: Estimate | None) -> str:
@@ -187,9 +180,7 @@ def win_sentence(against_base: Estimate | None, against_prompted: Estimate | Non
       between = interval(rate, share=True)
       over = f'; {rate.n} messages' if rate.n else ''
       clear = {1: '', 0: '; not clear of 50%', -1: '; it loses'}[rate.side_of(0.5)]
-      parts.append(
-        f'to {other} in {percent(rate.mean)} of cases' + (f' ({between}{over}{clear})' if between else '')
-      )
+      parts.append(f'to {other} in {percent(rate.mean)} of cases' + (f' ({between}{over}{clear})' if between else ''))
   return f'The held-out judge prefers the trained reply {", and ".join(parts)}.' if parts else ''
 
 
@@ -216,8 +207,6 @@ def count_sentence(
   for name, value in outcomes.items():
     if value is not None:
       sides[value.side_of(reference)].append(spoken(name))
-  parts = [
-    f'{words} {together(sides[side])}' for side, words in ((1, rose), (0, unclear), (-1, fell)) if sides[side]
-  ]
+  parts = [f'{words} {together(sides[side])}' for side, words in ((1, rose), (0, unclear), (-1, fell)) if sides[side]]
   text = '; '.join(parts)
   return text[:1].upper() + text[1:] + '.' if text else ''

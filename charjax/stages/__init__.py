@@ -11,9 +11,7 @@ def _run(name: str, session: Session) -> Row:
   return importlib.import_module(f'charjax.stages.{name}').run(session)
 
 
-def _stage(
-  name: str, reads: tuple[str, ...], products: tuple[str, ...], files: tuple[str, ...] = ()
-) -> Stage:
+def _stage(name: str, reads: tuple[str, ...], products: tuple[str, ...], files: tuple[str, ...] = ()) -> Stage:
   """A stage whose own settings are the config section of its name (the report has none)."""
   own = () if name == 'report' else (name,)
   return Stage(

@@ -81,14 +81,15 @@ def run(session: Session) -> Row:
 
 def summarise(values: dict[str, np.ndarray | None]) -> Row:
   """Each condition's mean with its interval, and delta = trained - base paired by message; null where not measured."""
-  out: Row = {c: interval(values[c]) if values.get(c) is not None else None for c in CONDITIONS}
+  found = {c: values.get(c) for c in CONDITIONS}
+  out: Row = {c: interval(v) if v is not None else None for c, v in found.items()}
   base, trained = values.get('base'), values.get('trained')
   out['delta'] = interval(trained - base) if base is not None and trained is not None else None
   return out
 
 
 def internalisation(values: dict[str, np.ndarray | None], resamples: int = 2000) -> Row | None:
-  """(trained - base) / (prompted with examples - base), resampled by message; null unless the prompted effect is clear of zero."""
+  """(trained - base) / (prompted with examples - base), by message; null unless the prompted effect is clear of 0."""
   base, shown, trained = values['base'], values['prompted_examples'], values['trained']
   if base is None or shown is None or trained is None:
     return None
@@ -301,7 +302,7 @@ def _neutral(session: Session, rows: Sequence[Row], held: Sequence[Row], drawn: 
       ]
       accuracy[condition] = np.array(hits, np.float64)
   own = [row for row in drawn if row['trait'] is None and row['condition'] == 'base']
-  out = {'log_prob': summarise(log_prob), 'accuracy': summarise(accuracy) if expected else None}
+  out: Row = {'log_prob': summarise(log_prob), 'accuracy': summarise(accuracy) if expected else None}
   base, delta = out['log_prob']['base'], out['log_prob']['delta']
   out['log_prob_lost'] = -delta['mean'] / abs(base['mean']) if base and delta and base['mean'] else None
   out['kl'] = {'trained': interval(_kl(session, own, trained))} if own else None
@@ -349,9 +350,6 @@ def _side_effects(rows: Sequence[Row]) -> Row:
   out = {}
   for name, measure in _SIDE_EFFECTS.items():
     out[name] = summarise(
-      {
-        c: np.array([float(measure(row)) for row in rows if row['condition'] == c and row['trait']])
-        for c in CONDITIONS
-      }
+      {c: np.array([float(measure(row)) for row in rows if row['condition'] == c and row['trait']]) for c in CONDITIONS}
     )
   return out

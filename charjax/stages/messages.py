@@ -5,10 +5,10 @@ messages are rejected and counted. The split is by message: what is held out is 
 """
 
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from charjax.character import Trait
 from charjax.engine.batch import item_keys
@@ -35,7 +35,9 @@ NEUTRAL_SEEDS = (
   'Summarize the water cycle in two sentences.',
 )
 _ROUNDS = 6  # of writing more where too many were rejected
-_LEAKS = re.compile(r'<\||\b(as an ai language model|a (short|medium|long) message|ai assistant|system prompt)\b', re.IGNORECASE)
+_LEAKS = re.compile(
+  r'<\||\b(as an ai language model|a (short|medium|long) message|ai assistant|system prompt)\b', re.IGNORECASE
+)
 
 
 def run(session: Session) -> Row:
@@ -114,7 +116,9 @@ def _write(session: Session, trait: Trait | None, items: Sequence[str], index: i
     asked.append(prompts.write_message(seeds, **origin, group=group, seed=seed, shown=config.seeds_shown))
   settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size)
   keys = item_keys(seed, 'messages', items)
-  drawn = sample(model.decoder, [model.prompt(m) for m in asked], keys, model.eos_ids, settings, width=config.prompt_width)
+  drawn = sample(
+    model.decoder, [model.prompt(m) for m in asked], keys, model.eos_ids, settings, width=config.prompt_width
+  )
   return [
     {'text': model.text(reply.tokens).strip('"'), 'finish': reply.finish, 'origin': {'item': item, **origin}}
     for item, reply, origin in zip(items, drawn, origins, strict=True)
@@ -156,7 +160,7 @@ class Kept:
 
 def _pairs_of_words(text: str) -> frozenset[tuple[str, str]]:
   words = re.findall(r'\w+', text.lower())
-  return frozenset(zip(words, words[1:], strict=False))
+  return frozenset(itertools.pairwise(words))
 
 
 def load(session: Session) -> list[Row]:

@@ -55,9 +55,11 @@ def run(session: Session) -> Row:
   settings = Sampling(
     config.max_new_tokens, config.temperature, batch_size=config.prompts_per_step * config.replies_per_prompt
   )
-  with Checkpoints(folder / 'checkpoints') as checkpoints, Metrics(folder) as metrics, Progress(
-    'policy', config.steps, 'steps'
-  ) as bar:
+  with (
+    Checkpoints(folder / 'checkpoints') as checkpoints,
+    Metrics(folder) as metrics,
+    Progress('policy', config.steps, 'steps') as bar,
+  ):
     start, (trainable, state), position = checkpoints.restore((trainable, state))
     if position:
       asked_data.set_state(position['asked'])
@@ -73,9 +75,7 @@ def run(session: Session) -> Row:
         settings, adapter=adapter, width=config.prompt_width,
       )  # fmt: skip
       rows = shapes.rows([item['prompt'] for item in group], [reply.tokens for reply in drawn])
-      rewards, reference = _judge(
-        model.decoder, reward_model, shapes.prefix, shapes.length, rows, config.temperature
-      )
+      rewards, reference = _judge(model.decoder, reward_model, shapes.prefix, shapes.length, rows, config.temperature)
       sampled = pad_log_probs(drawn, rows.reply_mask.shape[1])
       weight = np.array([item['weight'] for item in group], np.float32)
       advantages, penalised = _advantages(rewards / scale, sampled, reference, rows.reply_mask, weight, config)
@@ -227,9 +227,9 @@ def _advantages(
   rewards: np.ndarray, sampled: np.ndarray, reference: np.ndarray, mask: Any, weight: np.ndarray, config: Any
 ) -> tuple[np.ndarray, np.ndarray]:
   """Advantages [B] among the replies to one prompt, weighted by trait, and the rewards less the KL penalty [B]."""
-  penalised = np.asarray(penalised_rewards(rewards, sampled, reference, np.asarray(mask), config.kl))
+  penalised = penalised_rewards(*map(jnp.asarray, (rewards, sampled, reference, mask)), config.kl)
   grouped = group_advantages(penalised.reshape(-1, config.replies_per_prompt))
-  return np.asarray(grouped).reshape(-1) * weight, penalised
+  return np.asarray(grouped).reshape(-1) * weight, np.asarray(penalised)
 
 
 def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -259,7 +259,9 @@ def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str
 # ---- samples ----
 
 
-def _save_samples(session: Session, step: int, group: Sequence[Row], drawn: Sequence[Reply], rewards: np.ndarray) -> None:
+def _save_samples(
+  session: Session, step: int, group: Sequence[Row], drawn: Sequence[Reply], rewards: np.ndarray
+) -> None:
   """The first reply to each message of this step."""
   rows = [
     {

@@ -10,7 +10,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -39,16 +38,16 @@ def run(session: Session) -> Row:
   folder, config = session.folder('preference'), session.config.preference
   examples = _examples(session)
   halves = {'train': examples[0::2], 'judge': examples[1::2]}
-  steps = {name: max(1, math.ceil(len(half) * config.epochs / config.messages_per_batch)) for name, half in halves.items()}
+  steps = {
+    name: max(1, math.ceil(len(half) * config.epochs / config.messages_per_batch)) for name, half in halves.items()
+  }
   trained, digests = {}, {}
   with Progress('preference', sum(steps.values()), 'steps') as bar:
     for name in MODELS:
       trained[name] = _train(session, name, halves[name], steps[name], bar)
       digests[name] = fingerprint(trained[name])
   _merge_metrics(session)
-  report: Row = {
-    name: _measure(session, trained[name], halves[MODELS[1 - i]]) for i, name in enumerate(MODELS)
-  }
+  report: Row = {name: _measure(session, trained[name], halves[MODELS[1 - i]]) for i, name in enumerate(MODELS)}
   report['left_out'] = [
     trait.id for trait in session.character.traits if not _better_than_chance(report['train']['kept'][trait.id])
   ]
@@ -238,6 +237,10 @@ def calibration_error(probability: np.ndarray, label: np.ndarray, bins: int = 10
   """Expected calibration error (Guo et al. 2017, eq. 3) against soft labels, in bins of equal count."""
   order = np.argsort(probability, kind='stable')
   return float(
-    sum(len(part) * abs(probability[part].mean() - label[part].mean()) for part in np.array_split(order, bins) if len(part))
+    sum(
+      len(part) * abs(probability[part].mean() - label[part].mean())
+      for part in np.array_split(order, bins)
+      if len(part)
+    )
     / len(order)
   )

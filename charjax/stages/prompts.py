@@ -65,9 +65,9 @@ TOPICS = (
 )  # fmt: skip
 
 ASKERS = (
-  'a farmer in Kenya', 'a student in Seoul', 'a nurse in Manila', 'a retired engineer in Poland', 'a teenager in Brazil',
+  'a farmer in Kenya', 'a student in Seoul', 'a nurse in Manila', 'an old engineer in Poland', 'a teenager in Brazil',
   'a shopkeeper in Cairo', 'a teacher in Ohio', 'a bus driver in London', 'a mother in Lagos', 'a monk in Thailand',
-  'a programmer in Bangalore', 'a fisherman in Norway', 'a grandmother in Mexico', 'a soldier on leave', 'a young father',
+  'a coder in Bangalore', 'a fisherman in Norway', 'a grandmother in Mexico', 'a soldier on leave', 'a young father',
   'a carpenter in Turkey', 'a biologist in Chile', 'a waitress in Naples', 'a taxi driver in Karachi', 'a poet in Iran',
 )  # fmt: skip
 
@@ -83,7 +83,9 @@ def choose(seed: int, item: str, options: Sequence[str]) -> str:
   return options[int.from_bytes(digest[:8], 'little') % len(options)]
 
 
-def write_message(seeds: Sequence[str], topic: str, asker: str, length: str, group: str, seed: int, shown: int) -> Messages:
+def write_message(
+  seeds: Sequence[str], topic: str, asker: str, length: str, group: str, seed: int, shown: int
+) -> Messages:
   """Asks for a new human message, after `shown` of the seed messages as earlier answers to such a request.
 
   Which seeds, and their order, depend on (seed, group) alone: the messages of one batch differ in their last

@@ -123,16 +123,17 @@ def pairwise(model: LanguageModel, trait: Trait, answers: Sequence[Answer], sett
 
 # ---- pointwise ----
 
-_POINTWISE_FORM = (
-  'Character: {statement}\n\nMessage: {message}\n\nReply: {reply}\n\nDoes the reply fit the character? Answer Yes or No.'
-)
+_POINTWISE = 'Does the reply fit the character? Answer Yes or No.'
+_POINTWISE_FORM = 'Character: {statement}\n\nMessage: {message}\n\nReply: {reply}\n\n{question}'
 
 
 def pointwise(model: LanguageModel, trait: Trait, answers: Sequence[Answer], settings: Settings) -> np.ndarray:
   """Scores by log p(Yes) - log p(No), each reply judged by itself."""
   asked = []
   for answer in answers:
-    text = _POINTWISE_FORM.format(statement=trait.statement, message=answer.message, reply=answer.text)
+    text = _POINTWISE_FORM.format(
+      statement=trait.statement, message=answer.message, reply=answer.text, question=_POINTWISE
+    )
     asked.append(model.prompt([prompts.user(text)]))
   words = [model.reply(word)[0] for word in ('Yes', 'No')]
   values = score_options(model.decoder, asked, words, batch_size=settings.batch_size)

@@ -5,12 +5,14 @@ pairwise probabilities [K, K], ranker) and rankings/audit.json. Kept pairs only 
 treatment and the temperature of its labels are chosen on the choosing pairs.
 """
 
+import dataclasses
 import itertools
 import json
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from charjax.character import Pair, Trait
@@ -30,7 +32,7 @@ from charjax.stages.statistics import correlation, share
 from charjax.training.losses import soft_labels
 from charjax.workdir import Row, Session, chunks, write_jsonl, write_text
 
-_LENGTHS = ('mean', 'sum')
+_LENGTHS = ('mean', 'sum')  # the first is the one the audit's figures are given for
 
 
 def run(session: Session) -> Row:
@@ -39,17 +41,19 @@ def run(session: Session) -> Row:
   traits = session.character.traits
   with Progress('audit', len(traits), 'traits') as bar:
     rows = chunks(folder, 'audit', traits, 1, lambda items, _: [_examine(session, trait) for trait in items], bar)
-  measured: dict[str, Row] = {row['trait']: row for row in rows}
-  audit = {'traits': {trait.id: _trait_audit(trait, measured[trait.id]) for trait in traits}}
-  audit['overall'] = _overall_audit(traits, measured)
+  audit: Row = {
+    'traits': {trait.id: _audit([row], tuple(trait.opposites)) for trait, row in zip(traits, rows, strict=True)}
+  }
+  audit['overall'] = _audit(rows)
   ranker, why = _choose(config.ranker, audit['overall'])
-  length, length_why = _length_treatment(traits, measured)
-  margins = np.concatenate([_margins(measured[t.id], ranker, length)[_uses(t) == 'choosing'] for t in traits])
-  temperature = fit_temperature(margins)
+  length, length_why = _length_treatment(rows)
+  temperature = fit_temperature(_margins(rows, ranker, 'choosing', length))
   audit |= {
     'ranker': ranker,
     'why': why,
-    'length_treatment': f'{length}: {length_why}' if ranker == 'likelihood' else 'none: this ranker reads whole replies',
+    'length_treatment': f'{length}: {length_why}'
+    if ranker == 'likelihood'
+    else 'none: this ranker reads whole replies',
     'temperature': temperature,
     'weak_traits': [t.id for t in traits if not _told_from_chance(audit['traits'][t.id][ranker])],
   }
@@ -73,27 +77,36 @@ def _written(trait: Trait) -> tuple[Pair, ...]:
   return tuple(pair for pair in trait.pairs if pair.use != 'shown')
 
 
-def _uses(trait: Trait) -> np.ndarray:
-  return np.array([pair.use for pair in _written(trait)])
-
-
 def _examine(session: Session, trait: Trait) -> Row:
-  """All that the rankers say of one trait's written pairs, as JSON."""
+  """All that the rankers say of one trait's written pairs, as JSON.
+
+  The likelihood ranker reads all of them, and the kept ones without examples too. The other two read the choosing
+  pairs, and the kept ones only where the config asks for them by name: a small model's time is better spent.
+  """
   config, model = session.config.rankings, session.model
   pairs = _written(trait)
-  inside = [Answer(pair.message, pair.in_character) for pair in pairs]
-  outside = [Answer(pair.message, pair.out_of_character) for pair in pairs]
-  row: Row = {'trait': trait.id}
-  for name, examples in (('examples', config.examples), ('no_examples', 0)):
-    settings = Settings(examples=examples, batch_size=config.batch_size)
-    ratio, tokens = evidence(model, trait, [*inside, *outside], settings)
+  settings = Settings(examples=config.examples, batch_size=config.batch_size)
+  row: Row = {'trait': trait.id, 'uses': [pair.use for pair in pairs], 'opposites': [pair.opposite for pair in pairs]}
+  kept = [pair for pair in pairs if pair.use == 'kept']
+  for name, chosen, examples in (('examples', pairs, config.examples), ('no_examples', kept, 0)):
+    ratio, tokens = evidence(model, trait, _both(chosen), dataclasses.replace(settings, examples=examples))
     row[name] = {'ratio': ratio.tolist(), 'tokens': tokens.tolist()}
-  settings = Settings(batch_size=config.batch_size)
-  odds = option_log_odds(model, trait, list(zip(inside, outside, strict=True)), settings)
-  row['pairwise'] = odds.tolist()
-  row['pointwise'] = pointwise(model, trait, [*inside, *outside], settings).tolist()
+  for name in ('pairwise', 'pointwise'):
+    chosen = [pair for pair in pairs if pair.use == 'choosing' or config.ranker == name]
+    answers = _both(chosen)
+    if name == 'pairwise':
+      half = len(chosen)
+      scores = option_log_odds(model, trait, list(zip(answers[:half], answers[half:], strict=True)), settings)
+    else:
+      scores = pointwise(model, trait, answers, settings)
+    row[name] = {'uses': [pair.use for pair in chosen], 'scores': scores.tolist()}
   row['triples'] = _triples(session, trait)
   return row
+
+
+def _both(pairs: Sequence[Pair]) -> list[Answer]:
+  """The replies in character, then those out of it."""
+  return [Answer(p.message, p.in_character) for p in pairs] + [Answer(p.message, p.out_of_character) for p in pairs]
 
 
 def _triples(session: Session, trait: Trait) -> list[bool]:
@@ -112,37 +125,51 @@ def _triples(session: Session, trait: Trait) -> list[bool]:
   return [bool(value) for value in found]
 
 
-def _margins(row: Row, ranker: str, length: str, shown: str = 'examples') -> np.ndarray:
-  """Score of the reply in character minus that of the other, for each written pair."""
-  if ranker == 'pairwise':
-    return np.array(row['pairwise']).mean(1)
-  if ranker == 'pointwise':
-    scores = np.array(row['pointwise'])
-  else:
-    scores = treat_length(np.array(row[shown]['ratio']), np.array(row[shown]['tokens']), length)
-  inside, outside = np.split(scores, 2)
-  return inside - outside
+def _margins(
+  rows: Sequence[Row], ranker: str, use: str, length: str = _LENGTHS[0], shown: str = 'examples'
+) -> np.ndarray:
+  """Score of the reply in character minus that of the other, over the written pairs of one use that were read."""
+  found = []
+  for row in rows:
+    if ranker == 'likelihood':
+      uses = row['uses'] if shown == 'examples' else ['kept'] * row['uses'].count('kept')
+      scores = treat_length(np.array(row[shown]['ratio']), np.array(row[shown]['tokens']), length)
+    else:
+      uses, scores = row[ranker]['uses'], np.array(row[ranker]['scores'])
+    half = len(scores) // 2  # replies in character, then those out of it
+    margins = scores.reshape(-1, 2).mean(1) if ranker == 'pairwise' else scores[:half] - scores[half:]
+    found.append(margins[np.array(uses, str) == use])
+  return np.concatenate([*found, np.zeros(0)])
 
 
-def _trait_audit(trait: Trait, row: Row) -> Row:
-  length = _LENGTHS[0]
-  opposite = np.array([pair.opposite for pair in _written(trait)])
-  kept, choosing = _uses(trait) == 'kept', _uses(trait) == 'choosing'
-
-  def on_kept(margins: np.ndarray) -> Row:
-    sides = {name: share(margins[kept & (opposite == name)] > 0) for name in trait.opposites}
-    return {'accuracy': share(margins[kept] > 0), 'sides': sides}
-
+def _audit(rows: Sequence[Row], opposites: Sequence[str] = ()) -> Row:
+  """The figures of one trait, or of several pooled: per ranker, on the choosing pairs and on the kept ones."""
   audit: Row = {}
   for ranker in RANKERS:
-    margins = _margins(row, ranker, length)
-    audit[ranker] = {'examples': None, 'no_examples': None, 'choosing': share(margins[choosing] > 0)}
+    right = _margins(rows, ranker, 'kept') > 0
+    kept = {'accuracy': share(right), 'sides': _sides(rows, right, opposites)} if len(right) else None
     # Only the likelihood ranker is shown examples.
-    audit[ranker]['examples' if ranker == 'likelihood' else 'no_examples'] = on_kept(margins)
-  audit['likelihood']['no_examples'] = on_kept(_margins(row, 'likelihood', length, 'no_examples'))
-  audit['pairwise'] |= _positions(np.array(row['pairwise']))
-  audit['pairwise']['transitivity'] = float(np.mean(row['triples'])) if row['triples'] else None
+    shown = ranker == 'likelihood'
+    audit[ranker] = {
+      'examples': kept if shown else None,
+      'no_examples': None if shown else kept,
+      'choosing': share(_margins(rows, ranker, 'choosing') > 0),
+    }
+  without = _margins(rows, 'likelihood', 'kept', shown='no_examples') > 0
+  if len(without):
+    audit['likelihood']['no_examples'] = {'accuracy': share(without), 'sides': _sides(rows, without, opposites)}
+  odds = [np.array(row['pairwise']['scores']).reshape(-1, 2) for row in rows]
+  audit['pairwise'] |= _positions(np.concatenate([*odds, np.zeros((0, 2))]))
+  triples = [value for row in rows for value in row['triples']]
+  audit['pairwise']['transitivity'] = float(np.mean(triples)) if triples else None
   return audit
+
+
+def _sides(rows: Sequence[Row], right: np.ndarray, opposites: Sequence[str]) -> Row:
+  against = np.array(
+    [o for row in rows for o, use in zip(row['opposites'], row['uses'], strict=True) if use == 'kept'], str
+  )
+  return {name: share(right[against == name]) for name in opposites}
 
 
 def _positions(odds: np.ndarray) -> Row:
@@ -156,27 +183,6 @@ def _positions(odds: np.ndarray) -> Row:
     'position_bias': float(1 - same.mean()),
     'prefers_a': float(prefers_a.mean()),
   }
-
-
-def _overall_audit(traits: Sequence[Trait], measured: dict[str, Row]) -> Row:
-  uses = np.concatenate([_uses(t) for t in traits])
-
-  def pooled(ranker: str, shown: str = 'examples') -> np.ndarray:
-    return np.concatenate([_margins(measured[t.id], ranker, _LENGTHS[0], shown) for t in traits]) > 0
-
-  audit: Row = {}
-  for ranker in RANKERS:
-    right = pooled(ranker)
-    audit[ranker] = {'examples': None, 'no_examples': None, 'choosing': share(right[uses == 'choosing'])}
-    shown = 'examples' if ranker == 'likelihood' else 'no_examples'
-    audit[ranker][shown] = {'accuracy': share(right[uses == 'kept']), 'sides': {}}
-  without = pooled('likelihood', 'no_examples')
-  audit['likelihood']['no_examples'] = {'accuracy': share(without[uses == 'kept']), 'sides': {}}
-  odds = [np.array(measured[t.id]['pairwise']).reshape(-1, 2) for t in traits]
-  audit['pairwise'] |= _positions(np.concatenate(odds))
-  triples = [value for t in traits for value in measured[t.id]['triples']]
-  audit['pairwise']['transitivity'] = float(np.mean(triples)) if triples else None
-  return audit
 
 
 def _told_from_chance(audit: Row) -> bool:
@@ -197,21 +203,15 @@ def _choose(wanted: str, overall: Row) -> tuple[str, str]:
   return best, f'best accuracy on the choosing pairs: {figures}'
 
 
-def _length_treatment(traits: Sequence[Trait], measured: dict[str, Row]) -> tuple[str, str]:
+def _length_treatment(rows: Sequence[Row]) -> tuple[str, str]:
   """Per token or whole reply: by accuracy on the choosing pairs, then by how little the score follows the length."""
+  choosing = np.concatenate([np.tile(np.array(row['uses'], str) == 'choosing', 2) for row in rows])
+  ratio, tokens = (np.concatenate([row['examples'][name] for row in rows]) for name in ('ratio', 'tokens'))
   accuracy, follows = {}, {}
   for length in _LENGTHS:
-    right, scores, tokens = [], [], []
-    for trait in traits:
-      row = measured[trait.id]
-      choosing = _uses(trait) == 'choosing'
-      right.append(_margins(row, 'likelihood', length)[choosing] > 0)
-      both = np.concatenate([choosing, choosing])
-      count = np.array(row['examples']['tokens'])
-      scores.append(treat_length(np.array(row['examples']['ratio']), count, length)[both])
-      tokens.append(count[both])
-    accuracy[length] = float(np.mean(np.concatenate(right))) if right else 0.0
-    follows[length] = abs(correlation(np.concatenate(scores), np.concatenate(tokens)) or 0.0)
+    right = _margins(rows, 'likelihood', 'choosing', length) > 0
+    accuracy[length] = float(right.mean()) if len(right) else 0.0
+    follows[length] = abs(correlation(treat_length(ratio, tokens, length)[choosing], tokens[choosing]) or 0.0)
   best = min(_LENGTHS, key=lambda length: (-round(accuracy[length], 2), follows[length]))
   figures = '; '.join(f'{n} {accuracy[n]:.2f} right, |r| with length {follows[n]:.2f}' for n in _LENGTHS)
   return best, f'on the choosing pairs {figures}'
@@ -275,7 +275,7 @@ def _rank(session: Session, settings: Settings, ranker: str, temperature: float)
 
       ranked += chunks(folder, f'rank-{trait.id}', groups[trait.id], config.messages_per_chunk, make, bar)
   for row in ranked:
-    labels = soft_labels(np.array(row['scores']), temperature, config.label_low, config.label_high)
+    labels = soft_labels(jnp.asarray(row['scores']), temperature, config.label_low, config.label_high)
     row['probabilities'] = np.round(np.asarray(labels, np.float64), 4).tolist()
     row['ranker'] = ranker
   return ranked

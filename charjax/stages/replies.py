@@ -72,9 +72,7 @@ def _before(session: Session, trait: Trait, condition: str, opposite: str) -> pr
   return prompts.shown(trait, config.examples)
 
 
-def _draw(
-  session: Session, condition: str, before: prompts.Messages, items: Sequence[Row], index: int
-) -> list[Row]:
+def _draw(session: Session, condition: str, before: prompts.Messages, items: Sequence[Row], index: int) -> list[Row]:
   del index
   config, model = session.config.replies, session.model
   settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size)

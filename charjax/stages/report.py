@@ -36,9 +36,7 @@ def console_summary(workdir: epath.PathLike) -> str:
   The replies are typical ones: of each trait the message whose change of score is nearest the median.
   """
   found = read_run(workdir)
-  by_trait = {
-    trait: by_typicality(items) for trait, items in exchanges(found.evaluation_replies).items() if trait
-  }
+  by_trait = {trait: by_typicality(items) for trait, items in exchanges(found.evaluation_replies).items() if trait}
   rounds = itertools.zip_longest(*([(trait, item) for item in items] for trait, items in by_trait.items()))
   chosen = [entry for entries in rounds for entry in entries if entry is not None][:_SHOWN]
   lines = [f'Report: {epath.Path(workdir) / "report" / "index.html"}']
@@ -57,6 +55,4 @@ def _said(name: str, reply: Reply | None) -> str:
 
 def _wrapped(text: str, first: str, rest: str) -> str:
   text = _STEERING.sub(' ', text)
-  return textwrap.fill(
-    ellipsis(' '.join(text.split()), _LONGEST), 96, initial_indent=first, subsequent_indent=rest
-  )
+  return textwrap.fill(ellipsis(' '.join(text.split()), _LONGEST), 96, initial_indent=first, subsequent_indent=rest)

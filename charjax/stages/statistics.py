@@ -13,7 +13,7 @@ _RESAMPLES = 10_000
 _Z = NormalDist().inv_cdf(0.975)
 
 
-def interval(values: Sequence[float], seed: int = 0) -> Interval | None:
+def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> Interval | None:
   """Mean and 95% interval over items that are independent of each other (messages, pairs); None without any.
 
   The percentile bootstrap is too narrow for few items; its percentiles are widened as Hesterberg (2015,

@@ -14,8 +14,8 @@ from charjax.errors import UserError
 class Checkpoints:
   """The checkpoints of one training run, in `folder`; the latest is kept.
 
-      with Checkpoints(folder / 'train') as checkpoints:
-        state, position = checkpoints.restore(state)
+  with Checkpoints(folder / 'train') as checkpoints:
+    state, position = checkpoints.restore(state)
   """
 
   def __init__(self, folder: epath.Path):
@@ -40,8 +40,7 @@ class Checkpoints:
       return 0, state, {}
     leaves, structure = jax.tree.flatten(state)
     abstract = {
-      f'{i:04d}': jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-      for i, leaf in enumerate(leaves)
+      f'{i:04d}': jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for i, leaf in enumerate(leaves)
     }
     try:
       loaded = self._checkpointer.load_checkpointables(latest.step, {'state': abstract, 'position': None})

@@ -32,9 +32,7 @@ def bradley_terry(
   pair = real_mk[:, :, None] & real_mk[:, None, :] & jnp.triu(jnp.ones((k, k), bool), 1)
   # Where there is no pair the difference may be anything: select before the logarithm, not after.
   difference = jnp.where(pair, difference, 0.0)
-  loss = -(
-    probability_mkk * jax.nn.log_sigmoid(difference) + (1 - probability_mkk) * jax.nn.log_sigmoid(-difference)
-  )
+  loss = -(probability_mkk * jax.nn.log_sigmoid(difference) + (1 - probability_mkk) * jax.nn.log_sigmoid(-difference))
   pairs = pair.sum((1, 2))
   mean = jnp.where(pair, loss, 0.0).sum((1, 2)) / jnp.maximum(pairs, 1)
   weight_m = jnp.where(pairs > 0, weight_m, 0.0)

@@ -21,9 +21,7 @@ def make_optimizer(
   schedule = optax.warmup_cosine_decay_schedule(
     learning_rate / max(warmup, 1), learning_rate, warmup, max(steps, warmup + 1), learning_rate / 10
   )
-  return optax.chain(
-    optax.clip_by_global_norm(max_gradient), optax.adamw(schedule, b2=0.99, weight_decay=weight_decay)
-  )
+  return optax.chain(optax.clip_by_global_norm(max_gradient), optax.adamw(schedule, b2=0.99, weight_decay=weight_decay))
 
 
 def init_optimizer(optimizer: optax.GradientTransformation, trainable: Any) -> tuple[Any, Any]:
@@ -54,8 +52,9 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, trainable: An
     updates, new_state = optimizer.update(gradient, state, trainable)
     updated = optax.apply_updates(trainable, updates)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
-    keep = lambda new, old: jnp.where(finite, new, old)
-    trainable, state = jax.tree.map(keep, updated, trainable), jax.tree.map(keep, new_state, state)
+    trainable, state = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old), (updated, new_state), (trainable, state)
+    )
     return trainable, state, metrics | {'loss': value, 'grad_norm': norm, 'skipped': ~finite}
 
   if layout is None:

@@ -1,0 +1,34 @@
+"""All traits of the shipped character on SmolLM2-135M-Instruct, with enough messages for narrow intervals.
+
+  charjax run --config=configs/study.py --workdir=runs/study
+
+Hours on a CPU, and meant for minutes on a GPU; neither has been timed yet.
+"""
+
+from ml_collections import ConfigDict
+
+from charjax import defaults
+
+
+def get_config() -> ConfigDict:
+  config = defaults.get_config()
+  config.model.remat = False
+
+  config.messages.train_per_trait = 200
+  config.messages.heldout_per_trait = 80
+  config.messages.train_neutral = 200
+  config.messages.heldout_neutral = 80
+
+  config.replies.max_new_tokens = 96
+  config.preference.lora_rank = 16
+  config.preference.learning_rate = 1e-3
+
+  config.policy.lora_rank = 16
+  config.policy.learning_rate = 2e-4
+  config.policy.temperature = 0.8
+  config.policy.steps = 200
+  config.policy.prompts_per_step = 16
+  config.policy.max_new_tokens = 96
+
+  config.evaluation.max_new_tokens = 96
+  return config
