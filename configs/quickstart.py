@@ -11,8 +11,6 @@ from charjax import defaults
 def get_config() -> ConfigDict:
   config = defaults.get_config()
   config.character.traits = ('ai_nature', 'curiosity', 'perspectives', 'honesty')
-  config.model.scan_layers = False
-  config.model.remat = False
 
   config.messages.train_per_trait = 32
   config.messages.heldout_per_trait = 40
@@ -33,12 +31,16 @@ def get_config() -> ConfigDict:
 
   config.preference.lora_rank = 16
   config.preference.learning_rate = 1e-3
-  config.preference.epochs = 2.0
-  config.preference.messages_per_batch = 6
+  config.preference.epochs = 1.0
+  config.preference.messages_per_batch = 4
+  config.preference.warmup = 3
+  config.preference.save_every = 8
 
   config.policy.lora_rank = 16
-  config.policy.learning_rate = 2e-4
+  config.policy.learning_rate = 4e-4
   config.policy.steps = 24
+  config.policy.warmup = 3
+  config.policy.save_every = 8
   config.policy.prompts_per_step = 4
   config.policy.temperature = 0.8
   config.policy.max_new_tokens = 48

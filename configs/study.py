@@ -12,7 +12,6 @@ from charjax import defaults
 
 def get_config() -> ConfigDict:
   config = defaults.get_config()
-  config.model.remat = False
 
   config.messages.train_per_trait = 200
   config.messages.heldout_per_trait = 80

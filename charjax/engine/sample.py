@@ -14,7 +14,7 @@ import numpy as np
 
 from charjax.engine.batch import ROW_STEP, Tokens, bucket, common_prefix, pad, prefill
 from charjax.mesh import shard_batch
-from charjax.model.decoder import KV, Decoder, Prefix, empty_cache, forward, layer_weights, logits
+from charjax.model.decoder import KV, Decoder, Prefix, forward, layer_weights, logits, make_cache
 
 _BLOCK = 256  # the vocabulary is searched in blocks of this many tokens
 _TOP_P_STEPS = 16
@@ -148,12 +148,10 @@ def _sample(
       done=state.done | jnp.isin(token, eos),
     )
 
-  positions = before + jnp.maximum(jnp.arange(width)[None] - start[:, None], 0)
-  seen = (slots[None, None] <= jnp.arange(width)[None, :, None]) & (slots[None, None] >= start[:, None, None])
-  hidden, cache = forward(
-    decoder, tokens_bt, positions, seen, layers=layers, prefix=prefix,
-    cache=empty_cache(decoder, rows, width + max_new_tokens),
-  )  # fmt: skip
+  positions = before + jnp.maximum(slots[None, :width] - start[:, None], 0)
+  seen = (slots[None, None, :width] <= slots[None, :width, None]) & (slots[None, None, :width] >= start[:, None, None])
+  hidden, kv = forward(decoder, tokens_bt, positions, seen, adapter=adapter, prefix=prefix)
+  cache = make_cache(kv, width + max_new_tokens)
   state = _State(
     jnp.int32(0),
     jnp.zeros(rows, jnp.int32),

@@ -38,7 +38,8 @@ class Runtime:
     compute_dtype: operands of matrix products; they always accumulate in float32.
     attention_dtype: operands of attention and the cache. XLA's CPU backend has no batched bfloat16 product
       that accumulates in float32, so there it is float32.
-    scan_layers: one compiled layer, scanned (compiles fast), or all unrolled (runs faster on a CPU).
+    scan_layers: one compiled layer, scanned (compiles several times faster), or all unrolled. Decoding with a cache
+      is always unrolled: a scan would copy the cache at every token.
     remat: recompute each layer in the backward pass instead of keeping its activations.
   """
 
@@ -195,8 +196,7 @@ def forward(
   cos, sin = rotary(positions_bt, c.head_dim, c.rope_theta)
   prefix_mask: jax.Array | bool = True
   if prefix is not None:
-    slots = prefix.kv.k.shape[2] if runtime.scan_layers else prefix.kv.k[0].shape[1]
-    prefix_mask = jnp.arange(slots) < prefix.length
+    prefix_mask = jnp.arange(prefix.kv.k[0].shape[1]) < prefix.length
 
   def linear(x: jax.Array, name: str, layer: Any, lora: Any, in_axes: int = 1) -> jax.Array:
     weight = layer[name]
@@ -231,12 +231,12 @@ def forward(
 
   x = constrain(decoder.embed[...][tokens_bt].astype(jnp.float32), 'batch', None, None)
   step = jax.checkpoint(block) if runtime.remat else block
-  weights = layers or layer_weights(decoder, adapter)
-  if runtime.scan_layers:
-    x, (k, v) = jax.lax.scan(step, x, (*weights, cache, prefix.kv if prefix is not None else None))
+  if runtime.scan_layers and cache is None:
+    weights = stacked_weights(decoder, adapter)
+    x, (k, v) = jax.lax.scan(step, x, (*weights, None, prefix.kv if prefix is not None else None))
   else:
     written = []
-    for i, (layer, lora) in enumerate(weights):
+    for i, (layer, lora) in enumerate(layers or layer_weights(decoder, adapter)):
       kv = (cache.k[i], cache.v[i]) if cache is not None else None
       shared = (prefix.kv.k[i], prefix.kv.v[i]) if prefix is not None else None
       x, kv = step(x, (layer, lora, kv, shared))
@@ -245,17 +245,19 @@ def forward(
   return rms_norm(x, decoder.final_norm[...], c.norm_eps), KV(k, v)
 
 
-def layer_weights(decoder: Decoder, adapter: Any = None) -> Any:
-  """The (weights, adapter) of all layers: stacked when they are scanned, else a list with one pair a layer.
+def stacked_weights(decoder: Decoder, adapter: Any = None) -> tuple[Any, Any]:
+  """The (weights, adapter) of all layers, each array stacked over L."""
+  return decoder.blocks.arrays(), adapter.arrays() if adapter is not None else None
+
+
+def layer_weights(decoder: Decoder, adapter: Any = None) -> list[tuple[Any, Any]]:
+  """The (weights, adapter) of each layer.
 
   They are cut by one `lax.split`: its transpose is one concatenation, where slicing layer by layer would add
   L arrays of the full size in the backward pass.
   """
-  stacked = (decoder.blocks.arrays(), adapter.arrays() if adapter is not None else None)
-  if decoder.runtime.scan_layers:
-    return stacked
   count = decoder.config.num_layers
-  leaves, structure = jax.tree.flatten(stacked)
+  leaves, structure = jax.tree.flatten(stacked_weights(decoder, adapter))
   pieces = [jax.lax.split(leaf, [1] * count, 0) for leaf in leaves]
   return [jax.tree.unflatten(structure, [piece[i][0] for piece in pieces]) for i in range(count)]
 
@@ -268,10 +270,10 @@ def logits(decoder: Decoder, hidden: jax.Array) -> jax.Array:
   return matmul(hidden, decoder.head[...], dtype)
 
 
-def empty_cache(decoder: Decoder, rows: int, slots: int) -> KV:
-  """A cache of zeros for `rows` rows of `slots` tokens."""
-  c, runtime = decoder.config, decoder.runtime
-  shape = (rows, c.num_kv_heads, slots, c.head_dim)
-  if runtime.scan_layers:
-    return KV(*(jnp.zeros((c.num_layers, *shape), runtime.attention_dtype) for _ in range(2)))
-  return KV(*(tuple(jnp.zeros(shape, runtime.attention_dtype) for _ in range(c.num_layers)) for _ in range(2)))
+def make_cache(kv: KV, slots: int) -> KV:
+  """A cache of `slots` tokens a row, one array a layer, that starts with the keys and values of a prompt."""
+
+  def widen(array: jax.Array) -> jax.Array:
+    return jnp.pad(array, ((0, 0), (0, 0), (0, slots - array.shape[2]), (0, 0)))
+
+  return KV(*(tuple(widen(layer) for layer in array) for array in kv))

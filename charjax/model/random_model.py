@@ -50,8 +50,9 @@ def make() -> Checkpoint:
     vocab_size=len(_VOCAB),
     tied_embeddings=False,
   )
-  # Numpy promises never to change what RandomState gives, and its uniform numbers pass through no libm.
-  rng = np.random.RandomState(0)
+  # Numpy promises never to change what RandomState gives, and its uniform numbers pass through no libm. With
+  # this seed the most probable replies are neither empty nor endless.
+  rng = np.random.RandomState(7)
   tensors = {}
   for name, shape in tensor_shapes(config).items():
     scale = _SCALES.get(name, config.embed_dim**-0.5)

@@ -227,7 +227,9 @@ def _advantages(
   rewards: np.ndarray, sampled: np.ndarray, reference: np.ndarray, mask: Any, weight: np.ndarray, config: Any
 ) -> tuple[np.ndarray, np.ndarray]:
   """Advantages [B] among the replies to one prompt, weighted by trait, and the rewards less the KL penalty [B]."""
-  penalised = penalised_rewards(*map(jnp.asarray, (rewards, sampled, reference, mask)), config.kl)
+  penalised = penalised_rewards(
+    jnp.asarray(rewards), jnp.asarray(sampled), jnp.asarray(reference), jnp.asarray(mask), config.kl
+  )
   grouped = group_advantages(penalised.reshape(-1, config.replies_per_prompt))
   return np.asarray(grouped).reshape(-1) * weight, np.asarray(penalised)
 

@@ -21,7 +21,7 @@ class Checkpoints:
   def __init__(self, folder: epath.Path):
     policies = ocp.training.preservation_policies
     self._checkpointer = ocp.training.Checkpointer(
-      folder, preservation_policy=policies.LatestN(1), cleanup_tmp_directories=True
+      folder.resolve(), preservation_policy=policies.LatestN(1), cleanup_tmp_directories=True
     )
 
   def save(self, step: int, state: Any, position: dict[str, Any]) -> None:

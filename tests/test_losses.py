@@ -1,0 +1,222 @@
+"""Losses: each against its formula in float64 NumPy, their gradients where a mistake would not show in the value."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from charjax.training import losses
+
+BAD = (np.nan, np.inf, -np.inf)
+
+
+def sigmoid(x):
+  return 1 / (1 + np.exp(-x))
+
+
+def log_softmax(x):
+  x = x - x.max(-1, keepdims=True)
+  return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def masked(rng, shape):
+  """A mask with a full and an empty row, the others ragged."""
+  rows, width = shape
+  lengths = [width, 0, *rng.integers(1, width, rows - 2)]
+  return np.arange(width)[None] < np.array(lengths)[:, None]
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_soft_labels(seed):
+  scores = np.random.default_rng(seed).normal(size=(3, 4)) * 3
+  found = losses.soft_labels(jnp.asarray(scores), 0.7, 0.05, 0.9)
+  for m, i, j in itertools.product(range(3), range(4), range(4)):
+    expected = min(max(sigmoid((scores[m, i] - scores[m, j]) / 0.7), 0.05), 0.9)
+    assert float(found[m, i, j]) == pytest.approx(expected, rel=1e-5)
+
+
+def bradley_terry_64(scores, probability, real, weight):
+  total = weights = 0.0
+  for m in range(len(scores)):
+    pairs = [(i, j) for i, j in itertools.combinations(range(scores.shape[1]), 2) if real[m, i] and real[m, j]]
+    if not pairs:
+      continue
+    each = []
+    for i, j in pairs:
+      p = sigmoid(scores[m, i] - scores[m, j])
+      each.append(-probability[m, i, j] * np.log(p) - (1 - probability[m, i, j]) * np.log(1 - p))
+    total += weight[m] * np.mean(each)
+    weights += weight[m]
+  return total, weights
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_bradley_terry(seed):
+  rng = np.random.default_rng(seed)
+  scores, probability = rng.normal(size=(5, 4)) * 2, rng.uniform(size=(5, 4, 4))
+  real = rng.uniform(size=(5, 4)) < 0.7
+  real[0], real[1] = True, [False, True, False, False]  # all pairs, none
+  weight = rng.uniform(0.5, 2, 5)
+  found = losses.bradley_terry(*map(jnp.asarray, (scores, probability, real, weight)))
+  np.testing.assert_allclose(found, bradley_terry_64(scores, probability, real, weight), rtol=1e-5)
+
+
+def test_bradley_terry_stays_finite_for_scores_far_apart():
+  value, _ = losses.bradley_terry(
+    jnp.array([[1e4, -1e4]]), jnp.full((1, 2, 2), 0.25), jnp.ones((1, 2), bool), jnp.ones(1)
+  )
+  assert float(value) == pytest.approx(0.75 * 2e4)
+
+
+@pytest.mark.parametrize('bad', BAD)
+def test_replies_that_are_not_real_give_bradley_terry_no_gradient(bad):
+  real = np.array([[True, True, False], [True, False, False]])
+  scores = np.where(real, np.array([[0.3, -0.4, 0], [0.1, 0, 0]]), bad).astype(np.float32)
+  labels = np.full((2, 3, 3), 0.7, np.float32)
+  value, gradient = jax.value_and_grad(lambda s: losses.bradley_terry(s, labels, real, jnp.ones(2))[0])(scores)
+  slope = sigmoid(0.7) - 0.7
+  assert np.isfinite(value)
+  np.testing.assert_allclose(gradient, [[slope, -slope, 0], [0, 0, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_penalised_rewards(seed):
+  rng = np.random.default_rng(seed)
+  rewards, mask = rng.normal(size=6), masked(rng, (6, 5))
+  policy, reference = rng.normal(size=(2, 6, 5)) - 3
+  found = losses.penalised_rewards(*map(jnp.asarray, (rewards, policy, reference, mask)), 0.3)
+  ratios = [sum(policy[b, r] - reference[b, r] for r in range(5) if mask[b, r]) for b in range(6)]
+  np.testing.assert_allclose(found, rewards - 0.3 * np.array(ratios), rtol=1e-5, atol=1e-5)
+
+
+def test_group_advantages():
+  rewards = np.random.default_rng(0).normal(size=(4, 6)) * 3
+  rewards[3] = 0.7  # replies that are all as good teach nothing
+  expected = [[(r - np.mean(row)) / (np.sqrt(np.mean((row - np.mean(row)) ** 2)) + 1e-4) for r in row] for row in rewards]
+  np.testing.assert_allclose(losses.group_advantages(jnp.asarray(rewards)), expected, rtol=1e-4, atol=1e-5)
+
+
+def policy_gradient_64(log_probs, sampled, advantages, mask, clip):
+  total = cut = 0.0
+  for b, r in zip(*np.nonzero(mask), strict=True):
+    ratio = np.exp(log_probs[b, r] - sampled[b, r])
+    clipped = min(max(ratio, 1 - clip), 1 + clip)
+    total -= min(ratio * advantages[b], clipped * advantages[b])
+    cut += (advantages[b] > 0 and ratio > 1 + clip) or (advantages[b] < 0 and ratio < 1 - clip)
+  return total, mask.sum(), cut
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_policy_gradient(seed):
+  rng = np.random.default_rng(seed)
+  sampled, mask, advantages = rng.normal(size=(8, 6)) - 3, masked(rng, (8, 6)), rng.normal(size=8)
+  log_probs = sampled + rng.normal(size=(8, 6)) * 0.3
+  found = losses.policy_gradient(*map(jnp.asarray, (log_probs, sampled, advantages, mask)), 0.2)
+  expected = policy_gradient_64(log_probs, sampled, advantages, mask, 0.2)
+  assert 0 < expected[2] < expected[1]
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_clip_cuts_the_gradient_off_on_one_side_only():
+  ratio = np.array([[0.5, 1.0, 1.5]] * 2)
+  gradient = jax.grad(
+    lambda x: losses.policy_gradient(x, jnp.zeros((2, 3)), jnp.array([1.0, -1.0]), jnp.ones((2, 3), bool), 0.2)[0]
+  )(jnp.log(ratio))
+  # What is good and became likelier already is not pushed on; what is bad and became rarer neither.
+  np.testing.assert_allclose(gradient, [[-0.5, -1, 0], [0, 1, 1.5]], atol=1e-6)
+
+
+@pytest.mark.parametrize('bad', BAD)
+def test_masked_tokens_give_no_gradient_whatever_their_log_probs(bad):
+  rng = np.random.default_rng(0)
+  mask = masked(rng, (4, 5))
+  clean = [rng.normal(size=(4, 5)).astype(np.float32) - 2 for _ in range(2)]
+  dirty = [np.where(mask, array, bad) for array in clean]
+  advantages = jnp.array([1.0, -1.0, 0.5, 2.0])
+
+  def surrogate(log_probs, sampled):
+    return losses.policy_gradient(log_probs, sampled, advantages, mask, 10.0)[0]
+
+  def penalty(log_probs, reference):
+    return losses.penalised_rewards(advantages, log_probs, reference, mask, 0.1).sum()
+
+  for function in (surrogate, penalty):
+    value, gradient = jax.value_and_grad(function)(*dirty)
+    expected, expected_gradient = jax.value_and_grad(function)(*clean)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5)
+    assert not np.asarray(gradient)[~mask].any()
+
+
+def test_kl_from_logits():
+  rng = np.random.default_rng(0)
+  reference, policy = rng.normal(size=(2, 5, 11)) * 3
+  p, q = log_softmax(reference), log_softmax(policy)
+  found = losses.kl_from_logits(jnp.asarray(reference), jnp.asarray(policy))
+  np.testing.assert_allclose(found, (np.exp(p) * (p - q)).sum(-1), rtol=1e-5)
+  gradient = jax.grad(lambda x: losses.kl_from_logits(jnp.asarray(reference), x).sum())(jnp.asarray(policy))
+  np.testing.assert_allclose(gradient, np.exp(q) - np.exp(p), atol=1e-6)
+  at_equality = jax.grad(lambda x: losses.kl_from_logits(jnp.asarray(reference), x).sum())(jnp.asarray(reference))
+  np.testing.assert_allclose(at_equality, 0, atol=1e-6)
+  assert np.asarray(losses.kl_from_logits(jnp.asarray(reference), jnp.asarray(reference))).tolist() == [0] * 5
+  # Logits alike up to a constant are the same distribution, in whatever precision they come.
+  shifted = losses.kl_from_logits(jnp.asarray(reference, jnp.bfloat16), jnp.asarray(reference, jnp.bfloat16) + 8)
+  assert np.abs(shifted).max() < 1e-2 and shifted.dtype == jnp.float32
+
+
+# ---- a policy small enough to enumerate ----
+
+VOCAB, LONGEST, END = 3, 3, 0
+TEXTS = [
+  text
+  for length in range(1, LONGEST + 1)
+  for text in itertools.product(range(VOCAB), repeat=length)
+  if END not in text[:-1] and (text[-1] == END or length == LONGEST)
+]
+MASK = np.arange(LONGEST)[None] < np.array([len(text) for text in TEXTS])[:, None]
+
+
+def table_log_probs(table, xp):
+  """Log-probs [texts, LONGEST] under logits table[position, token before, token], anything where MASK is false."""
+  ids = np.array([[*text, *[END] * (LONGEST - len(text))] for text in TEXTS])
+  before = np.concatenate([np.zeros((len(ids), 1), int), ids[:, :-1]], 1)
+  rows = table[np.arange(LONGEST)[None], before]
+  rows = rows - xp.log(xp.exp(rows).sum(-1, keepdims=True))
+  return xp.take_along_axis(rows, ids[..., None], -1)[..., 0]
+
+
+@pytest.mark.parametrize('kl', [0.0, 0.04, 2.0])
+def test_the_penalised_policy_gradient_is_that_of_reward_less_kl(kl):
+  """Over all texts, weighted by their probability: the gradient of E[R] - kl * KL(policy || reference), nothing else."""
+  rng = np.random.default_rng(0)
+  table, reference_table = rng.normal(size=(2, LONGEST, VOCAB, VOCAB))
+  rewards = rng.normal(size=len(TEXTS))
+  reference = np.where(MASK, table_log_probs(reference_table, np), 0)
+
+  def objective(table):
+    log_probs = np.where(MASK, table_log_probs(table, np), 0).sum(-1)
+    probability = np.exp(log_probs)
+    assert probability.sum() == pytest.approx(1)
+    return (probability * (rewards - kl * (log_probs - reference.sum(-1)))).sum()
+
+  expected = np.zeros_like(table)
+  for index in np.ndindex(table.shape):
+    step = np.zeros_like(table)
+    step[index] = 1e-5
+    expected[index] = (objective(table + step) - objective(table - step)) / 2e-5
+
+  log_probs = np.asarray(table_log_probs(table, np), np.float32)
+  probability = np.exp(np.where(MASK, log_probs, 0).sum(-1))
+  penalised = losses.penalised_rewards(jnp.asarray(rewards), log_probs, reference, MASK, kl)
+
+  def surrogate(table, baseline):
+    # The surrogate is linear in the advantage, so that a text's probability can weigh it there.
+    weighted = probability * (penalised - baseline)
+    return losses.policy_gradient(table_log_probs(table, jnp), log_probs, weighted, MASK, 0.2)[0]
+
+  # What all replies have in common must not matter: that is why a group's mean may be taken off.
+  for baseline in (0.0, 5.0):
+    found = -jax.grad(surrogate)(jnp.asarray(table, jnp.float32), baseline)
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -1,0 +1,65 @@
+"""Intervals: against published values, and right as often as they say."""
+
+import numpy as np
+import pytest
+
+from charjax.stages import statistics
+from charjax.stages.statistics import correlation, interval, share
+
+
+@pytest.mark.parametrize(
+  ('hits', 'n', 'low', 'high'),
+  # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3.
+  [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilsons_interval_has_the_published_values(hits, n, low, high):
+  found = share([True] * hits + [False] * (n - hits))
+  assert found == pytest.approx({'mean': hits / n, 'low': low, 'high': high, 'n': n}, abs=6e-5)
+  mirrored = share(np.array([False] * hits + [True] * (n - hits)))
+  assert (mirrored['low'], mirrored['high']) == pytest.approx((1 - high, 1 - low), abs=6e-5)
+
+
+@pytest.mark.parametrize(
+  ('freedom', 'expected', 'tolerance'),
+  [(3, 3.1824, 0.03), (5, 2.5706, 0.003), (10, 2.2281, 3e-4), (15, 2.1314, 1e-4), (39, 2.0227, 1e-4), (120, 1.9799, 1e-4)],
+)
+def test_students_t_has_the_values_of_the_tables(freedom, expected, tolerance):
+  assert statistics._t_quantile(freedom) == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.parametrize('n', [16, 40])
+def test_95_of_100_intervals_hold_the_mean(n, monkeypatch):
+  # Fewer resamples move the ends by less than the trials here can tell.
+  monkeypatch.setattr(statistics, '_RESAMPLES', 1000)
+  rng = np.random.default_rng(n)
+  trials = 1500
+  found = [interval(rng.normal(3, 2, n), seed=i) for i in range(trials)]
+  covered = np.mean([f['low'] <= 3 <= f['high'] for f in found])
+  assert 0.93 <= covered <= 0.97
+  # As often too low as too high, and as wide as Student's t says.
+  missed_low, missed_high = (np.mean([f['high'] < 3 for f in found]), np.mean([f['low'] > 3 for f in found]))
+  assert max(missed_low, missed_high) < 0.045
+  width = np.mean([f['high'] - f['low'] for f in found])
+  assert width == pytest.approx(2 * statistics._t_quantile(n - 1) * 2 / np.sqrt(n), rel=0.05)
+
+
+def test_an_interval_is_of_the_mean_and_the_same_each_time():
+  values = np.random.default_rng(0).exponential(size=50)
+  found = interval(values)
+  assert found == interval(list(values)) != interval(values, seed=1)
+  assert found['mean'] == pytest.approx(values.mean()) and found['n'] == 50
+  shifted = interval(values * 2 + 10)
+  assert [shifted[k] for k in ('low', 'high')] == pytest.approx([found[k] * 2 + 10 for k in ('low', 'high')])
+
+
+def test_too_little_to_tell():
+  assert interval([]) is None and share([]) is None
+  assert interval([2.0] * 5) == {'mean': 2.0, 'low': 2.0, 'high': 2.0, 'n': 5}
+  assert correlation([1, 2], [1, 2]) is None and correlation([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_correlation():
+  a, b = np.random.default_rng(0).normal(size=(2, 30))
+  expected = ((a - a.mean()) * (b - b.mean())).sum() / np.sqrt(((a - a.mean()) ** 2).sum() * ((b - b.mean()) ** 2).sum())
+  assert correlation(a, b) == pytest.approx(expected)
+  assert correlation([1, 2, 3], [-1, -2, -3]) == pytest.approx(-1)
