@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
   config.rankings.label_low = 0.05
   config.rankings.label_high = 0.95
   config.rankings.minimum_accuracy = 0.55  # lower 95% bound on the choosing pairs under which the run stops
+  config.rankings.length_limit = 0.2  # |r| of score and length above which the effect of length is taken out
   config.rankings.triples = 4  # messages a trait on which the pairwise ranker's transitivity is measured
   config.rankings.messages_per_chunk = 16
   config.rankings.batch_size = 32
@@ -64,6 +65,7 @@ def get_config() -> ConfigDict:
   config.preference.weight_decay = 0.01
   config.preference.max_gradient = 1.0
   config.preference.save_every = 20
+  config.preference.measured_messages = 500  # of those the other model was trained on, for the report's figures
 
   config.policy = ConfigDict()
   config.policy.lora_rank = 0
@@ -80,7 +82,9 @@ def get_config() -> ConfigDict:
   config.policy.warmup = 5
   config.policy.weight_decay = 0.0
   config.policy.max_gradient = 1.0
-  config.policy.keep_unproven_traits = False  # also reward traits whose preference model is not better than chance
+  config.policy.keep_unproven_traits = (
+    False  # also reward traits whose preference model gets half or less of the kept pairs right
+  )
   config.policy.save_every = 20
   config.policy.samples_every = 10
 

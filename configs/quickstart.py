@@ -12,9 +12,9 @@ def get_config() -> ConfigDict:
   config = defaults.get_config()
   config.character.traits = ('ai_nature', 'curiosity', 'perspectives', 'honesty')
 
-  config.messages.train_per_trait = 32
+  config.messages.train_per_trait = 28
   config.messages.heldout_per_trait = 40
-  config.messages.train_neutral = 40
+  config.messages.train_neutral = 32
   config.messages.heldout_neutral = 24
   config.messages.seeds_shown = 6
   config.messages.temperature = 0.7
@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
   config.messages.prompt_width = 32
   config.messages.batch_size = 64
 
-  config.replies.max_new_tokens = 48
+  config.replies.shown = 3
+  config.replies.max_new_tokens = 40
   config.replies.temperature = 0.7
   config.replies.batch_size = 64
 
@@ -35,18 +36,19 @@ def get_config() -> ConfigDict:
   config.preference.messages_per_batch = 4
   config.preference.warmup = 3
   config.preference.save_every = 8
+  config.preference.measured_messages = 16
 
   config.policy.lora_rank = 16
   config.policy.learning_rate = 4e-4
-  config.policy.steps = 24
+  config.policy.steps = 20
   config.policy.warmup = 3
   config.policy.save_every = 8
   config.policy.prompts_per_step = 4
   config.policy.temperature = 0.8
-  config.policy.max_new_tokens = 48
+  config.policy.max_new_tokens = 40
   config.policy.samples_every = 4
 
-  config.evaluation.max_new_tokens = 48
+  config.evaluation.max_new_tokens = 40
   config.evaluation.temperature = 0.7
-  config.evaluation.batch_size = 64
+  config.evaluation.batch_size = 40
   return config

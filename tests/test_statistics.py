@@ -21,7 +21,7 @@ def test_wilsons_interval_has_the_published_values(hits, n, low, high):
 
 @pytest.mark.parametrize(
   ('freedom', 'expected', 'tolerance'),
-  [(3, 3.1824, 0.03), (5, 2.5706, 0.003), (10, 2.2281, 3e-4), (15, 2.1314, 1e-4), (39, 2.0227, 1e-4), (120, 1.9799, 1e-4)],
+  [(3, 3.182, 0.03), (5, 2.571, 3e-3), (10, 2.2281, 3e-4), (15, 2.1314, 1e-4), (39, 2.0227, 1e-4), (120, 1.9799, 1e-4)],
 )
 def test_students_t_has_the_values_of_the_tables(freedom, expected, tolerance):
   assert statistics._t_quantile(freedom) == pytest.approx(expected, abs=tolerance)
@@ -60,6 +60,6 @@ def test_too_little_to_tell():
 
 def test_correlation():
   a, b = np.random.default_rng(0).normal(size=(2, 30))
-  expected = ((a - a.mean()) * (b - b.mean())).sum() / np.sqrt(((a - a.mean()) ** 2).sum() * ((b - b.mean()) ** 2).sum())
-  assert correlation(a, b) == pytest.approx(expected)
+  x, y = a - a.mean(), b - b.mean()
+  assert correlation(a, b) == pytest.approx((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()))
   assert correlation([1, 2, 3], [-1, -2, -3]) == pytest.approx(-1)

@@ -21,7 +21,7 @@ PREFIX_STEP, ROW_STEP, REPLY_STEP = 128, 32, 64
 
 
 def bucket(length: int, step: int) -> int:
-  """`length` rounded up to 1, 1.5, 2, 3, 4, 6, 8 ... steps: few shapes to compile, at most a third of padding."""
+  """`length` rounded up to 1, 2, 3, 4, 6, 8 ... steps: few shapes to compile, at most half of each padding."""
   size = step
   while size < length:
     if size + size // 2 >= length and size > step:

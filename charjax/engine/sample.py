@@ -79,10 +79,11 @@ def draw(logits_bv: jax.Array, uniform_b: jax.Array, temperature: float, top_p: 
 def _invert(weight_bn: jax.Array, target_b: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The first index whose running sum exceeds the target, and the target less the sum before it."""
   running = jnp.cumsum(weight_bn, -1)
-  index = jnp.sum(running <= target_b[:, None], -1)
-  # Rounding may put the target at or past the total: the last token of weight is then the one meant.
+  # A running sum in parallel need not be monotone, and rounding may put the target past the total: never take an
+  # index without weight, and take the last one with weight where none exceeds the target.
+  reached = (running > target_b[:, None]) & (weight_bn > 0)
   last = weight_bn.shape[-1] - 1 - jnp.argmax(weight_bn[:, ::-1] > 0, -1)
-  index = jnp.minimum(index, last)
+  index = jnp.where(reached.any(-1), jnp.argmax(reached, -1), last)
   before = jnp.take_along_axis(running - weight_bn, index[:, None], 1)[:, 0]
   return index, jnp.maximum(target_b - before, 0)
 

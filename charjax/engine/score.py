@@ -167,4 +167,5 @@ def score_options(
 ) -> np.ndarray:
   """Log-probs [len(prompts), len(options)] of each option as the next token after each prompt."""
   run = partial(_next_tokens, decoder, np.asarray(options, np.int32))
-  return np.array(map_rows(run, decoder, prompts, [[]] * len(prompts), batch_size=batch_size), np.float64)
+  values = map_rows(run, decoder, prompts, [[]] * len(prompts), batch_size=batch_size)
+  return np.array(values, np.float64).reshape(len(prompts), len(options))

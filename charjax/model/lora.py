@@ -18,7 +18,7 @@ TARGETS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 class Adapter(nnx.Module):
   """For each target weight [L, I..., O...]: a [L, I, R] (random) and b [L, R, O] (zero: it starts as no change).
 
-  The scale alpha / r of the paper is folded into the initial a, so that the learning rate is the only knob.
+  The scale alpha / r of the paper is folded into the initial a, so that there is no such field.
   """
 
   def __init__(self, config: ModelConfig, rank: int, *, rngs: nnx.Rngs, targets: Sequence[str] = TARGETS):

@@ -23,17 +23,16 @@ from charjax.engine.sample import Sampling, sample
 from charjax.engine.score import Rows, hidden_states, map_rows, over_chunks, predicting, score
 from charjax.errors import UserError
 from charjax.model.decoder import Prefix, logits
-from charjax.model.heads import bind, rewards
 from charjax.progress import Progress
 from charjax.stages import messages, policy, preference, prompts
 from charjax.stages.statistics import interval
+from charjax.training.heads import bind, rewards
 from charjax.training.losses import kl_from_logits
 from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write_text
 
 CONDITIONS = ('base', 'prompted', 'prompted_examples', 'trained')
 Values = dict[str, np.ndarray]  # condition -> one value a message
 
-_NEUTRAL_FILE = epath.Path(__file__).parent / 'neutral.jsonl'
 _PRAISE = re.compile(
   r'\b(great|excellent|wonderful|amazing|fantastic|brilliant|fascinating|good) (question|point|idea|thought|choice)\b'
   r'|\b(you are|you\'re) (so |very |absolutely )?(right|amazing|wonderful|brilliant|talented|smart)\b',
@@ -49,7 +48,7 @@ def run(session: Session) -> Row:
   traits = session.character.traits
   held = [row for row in messages.load(session) if row['split'] == 'heldout']
   probes = read_probes(session.config.evaluation.probes) if session.config.evaluation.probes else []
-  neutral = read_neutral(session.config.evaluation.neutral or str(_NEUTRAL_FILE))
+  neutral = read_neutral(session.config.evaluation.neutral or str(messages.NEUTRAL_FILE))
 
   drawn = _draw_replies(session, held, trained)
   _judge_replies(session, drawn, judge)
@@ -69,7 +68,7 @@ def run(session: Session) -> Row:
       accuracy = {c: (v > 0).astype(float) if v is not None else None for c, v in margins.items()}
       summary['probes'][name] = {'margin': summarise(margins), 'accuracy': summarise(accuracy)}
       bar.advance(len(rows))
-    summary['neutral'] = _neutral(session, neutral, held, drawn, trained)
+    summary['neutral'] = _neutral(session, neutral, drawn, trained)
     summary['side_effects'] = _side_effects(drawn)
     bar.advance()
   write_text(folder / 'summary.json', json.dumps(summary, indent=2))
@@ -278,7 +277,7 @@ def _text(path: str, line: int, row: Row, field: str) -> str:
 # ---- what should not change ----
 
 
-def _neutral(session: Session, rows: Sequence[Row], held: Sequence[Row], drawn: Sequence[Row], trained: Any) -> Row:
+def _neutral(session: Session, rows: Sequence[Row], drawn: Sequence[Row], trained: Any) -> Row:
   """Log-prob of reference answers, accuracy of greedy answers, and KL on the starting model's own neutral replies."""
   model = session.model
   asked = [model.prompt([*prompts.plain(), prompts.user(row['message'])]) for row in rows]

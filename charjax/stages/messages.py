@@ -5,12 +5,15 @@ messages are rejected and counted. The split is by message: what is held out is 
 """
 
 import functools
+import hashlib
 import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from charjax.character import Trait
+from etils import epath
+
+from charjax.character import Character, Trait
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
 from charjax.errors import UserError
@@ -34,6 +37,7 @@ NEUTRAL_SEEDS = (
   'Draft a one-line email asking to move a meeting to Friday.',
   'Summarize the water cycle in two sentences.',
 )
+NEUTRAL_FILE = epath.Path(__file__).parent / 'neutral.jsonl'
 _ROUNDS = 6  # of writing more where too many were rejected
 _LEAKS = re.compile(
   r'<\||\b(as an ai language model|a (short|medium|long) message|ai assistant|system prompt)\b', re.IGNORECASE
@@ -48,10 +52,11 @@ def run(session: Session) -> Row:
   written = 0
   neutral = (None, config.train_neutral, config.heldout_neutral)
   kinds = [*((t, config.train_per_trait, config.heldout_per_trait) for t in session.character.traits), neutral]
+  # One for all traits: what is held out for one must not be trained on for another.
+  kept = Kept(authored(session.character), config.near_duplicate)
   with Progress('messages', sum(train + heldout for _, train, heldout in kinds), 'messages') as bar:
     for trait, train, heldout in kinds:
       name, wanted = trait.id if trait else 'neutral', train + heldout
-      kept = Kept(authored(trait), config.near_duplicate)
       made: list[Row] = []
       for attempt in range(_ROUNDS):
         missing = wanted - len(made)
@@ -60,7 +65,7 @@ def run(session: Session) -> Row:
         # A whole number of batches: the rest of one would be computed all the same.
         count = -(-missing // config.batch_size) * config.batch_size
         items = [f'{name}/{attempt}/{i}' for i in range(count)]
-        make = functools.partial(_write, session, trait)
+        make = functools.partial(_write, session, trait, attempt)
         for candidate in chunks(folder, f'{name}-{attempt}', items, config.batch_size, make):
           written += 1
           reason = broken(candidate) or kept.reject(candidate['text'])
@@ -74,13 +79,14 @@ def run(session: Session) -> Row:
           f'messages: only {len(made)} of {wanted} messages for {name} after {_ROUNDS} rounds (rejected: '
           f'{dict(rejected)}); add seeds to the trait or lower config.messages.*_per_trait'
         )
-      rows += _split(trait, made[:wanted], heldout)
+      rows += _split(session.config.seed, trait, made[:wanted], heldout)
   write_jsonl(folder / 'messages.jsonl', rows)
   return {'messages': len(rows), 'written': written, 'rejected': dict(sorted(rejected.items()))}
 
 
-def _split(trait: Trait | None, made: Sequence[Row], heldout: int) -> list[Row]:
-  """Messages as rows, the first `heldout` of them held out."""
+def _split(seed: int, trait: Trait | None, made: Sequence[Row], heldout: int) -> list[Row]:
+  """Messages as rows, in an order drawn by lot, the first `heldout` of them held out."""
+  order = sorted(made, key=lambda row: hashlib.sha256(f'{seed}/split/{row["origin"]["item"]}'.encode()).digest())
   return [
     {
       'id': f'{trait.id if trait else "neutral"}-{i:04d}',
@@ -89,20 +95,19 @@ def _split(trait: Trait | None, made: Sequence[Row], heldout: int) -> list[Row]:
       'text': row['text'],
       'origin': row['origin'],
     }
-    for i, row in enumerate(made)
+    for i, row in enumerate(order)
   ]
 
 
-def authored(trait: Trait | None) -> list[str]:
-  """Texts that a written message must not repeat: seeds and the messages of all contrast pairs."""
-  if trait is None:
-    return list(NEUTRAL_SEEDS)
-  return [*trait.seeds, *(pair.message for pair in trait.pairs)]
+def authored(character: Character) -> list[str]:
+  """Texts that a written message must not repeat: seeds, the messages of all pairs, and neutral requests."""
+  written = [text for trait in character.traits for text in (*trait.seeds, *(pair.message for pair in trait.pairs))]
+  return [*written, *NEUTRAL_SEEDS, *(row['message'] for row in read_jsonl(NEUTRAL_FILE))]
 
 
-def _write(session: Session, trait: Trait | None, items: Sequence[str], index: int) -> list[Row]:
+def _write(session: Session, trait: Trait | None, attempt: int, items: Sequence[str], index: int) -> list[Row]:
   """One batch of candidates, each from its own topic, asker, length and choice of seeds."""
-  group = f'{trait.id if trait else "neutral"}/{index}'
+  group = f'{trait.id if trait else "neutral"}/{attempt}/{index}'
   config, seed, model = session.config.messages, session.config.seed, session.model
   origins, asked = [], []
   for item in items:

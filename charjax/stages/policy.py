@@ -28,11 +28,11 @@ from charjax.engine.score import (
 from charjax.errors import UserError
 from charjax.mesh import shard_batch
 from charjax.model.decoder import logits
-from charjax.model.heads import bind, last_token_rewards, make_trainable
 from charjax.progress import Metrics, Progress
 from charjax.stages import messages, preference, prompts
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
+from charjax.training.heads import bind, last_token_rewards, make_trainable
 from charjax.training.losses import group_advantages, kl_from_logits, penalised_rewards, policy_gradient
 from charjax.training.step import init_optimizer, make_optimizer, make_step
 from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write_text
@@ -45,7 +45,11 @@ def run(session: Session) -> Row:
   neutral = _neutral_replies(session)
   shapes = _Layout([*asked, *neutral], config.max_new_tokens)
 
-  trainable, optimizer, state, layout = _start(session)
+  trainable = _untrained(session)
+  optimizer = make_optimizer(
+    config.learning_rate, config.warmup, config.steps, config.weight_decay, config.max_gradient
+  )
+  state, layout = init_optimizer(optimizer, trainable)
   step_function = make_step(_loss, optimizer, trainable, layout)
   reward_model = preference.load(session, 'train')
   scale = json.loads((session.folder('preference') / 'report.json').read_text())['train']['reward_std'] or 1.0
@@ -56,11 +60,11 @@ def run(session: Session) -> Row:
     config.max_new_tokens, config.temperature, batch_size=config.prompts_per_step * config.replies_per_prompt
   )
   with (
-    Checkpoints(folder / 'checkpoints') as checkpoints,
+    Checkpoints(folder / 'checkpoints', session.config.seed) as checkpoints,
     Metrics(folder) as metrics,
     Progress('policy', config.steps, 'steps') as bar,
   ):
-    start, (trainable, state), position = checkpoints.restore((trainable, state))
+    start, trainable, state, position = checkpoints.restore(trainable, state)
     if position:
       asked_data.set_state(position['asked'])
       neutral_data.set_state(position['neutral'])
@@ -71,7 +75,7 @@ def run(session: Session) -> Row:
       names = [f'{step}/{item["id"]}/{i}' for i, item in enumerate(group)]
       used, adapter = bind(model.decoder, trainable)
       drawn = sample(
-        used, [item['prompt'] for item in group], item_keys(session.config.seed, 'policy', names), model.eos_ids,
+        used, [item['prompt'] for item in group], item_keys(session.config.seed, 'policy', names), model.eos_ids[:1],
         settings, adapter=adapter, width=config.prompt_width,
       )  # fmt: skip
       rows = shapes.rows([item['prompt'] for item in group], [reply.tokens for reply in drawn])
@@ -105,28 +109,22 @@ def run(session: Session) -> Row:
         _save_samples(session, step, group, drawn, np.asarray(rewards) / scale)
       if step == config.steps or step % config.save_every == 0:
         position = {'asked': asked_data.get_state(), 'neutral': neutral_data.get_state()}
-        checkpoints.save(step, (trainable, state), position)
+        checkpoints.save(step, trainable, state, position)
   _merge_samples(session)
   write_text(folder / 'fingerprint.json', json.dumps({'policy': fingerprint(trainable)}))
   return {'steps': config.steps, 'messages': len(asked), 'neutral': len(neutral), 'traits_rewarded': rewarded}
 
 
-def _start(session: Session) -> tuple[Any, Any, Any, Any]:
-  config, decoder = session.config.policy, session.model.decoder
-  trainable = make_trainable(decoder, config.lora_rank, session.config.seed + 10, with_head=False)
-  optimizer = make_optimizer(
-    config.learning_rate, config.warmup, config.steps, config.weight_decay, config.max_gradient
-  )
-  state, layout = init_optimizer(optimizer, trainable)
-  return trainable, optimizer, state, layout
+def _untrained(session: Session) -> Any:
+  config = session.config.policy
+  return make_trainable(session.model.decoder, config.lora_rank, session.config.seed + 10, with_head=False)
 
 
 def load(session: Session) -> Any:
-  """The trained policy: what model.heads.bind takes."""
-  trainable, _, state, _ = _start(session)
-  with Checkpoints(session.folder('policy') / 'checkpoints') as checkpoints:
-    _, (trainable, _), _ = checkpoints.restore((trainable, state))
-  return trainable
+  """The trained policy: what training.heads.bind takes."""
+  trainable = _untrained(session)
+  with Checkpoints(session.folder('policy') / 'checkpoints', session.config.seed) as checkpoints:
+    return checkpoints.load(trainable)
 
 
 # ---- what is asked ----

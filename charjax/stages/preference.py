@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from charjax.engine.batch import ROW_STEP, bucket, common_prefix, compute_prefix, pad
+from charjax.engine.batch import REPLY_STEP, ROW_STEP, bucket, common_prefix, compute_prefix, pad
 from charjax.engine.score import make_rows
 from charjax.mesh import shard_batch
-from charjax.model.heads import bind, last_token_rewards, make_trainable, rewards
 from charjax.progress import Metrics, Progress
 from charjax.stages import messages, prompts, replies
 from charjax.stages.statistics import correlation, share
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
+from charjax.training.heads import bind, last_token_rewards, make_trainable, rewards
 from charjax.training.losses import bradley_terry
 from charjax.training.step import init_optimizer, make_optimizer, make_step
 from charjax.workdir import Row, Session, read_jsonl, write_jsonl, write_text
@@ -47,7 +47,8 @@ def run(session: Session) -> Row:
       trained[name] = _train(session, name, halves[name], steps[name], bar)
       digests[name] = fingerprint(trained[name])
   _merge_metrics(session)
-  report: Row = {name: _measure(session, trained[name], halves[MODELS[1 - i]]) for i, name in enumerate(MODELS)}
+  unseen = {'train': halves['judge'], 'judge': halves['train']}
+  report: Row = {name: _measure(session, trained[name], unseen[name][: config.measured_messages]) for name in MODELS}
   report['left_out'] = [
     trait.id for trait in session.character.traits if not _better_than_chance(report['train']['kept'][trait.id])
   ]
@@ -56,8 +57,9 @@ def run(session: Session) -> Row:
   ]
   write_text(folder / 'report.json', json.dumps(report, indent=2))
   write_text(folder / 'fingerprint.json', json.dumps(digests, indent=2))
-  for name in report['left_out']:
-    session.log(f'preference: on the kept pairs of {name} the preference model is no better than chance')
+  for name in report['not_told_from_chance']:
+    out = ' and is left out of the reward' if name in report['left_out'] else ''
+    session.log(f'preference: {name} is not told from chance on its kept pairs{out}')
   return {'messages': {name: len(half) for name, half in halves.items()}, 'steps': steps}
 
 
@@ -113,6 +115,7 @@ class _Layout:
     self.replies = max(len(example['replies']) for example in examples)
     longest = max(len(e['prompt']) - self.shared + max(map(len, e['replies'])) for e in examples)
     self.width = bucket(longest, ROW_STEP)
+    self.reply_width = bucket(max(len(reply) for e in examples for reply in e['replies']), REPLY_STEP)
     self.prefix = pad([examples[0]['prompt'][: self.shared]], max(1, self.shared))[0][0]
 
   def batch(self, examples: Sequence[Row]) -> Row:
@@ -130,7 +133,7 @@ class _Layout:
       for i in range(k):
         prompt_rows.append(example['prompt'][self.shared :])
         reply_rows.append(example['replies'][min(i, count - 1)])
-    rows = make_rows(prompt_rows, reply_rows, self.messages * k, self.width)
+    rows = make_rows(prompt_rows, reply_rows, self.messages * k, self.width, self.reply_width)
     arrays = shard_batch({'rows': rows, 'real': real, 'probabilities': probabilities, 'weight': weight})
     return arrays | {'prefix': self.prefix, 'prefix_length': np.int32(self.shared)}
 
@@ -146,8 +149,8 @@ def _train(session: Session, name: str, examples: Sequence[Row], steps: int, bar
   state, layout = init_optimizer(optimizer, trainable)
   shapes = _Layout(examples, config.messages_per_batch)
   data = batches(examples, config.messages_per_batch, seed)
-  with Checkpoints(folder) as checkpoints, Metrics(folder) as metrics:
-    start, (trainable, state), position = checkpoints.restore((trainable, state))
+  with Checkpoints(folder, seed) as checkpoints, Metrics(folder) as metrics:
+    start, trainable, state, position = checkpoints.restore(trainable, state)
     if position:
       data.set_state(position)
     metrics.truncate_after(start)
@@ -158,7 +161,7 @@ def _train(session: Session, name: str, examples: Sequence[Row], steps: int, bar
       metrics.write(step, jax.device_get(values))
       bar.advance(1, f'{name} loss {float(values["loss"]):.3f}')
       if step == steps or step % config.save_every == 0:
-        checkpoints.save(step, (trainable, state), data.get_state())
+        checkpoints.save(step, trainable, state, data.get_state())
   return trainable
 
 
@@ -170,14 +173,11 @@ def _merge_metrics(session: Session) -> None:
 
 
 def load(session: Session, name: str) -> Any:
-  """A trained preference model ('train' or 'judge'), to be given to model.heads.rewards."""
-  config, decoder = session.config.preference, session.model.decoder
-  trainable = make_trainable(decoder, config.lora_rank, 0, with_head=True)
-  optimizer = make_optimizer(config.learning_rate, 1, 2, config.weight_decay, config.max_gradient)
-  state, _ = init_optimizer(optimizer, trainable)
-  with Checkpoints(session.folder('preference') / name) as checkpoints:
-    _, (trainable, _), _ = checkpoints.restore((trainable, state))
-  return trainable
+  """A trained preference model ('train' or 'judge'), to be given to training.heads.rewards."""
+  config, seed = session.config.preference, session.config.seed + MODELS.index(name)
+  trainable = make_trainable(session.model.decoder, config.lora_rank, seed, with_head=True)
+  with Checkpoints(session.folder('preference') / name, seed) as checkpoints:
+    return checkpoints.load(trainable)
 
 
 # ---- measuring ----
@@ -210,8 +210,8 @@ def _measure(session: Session, trainable: Any, unseen: Sequence[Row]) -> Row:
     for i in range(count):
       for j in range(i + 1, count):
         wanted = float(example['probabilities'][i, j])
-        kinds = {example['conditions'][i], example['conditions'][j]}
-        kind = f'{kinds.copy().pop()}-{kinds.copy().pop()}' if len(kinds) == 1 else 'mixed'
+        first, second = example['conditions'][i], example['conditions'][j]
+        kind = 'mixed' if first != second else f'{first}-{first}'
         hit = (scores[i] > scores[j]) == (wanted > 0.5)
         right[kind].append(hit)
         by_trait[example['trait']].append(hit)

@@ -5,6 +5,7 @@ conversation. What is shown is a list of messages: a chat template turns it into
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 from charjax.character import Character, Pair, Trait
@@ -35,19 +36,16 @@ def shown(trait: Trait, examples: int) -> Messages:
 def shown_character(character: Character, examples: int) -> Messages:
   """The whole character: all statements, and `examples` worked examples drawn from the traits in turn."""
   statement = ' '.join(trait.statement for trait in character.traits)
-  rounds = zip(*(trait.pairs_for('shown') for trait in character.traits), strict=False)
-  pairs = [pair for turn in rounds for pair in turn][:examples]
+  rounds = itertools.zip_longest(*(trait.pairs_for('shown') for trait in character.traits))
+  pairs = [pair for turn in rounds for pair in turn if pair][:examples]
   return [{'role': 'system', 'content': _SYSTEM.format(statement=statement)}, *_turns(pairs, True)]
 
 
 def opposed(trait: Trait, opposite: str, examples: int) -> Messages:
-  """The same for one of the trait's opposites. Its examples are those written against it.
-
-  They are as many as the trait has for that opposite: with two opposites, each has its share of the examples.
-  """
+  """The same for one of the trait's opposites, with up to `examples` of the pairs written against it."""
   system = {'role': 'system', 'content': _SYSTEM.format(statement=trait.opposites[opposite])}
-  pairs = [pair for pair in trait.pairs_for('shown')[:examples] if pair.opposite == opposite]
-  return [system, *_turns(pairs, False)]
+  pairs = [pair for pair in trait.pairs_for('shown') if pair.opposite == opposite]
+  return [system, *_turns(pairs[:examples], False)]
 
 
 def plain() -> Messages:

@@ -107,7 +107,11 @@ def option_log_odds(
 
 
 def pairwise(model: LanguageModel, trait: Trait, answers: Sequence[Answer], settings: Settings) -> np.ndarray:
-  """Scores by comparing all replies to a message two by two, both orders averaged: a reply's mean log-odds."""
+  """Scores by comparing all replies to a message two by two, both orders averaged.
+
+  A score is a reply's log-odds summed over the others and divided by the number of replies: where the odds are
+  consistent, the difference of two scores is again the log-odds of the pair, the scale that labels are fitted on.
+  """
   groups: dict[str, list[int]] = defaultdict(list)
   for i, answer in enumerate(answers):
     groups[answer.message].append(i)
@@ -118,7 +122,7 @@ def pairwise(model: LanguageModel, trait: Trait, answers: Sequence[Answer], sett
     total[i] += value
     total[j] -= value
     count[[i, j]] += 1
-  return total / np.maximum(count, 1)
+  return total / (count + 1)
 
 
 # ---- pointwise ----

@@ -6,6 +6,7 @@ treatment and the temperature of its labels are chosen on the choosing pairs.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections import defaultdict
@@ -32,7 +33,7 @@ from charjax.stages.statistics import correlation, share
 from charjax.training.losses import soft_labels
 from charjax.workdir import Row, Session, chunks, write_jsonl, write_text
 
-_LENGTHS = ('mean', 'sum')  # the first is the one the audit's figures are given for
+_LENGTHS = ('mean', 'sum')
 
 
 def run(session: Session) -> Row:
@@ -41,12 +42,17 @@ def run(session: Session) -> Row:
   traits = session.character.traits
   with Progress('audit', len(traits), 'traits') as bar:
     rows = chunks(folder, 'audit', traits, 1, lambda items, _: [_examine(session, trait) for trait in items], bar)
-  audit: Row = {
-    'traits': {trait.id: _audit([row], tuple(trait.opposites)) for trait, row in zip(traits, rows, strict=True)}
-  }
-  audit['overall'] = _audit(rows)
-  ranker, why = _choose(config.ranker, audit['overall'])
   length, length_why = _length_treatment(rows)
+  ranker, why = _choose(config.ranker, _audit(rows, length))
+  if ranker != 'likelihood':
+    # Only now is it known that this ranker's figures on the kept pairs are wanted.
+    more = chunks(folder, f'audit-{ranker}', traits, 1, functools.partial(_examine_kept, session, ranker))
+    for row, kept in zip(rows, more, strict=True):
+      row[ranker] = {name: row[ranker][name] + kept[name] for name in kept}
+  audit: Row = {
+    'traits': {t.id: _audit([row], length, tuple(t.opposites)) for t, row in zip(traits, rows, strict=True)},
+    'overall': _audit(rows, length),
+  }
   temperature = fit_temperature(_margins(rows, ranker, 'choosing', length))
   audit |= {
     'ranker': ranker,
@@ -62,8 +68,13 @@ def run(session: Session) -> Row:
   for name in audit['weak_traits']:
     session.log(f'rankings: {name} is not told from chance by the {ranker} ranker on the choosing pairs')
 
-  ranked = _rank(session, Settings(config.examples, length, config.batch_size), ranker, temperature)
+  ranked = _rank(session, Settings(config.examples, length, config.batch_size), ranker)
   by_id = {row['id']: row for row in replies.load(session)}
+  audit['length_control'] = control_length(ranked, by_id, config.length_limit)
+  for row in ranked:
+    labels = soft_labels(jnp.asarray(row['controlled']), temperature, config.label_low, config.label_high)
+    row['probabilities'] = np.round(np.asarray(labels, np.float64), 4).tolist()
+    row['ranker'] = ranker
   audit['sampled'] = _sampled_audit(ranked, by_id)
   write_text(folder / 'audit.json', json.dumps(audit, indent=2))
   write_jsonl(folder / 'rankings.jsonl', ranked)
@@ -81,7 +92,7 @@ def _examine(session: Session, trait: Trait) -> Row:
   """All that the rankers say of one trait's written pairs, as JSON.
 
   The likelihood ranker reads all of them, and the kept ones without examples too. The other two read the choosing
-  pairs, and the kept ones only where the config asks for them by name: a small model's time is better spent.
+  pairs; the kept ones follow if one of the two is chosen.
   """
   config, model = session.config.rankings, session.model
   pairs = _written(trait)
@@ -91,17 +102,27 @@ def _examine(session: Session, trait: Trait) -> Row:
   for name, chosen, examples in (('examples', pairs, config.examples), ('no_examples', kept, 0)):
     ratio, tokens = evidence(model, trait, _both(chosen), dataclasses.replace(settings, examples=examples))
     row[name] = {'ratio': ratio.tolist(), 'tokens': tokens.tolist()}
+  choosing = [pair for pair in pairs if pair.use == 'choosing']
   for name in ('pairwise', 'pointwise'):
-    chosen = [pair for pair in pairs if pair.use == 'choosing' or config.ranker == name]
-    answers = _both(chosen)
-    if name == 'pairwise':
-      half = len(chosen)
-      scores = option_log_odds(model, trait, list(zip(answers[:half], answers[half:], strict=True)), settings)
-    else:
-      scores = pointwise(model, trait, answers, settings)
-    row[name] = {'uses': [pair.use for pair in chosen], 'scores': scores.tolist()}
+    row[name] = _ask(session, name, trait, choosing)
   row['triples'] = _triples(session, trait)
   return row
+
+
+def _examine_kept(session: Session, ranker: str, traits: Sequence[Trait], _: int) -> list[Row]:
+  return [_ask(session, ranker, trait, trait.pairs_for('kept')) for trait in traits]
+
+
+def _ask(session: Session, ranker: str, trait: Trait, pairs: Sequence[Pair]) -> Row:
+  """What the pairwise ranker (log-odds in both orders) or the pointwise one (a score each) says of written pairs."""
+  settings, half = Settings(batch_size=session.config.rankings.batch_size), len(pairs)
+  answers = _both(pairs)
+  if ranker == 'pairwise':
+    both = list(zip(answers[:half], answers[half:], strict=True))
+    inside, outside = option_log_odds(session.model, trait, both, settings).T
+  else:
+    inside, outside = np.split(pointwise(session.model, trait, answers, settings), 2)
+  return {'uses': [pair.use for pair in pairs], 'inside': inside.tolist(), 'outside': outside.tolist()}
 
 
 def _both(pairs: Sequence[Pair]) -> list[Answer]:
@@ -125,41 +146,41 @@ def _triples(session: Session, trait: Trait) -> list[bool]:
   return [bool(value) for value in found]
 
 
-def _margins(
-  rows: Sequence[Row], ranker: str, use: str, length: str = _LENGTHS[0], shown: str = 'examples'
-) -> np.ndarray:
+def _margins(rows: Sequence[Row], ranker: str, use: str, length: str, shown: str = 'examples') -> np.ndarray:
   """Score of the reply in character minus that of the other, over the written pairs of one use that were read."""
   found = []
   for row in rows:
     if ranker == 'likelihood':
       uses = row['uses'] if shown == 'examples' else ['kept'] * row['uses'].count('kept')
       scores = treat_length(np.array(row[shown]['ratio']), np.array(row[shown]['tokens']), length)
+      inside, outside = np.split(scores, 2)
+      margins = inside - outside
     else:
-      uses, scores = row[ranker]['uses'], np.array(row[ranker]['scores'])
-    half = len(scores) // 2  # replies in character, then those out of it
-    margins = scores.reshape(-1, 2).mean(1) if ranker == 'pairwise' else scores[:half] - scores[half:]
+      uses, first, second = row[ranker]['uses'], np.array(row[ranker]['inside']), np.array(row[ranker]['outside'])
+      # The pairwise ranker's are the log-odds of the reply in character in either order, the pointwise one's scores.
+      margins = (first + second) / 2 if ranker == 'pairwise' else first - second
     found.append(margins[np.array(uses, str) == use])
   return np.concatenate([*found, np.zeros(0)])
 
 
-def _audit(rows: Sequence[Row], opposites: Sequence[str] = ()) -> Row:
+def _audit(rows: Sequence[Row], length: str, opposites: Sequence[str] = ()) -> Row:
   """The figures of one trait, or of several pooled: per ranker, on the choosing pairs and on the kept ones."""
   audit: Row = {}
   for ranker in RANKERS:
-    right = _margins(rows, ranker, 'kept') > 0
+    right = _margins(rows, ranker, 'kept', length) > 0
     kept = {'accuracy': share(right), 'sides': _sides(rows, right, opposites)} if len(right) else None
     # Only the likelihood ranker is shown examples.
     shown = ranker == 'likelihood'
     audit[ranker] = {
       'examples': kept if shown else None,
       'no_examples': None if shown else kept,
-      'choosing': share(_margins(rows, ranker, 'choosing') > 0),
+      'choosing': share(_margins(rows, ranker, 'choosing', length) > 0),
     }
-  without = _margins(rows, 'likelihood', 'kept', shown='no_examples') > 0
+  without = _margins(rows, 'likelihood', 'kept', length, 'no_examples') > 0
   if len(without):
     audit['likelihood']['no_examples'] = {'accuracy': share(without), 'sides': _sides(rows, without, opposites)}
-  odds = [np.array(row['pairwise']['scores']).reshape(-1, 2) for row in rows]
-  audit['pairwise'] |= _positions(np.concatenate([*odds, np.zeros((0, 2))]))
+  odds = [np.stack([row['pairwise']['inside'], row['pairwise']['outside']], 1) for row in rows]
+  audit['pairwise'] |= _positions(np.concatenate(odds))
   triples = [value for row in rows for value in row['triples']]
   audit['pairwise']['transitivity'] = float(np.mean(triples)) if triples else None
   return audit
@@ -258,7 +279,7 @@ def _grouped(session: Session, trait: Trait) -> list[tuple[list[Answer], list[st
   ]
 
 
-def _rank(session: Session, settings: Settings, ranker: str, temperature: float) -> list[Row]:
+def _rank(session: Session, settings: Settings, ranker: str) -> list[Row]:
   config, folder = session.config.rankings, session.folder('rankings')
   groups = {trait.id: _grouped(session, trait) for trait in session.character.traits}
   ranked = []
@@ -274,11 +295,29 @@ def _rank(session: Session, settings: Settings, ranker: str, temperature: float)
         ]
 
       ranked += chunks(folder, f'rank-{trait.id}', groups[trait.id], config.messages_per_chunk, make, bar)
-  for row in ranked:
-    labels = soft_labels(jnp.asarray(row['scores']), temperature, config.label_low, config.label_high)
-    row['probabilities'] = np.round(np.asarray(labels, np.float64), 4).tolist()
-    row['ranker'] = ranker
   return ranked
+
+
+def control_length(ranked: Sequence[Row], by_id: dict[str, Row], limit: float) -> Row:
+  """Adds `controlled` scores to each ranked message: without what a reply's length alone explains.
+
+  Where the correlation of score and length among the replies to one message exceeds `limit`, the least-squares effect
+  of the token count, and of having been cut off, is taken out of the scores. Else a preference model learns to count:
+  in this project's first trial its reward followed length at r = -0.7.
+  """
+  scores, features = [], []
+  for row in ranked:
+    rows = [by_id[name] for name in row['replies']]
+    found = np.array([[r['tokens'], r['finish'] == 'length'] for r in rows], np.float64)
+    features.append(found - found.mean(0))
+    scores.append(np.array(row['scores']) - np.mean(row['scores']))
+  every, score = np.concatenate([*features, np.zeros((0, 2))]), np.concatenate([*scores, np.zeros(0)])
+  before = correlation(score, every[:, 0]) or 0.0
+  effect = np.linalg.lstsq(every, score, rcond=None)[0] if abs(before) > limit else np.zeros(2)
+  for row, found in zip(ranked, features, strict=True):
+    row['controlled'] = np.round(np.array(row['scores']) - found @ effect, 6).tolist()
+  after = correlation(score - every @ effect, every[:, 0]) or 0.0
+  return {'before': before, 'after': after, 'per_token': float(effect[0]), 'cut_off': float(effect[1])}
 
 
 def _sampled_audit(ranked: Sequence[Row], by_id: dict[str, Row]) -> Row:

@@ -14,49 +14,79 @@ from charjax.errors import UserError
 class Checkpoints:
   """The checkpoints of one training run, in `folder`; the latest is kept.
 
-  with Checkpoints(folder / 'train') as checkpoints:
-    state, position = checkpoints.restore(state)
+  Each holds what is trained, the optimizer's state, the random seed, the data position, and a fingerprint of what is
+  trained.
   """
 
-  def __init__(self, folder: epath.Path):
+  def __init__(self, folder: epath.Path, seed: int):
     policies = ocp.training.preservation_policies
+    self._seed = seed
     self._checkpointer = ocp.training.Checkpointer(
       folder.resolve(), preservation_policy=policies.LatestN(1), cleanup_tmp_directories=True
     )
 
-  def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
-    """Saves arrays (any pytree) and the data position (JSON) after `step` steps; returns when it is on disk."""
-    leaves = {f'{i:04d}': leaf for i, leaf in enumerate(jax.tree.leaves(state))}
-    self._checkpointer.save_checkpointables(step, {'state': leaves, 'position': position}, force=True)
+  def save(self, step: int, trainable: Any, optimizer_state: Any, position: dict[str, Any]) -> None:
+    """Saves the state and the data position (JSON) after `step` steps; returns when it is on disk."""
+    record = {'seed': self._seed, 'data': position, 'fingerprint': fingerprint(trainable)}
+    named = {'trainable': _named(trainable), 'optimizer': _named(optimizer_state), 'record': record}
+    self._checkpointer.save_checkpointables(step, named, force=True)
 
-  def restore(self, state: Any) -> tuple[int, Any, dict[str, Any]]:
-    """The latest (step, state, position), laid out as `state` is; (0, state, {}) when there is none yet.
+  def restore(self, trainable: Any, optimizer_state: Any) -> tuple[int, Any, Any, dict[str, Any]]:
+    """The latest (step, trainable, optimizer state, data position), laid out as those given; step 0 without one.
 
     Raises:
-      UserError: the checkpoint does not fit `state`.
+      UserError: the checkpoint is damaged, or of a run with another seed.
     """
-    latest = self._checkpointer.latest
-    if latest is None:
-      return 0, state, {}
-    leaves, structure = jax.tree.flatten(state)
-    abstract = {
-      f'{i:04d}': jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for i, leaf in enumerate(leaves)
+    if self._checkpointer.latest is None:
+      return 0, trainable, optimizer_state, {}
+    step, loaded = self._load({'trainable': trainable, 'optimizer': optimizer_state})
+    if loaded['record']['seed'] != self._seed:
+      raise UserError(f'{self._checkpointer.directory}: its seed is {loaded["record"]["seed"]}, not {self._seed}')
+    return step, loaded['trainable'], loaded['optimizer'], loaded['record']['data']
+
+  def load(self, trainable: Any) -> Any:
+    """What was trained, laid out as `trainable` is, without the optimizer's state.
+
+    Raises:
+      UserError: there is no checkpoint, or it is damaged.
+    """
+    if self._checkpointer.latest is None:
+      raise UserError(
+        f"{self._checkpointer.directory}: the checkpoint is gone; remove the stage's folder to train again"
+      )
+    return self._load({'trainable': trainable})[1]['trainable']
+
+  def _load(self, wanted: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    step = self._checkpointer.latest.step
+    where = f'{self._checkpointer.directory}: checkpoint {step}'
+    remedy = "remove the stage's folder to train again"
+    abstract: dict[str, Any] = {
+      name: {
+        key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for key, leaf in _named(tree).items()
+      }
+      for name, tree in wanted.items()
     }
     try:
-      loaded = self._checkpointer.load_checkpointables(latest.step, {'state': abstract, 'position': None})
-    except (ValueError, KeyError, FileNotFoundError) as error:
-      raise UserError(
-        f'{self._checkpointer.directory}: checkpoint {latest.step} cannot be read ({str(error).splitlines()[0]}); '
-        'remove the folder to train again'
-      ) from error
-    values = [loaded['state'][f'{i:04d}'] for i in range(len(leaves))]
-    return latest.step, jax.tree.unflatten(structure, values), loaded['position']
+      loaded = self._checkpointer.load_checkpointables(step, abstract | {'record': None})
+    except (ValueError, KeyError, OSError) as error:
+      raise UserError(f'{where} cannot be read ({str(error).splitlines()[0]}); {remedy}') from error
+    for name, tree in wanted.items():
+      values = [loaded[name][key] for key in _named(tree)]
+      loaded[name] = jax.tree.unflatten(jax.tree.structure(tree), values)
+    if fingerprint(loaded['trainable']) != loaded['record']['fingerprint']:
+      raise UserError(f'{where} is damaged (wrong fingerprint); {remedy}')
+    return step, loaded
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
   def __exit__(self, *_: object) -> None:
     self._checkpointer.close()
+
+
+def _named(tree: Any) -> dict[str, jax.Array]:
+  """The arrays of a pytree by their path in it."""
+  return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def fingerprint(tree: Any) -> str:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 def soft_labels(scores_mk: jax.Array, temperature: float, low: float, high: float) -> jax.Array:
   """Probability [M, K, K] that reply i is better than reply j: sigmoid((s_i - s_j) / temperature), clamped.
 
-  Constitutional AI (Bai et al. 2022, section 4.1) keeps preference labels soft and clamps them.
+  Constitutional AI (Bai et al. 2022, section 4.1) keeps preference labels soft; its labels with chain of thought
+  are clamped too.
   """
   difference = scores_mk[..., :, None] - scores_mk[..., None, :]
   return jnp.clip(jax.nn.sigmoid(difference / temperature), low, high)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from charjax.engine.batch import Tokens
 from charjax.engine.score import Rows, hidden_states, map_rows
+from charjax.mesh import shardings
 from charjax.model.decoder import Decoder, Prefix
 from charjax.model.lora import Adapter
 
@@ -32,7 +33,13 @@ def make_trainable(decoder: Decoder, lora_rank: int, seed: int, with_head: bool)
     trainable['decoder'] = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), decoder)
   if with_head:
     trainable['head'] = ScalarHead(decoder.config.embed_dim)
-  return trainable
+  # Laid out as the step will return it: else the second step would be compiled anew.
+  if not jax.sharding.get_mesh().empty:
+    trainable = jax.device_put(trainable, shardings(trainable))
+  if jax.sharding.get_mesh().empty:
+    return trainable
+  # What starts on one device and comes back from the first step in shards has the second step compiled anew.
+  return jax.device_put(trainable, shardings(trainable))
 
 
 def bind(decoder: Decoder, trainable: Any) -> tuple[Decoder, Any]:

@@ -1,0 +1,329 @@
+"""Sampling and scoring: the distribution they say, and the same numbers in whatever company a text is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from llama_reference import numpy_log_probs, numpy_reply, random_tensors, tiny_config
+from scipy.stats import chi2
+
+from charjax.engine import sample as engine
+from charjax.engine.batch import bucket, common_prefix, item_keys, pad, prefill
+from charjax.engine.sample import Sampling, compilations, draw, sample
+from charjax.engine.score import map_rows, over_chunks, score, score_options
+from charjax.model.decoder import Runtime
+from charjax.model.lora import Adapter
+from charjax.model.weights import make_decoder
+
+# More tokens than one block of the sampler holds, and no whole number of blocks.
+CONFIG = tiny_config(vocab_size=300)
+TENSORS = random_tensors(CONFIG)
+EOS = (7, 11, 19, *range(200, 230))
+NAMES = [f'item-{i}' for i in range(12)]
+
+
+@pytest.fixture(scope='module')
+def decoder():
+  return make_decoder(CONFIG, TENSORS, jnp.float32, Runtime(scan_layers=True))
+
+
+@pytest.fixture(scope='module')
+def prompts():
+  """Twelve prompts of 1 to 12 tokens without a common beginning."""
+  rng = np.random.default_rng(0)
+  rows = [rng.integers(0, CONFIG.vocab_size, length).tolist() for length in range(1, 13)]
+  assert common_prefix(rows) == 0
+  return rows
+
+
+@pytest.fixture(scope='module')
+def keys():
+  return item_keys(0, 'test', NAMES)
+
+
+SETTINGS = Sampling(10, temperature=0.7, batch_size=5)
+
+
+@pytest.fixture(scope='module')
+def drawn(decoder, prompts, keys):
+  return sample(decoder, prompts, keys, EOS, SETTINGS)
+
+
+def assert_rows_close(found, expected, tolerance=1e-4):
+  assert len(found) == len(expected)
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
+
+
+# ---- scoring ----
+
+
+def test_scores_are_those_of_a_full_softmax_in_float64(decoder, prompts):
+  rng = np.random.default_rng(1)
+  # With empty and long replies; their order by length is not the order given.
+  replies = [rng.integers(0, CONFIG.vocab_size, length).tolist() for length in rng.permutation([0, *range(1, 12)])]
+  for temperature in (1.0, 0.5):
+    expected = [numpy_reply(CONFIG, TENSORS, p, r, temperature) for p, r in zip(prompts, replies, strict=True)]
+    assert_rows_close(score(decoder, prompts, replies, temperature=temperature, batch_size=5), expected)
+
+
+def test_a_common_prefix_changes_no_score(decoder, prompts):
+  shared = prompts[-1]
+  asked, replies = [shared + prompt for prompt in prompts], [prompt[::-1] for prompt in prompts]
+  assert common_prefix(asked) == len(shared)
+  expected = [numpy_reply(CONFIG, TENSORS, p, r) for p, r in zip(asked, replies, strict=True)]
+  assert_rows_close(score(decoder, asked, replies, batch_size=12), expected)
+  # One prompt alone is all prefix but for its last token.
+  assert_rows_close(score(decoder, asked[:1], replies[:1], batch_size=12), expected[:1])
+
+
+def test_the_adapter_goes_through_the_prefix_too(decoder, prompts):
+  adapter = Adapter(CONFIG, 2, rngs=nnx.Rngs(0))
+  tensors = dict(TENSORS)
+  for i, (name, pair) in enumerate(adapter.arrays().items()):
+    b = np.asarray(jax.random.normal(jax.random.key(i), pair['b'].shape)) * 0.3
+    getattr(adapter, name)['b'][...] = b
+    tensors[f'blocks.{name}'] = TENSORS[f'blocks.{name}'] + (np.asarray(pair['a']) @ b).reshape(
+      TENSORS[f'blocks.{name}'].shape
+    )
+  asked, replies = [prompts[-1] + prompt for prompt in prompts[:4]], prompts[4:8]
+  expected = [numpy_reply(CONFIG, tensors, p, r) for p, r in zip(asked, replies, strict=True)]
+  assert_rows_close(score(decoder, asked, replies, adapter=adapter, batch_size=4), expected)
+  drawn = sample(decoder, asked, item_keys(0, 'lora', NAMES[:4]), EOS, Sampling(6, batch_size=4), adapter=adapter)
+  expected = [numpy_reply(CONFIG, tensors, p, r.tokens) for p, r in zip(asked, drawn, strict=True)]
+  assert_rows_close([reply.log_probs for reply in drawn], expected)
+
+
+def test_option_scores_are_those_of_the_next_token(decoder, prompts):
+  options = [3, 299, 0]
+  found = score_options(decoder, prompts, options, batch_size=5)
+  expected = [numpy_log_probs(CONFIG, TENSORS, prompt)[-1, options] for prompt in prompts]
+  np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_rows_come_back_in_the_order_given_and_are_counted(decoder, prompts):
+  counts = []
+  replies = [[0]] * len(prompts)
+  found = map_rows(
+    lambda prefix, rows: jnp.asarray(rows.lengths), decoder, prompts, replies, batch_size=5, on_batch=counts.append
+  )
+  assert [int(n) for n in found] == [len(prompt) + 1 for prompt in prompts]
+  assert counts == [5, 5, 2]
+  assert score(decoder, [], []) == [] and sample(decoder, [], None, EOS, SETTINGS) == []
+
+
+@pytest.mark.parametrize('shape', [(3, 7), (4, 128), (5, 111)])
+def test_chunks_are_put_together_again(shape):
+  x = np.random.default_rng(0).normal(size=(*shape, 2)).astype(np.float32)
+  y = np.arange(shape[0] * shape[1]).reshape(shape)
+
+  def total(x):
+    both = over_chunks(lambda x, y: (x.sum(-1) * y, x * 2), x, y)
+    return (both[0] ** 2).sum(), both
+
+  gradient, (products, doubled) = jax.grad(total, has_aux=True)(x)
+  np.testing.assert_allclose(products, x.sum(-1) * y, rtol=1e-5, atol=1e-4)
+  np.testing.assert_allclose(doubled, x * 2)
+  np.testing.assert_allclose(gradient, np.repeat((2 * x.sum(-1) * y * y)[..., None], 2, -1), rtol=1e-4, atol=1e-2)
+
+
+# ---- drawing a token ----
+
+
+def test_tokens_are_drawn_as_often_as_the_softmax_says():
+  logits = np.random.default_rng(0).normal(size=(1, 300)).astype(np.float32) * 2
+  logits[0, [0, 255, 256, 299]] += 3  # the ends of blocks
+  count = 40_000
+  uniform = (np.arange(count, dtype=np.float32) + 0.5) / count  # evenly, so that a share is off by two draws at most
+  for temperature in (1.0, 0.6):
+    token, log_prob = jax.jit(draw, static_argnums=(2, 3))(np.repeat(logits, count, 0), uniform, temperature, 1.0)
+    scaled = logits[0].astype(np.float64) / temperature
+    expected = np.exp(scaled - scaled.max()) / np.exp(scaled - scaled.max()).sum()
+    assert np.abs(np.bincount(token, minlength=300) - expected * count).max() < 2
+    np.testing.assert_allclose(log_prob, np.log(expected)[np.asarray(token)], atol=1e-5)
+
+
+def test_the_ends_of_the_unit_interval_draw_tokens_of_weight():
+  logits = np.full((4, 300), -np.inf, np.float32)
+  logits[:, [40, 270]] = 0
+  uniform = jnp.array([0.0, 0.4999, 0.5001, 1.0])
+  token, log_prob = draw(logits, uniform, 1.0, 1.0)
+  assert token.tolist() == [40, 40, 270, 270]
+  np.testing.assert_allclose(log_prob, np.log(0.5), atol=1e-6)
+
+
+def nucleus(logits, top_p) -> set[int]:
+  """The smallest set of the most probable tokens that holds `top_p`, by a sort in float64."""
+  weight = np.exp(logits.astype(np.float64) - logits.max())
+  order = np.argsort(-weight, kind='stable')
+  return set(order[: int((np.cumsum(weight[order]) / weight.sum() < top_p).sum()) + 1].tolist())
+
+
+def test_top_p_keeps_the_nucleus():
+  rng = np.random.default_rng(0)
+  logits = np.concatenate([rng.normal(size=(20, 300)) * scale for scale in (0.1, 1, 3, 8)]).astype(np.float32)
+  # Its bound: the threshold is found to a factor of exp(20 / 2^16).
+  slack = np.exp(-20 / 2**16 - 1e-6)
+  exact = 0
+  for top_p in (0.1, 0.5, 0.9, 0.99):
+    weight = np.exp(logits - logits.max(-1, keepdims=True))
+    threshold = np.asarray(engine._top_p_threshold(jnp.asarray(weight), top_p))
+    for row, least, row_logits in zip(weight, threshold, logits, strict=True):
+      kept, expected = set(np.flatnonzero(row >= least).tolist()), nucleus(row_logits, top_p)
+      assert expected <= kept
+      assert all(row[i] >= row[list(expected)].min() * slack for i in kept)
+      exact += kept == expected
+  assert exact > 0.97 * 4 * len(logits)
+
+
+def test_top_p_draws_from_the_nucleus_alone_and_says_its_log_probs():
+  logits = np.random.default_rng(1).normal(size=300).astype(np.float32) * 2
+  count = 20_000
+  uniform = (np.arange(count, dtype=np.float32) + 0.5) / count
+  token, log_prob = jax.jit(draw, static_argnums=(2, 3))(np.repeat(logits[None], count, 0), uniform, 0.8, 0.7)
+  kept = sorted(nucleus(logits / 0.8, 0.7))
+  weight = np.exp((logits[kept].astype(np.float64) - logits.max()) / 0.8)
+  expected = np.zeros(300)
+  expected[kept] = weight / weight.sum()
+  assert np.abs(np.bincount(token, minlength=300) - expected * count).max() < 2
+  np.testing.assert_allclose(log_prob, np.log(expected[np.asarray(token)]), atol=1e-5)
+
+
+# ---- sampling ----
+
+
+def test_the_first_tokens_of_many_keys_pass_a_chi_square_test(decoder):
+  count = 4096
+  prompt = [5, 3, 260]
+  keys = item_keys(1, 'test', [str(i) for i in range(count)])
+  replies = sample(decoder, [prompt] * count, keys, EOS, Sampling(2, batch_size=1024))
+  first = np.exp(numpy_log_probs(CONFIG, TENSORS, prompt)[-1])
+  assert_drawn_from([reply.tokens[0] for reply in replies], first)
+  # Second tokens too, which a key that is not folded with the step would tie to the first.
+  seconds = [reply.tokens[1] for reply in replies if len(reply.tokens) > 1]
+  assert_drawn_from(seconds, second_token_probability(prompt, first))
+
+
+def assert_drawn_from(tokens, probability):
+  found, expected = np.bincount(tokens, minlength=len(probability)), probability * len(tokens)
+  often = expected >= 5
+  found, expected = (np.append(x[often], x[~often].sum()) for x in (found, expected))
+  assert ((found - expected) ** 2 / expected).sum() < chi2.ppf(0.999, len(expected) - 1)
+
+
+def second_token_probability(prompt, first) -> np.ndarray:
+  """Of each token in second place, given that the first ended nothing."""
+  likely = [token for token in np.argsort(-first) if token not in EOS]
+  weights = first[likely]
+  rows = np.stack([np.exp(numpy_log_probs(CONFIG, TENSORS, [*prompt, token])[-1]) for token in likely])
+  return (weights[:, None] * rows).sum(0) / weights.sum()
+
+
+def test_the_log_probs_of_a_reply_are_those_of_scoring_it(decoder, prompts, drawn):
+  replies = [reply.tokens for reply in drawn]
+  expected = [numpy_reply(CONFIG, TENSORS, p, r, 0.7) for p, r in zip(prompts, replies, strict=True)]
+  assert_rows_close([reply.log_probs for reply in drawn], expected)
+  assert_rows_close(score(decoder, prompts, replies, temperature=0.7, batch_size=5), expected)
+
+
+def test_a_reply_ends_at_its_first_end_and_nowhere_else(drawn):
+  assert {reply.finish for reply in drawn} == {'stop', 'length'}
+  for reply in drawn:
+    ends = [i for i, token in enumerate(reply.tokens) if token in EOS]
+    if reply.finish == 'stop':
+      assert ends == [len(reply.tokens) - 1]
+    else:
+      assert not ends and len(reply.tokens) == SETTINGS.max_new_tokens
+    assert len(reply.log_probs) == len(reply.tokens)
+
+
+def test_an_end_in_the_prompt_ends_no_reply(decoder, prompts, keys):
+  asked = [[EOS[0], *prompt, EOS[1], 5, EOS[0]] for prompt in prompts]
+  # A shared prefix that is an end, and ends before and right before the reply.
+  replies = sample(decoder, asked, keys, EOS[:1] * len(EOS), SETTINGS)
+  assert all(reply.tokens for reply in replies)
+  assert [reply.finish for reply in replies].count('length') > 8
+  expected = [numpy_reply(CONFIG, TENSORS, p, r.tokens, 0.7) for p, r in zip(asked, replies, strict=True)]
+  assert_rows_close([reply.log_probs for reply in replies], expected)
+
+
+def test_greedy_is_the_argmax_of_teacher_forcing(decoder, prompts, keys):
+  replies = sample(decoder, prompts, keys, EOS, Sampling(8, temperature=0, batch_size=5))
+  for prompt, reply in zip(prompts, replies, strict=True):
+    rows = numpy_log_probs(CONFIG, TENSORS, [*prompt, *reply.tokens])[len(prompt) - 1 : -1]
+    assert rows.argmax(-1).tolist() == reply.tokens
+
+
+def test_a_reply_depends_on_its_key_not_on_its_place(decoder, prompts, keys, drawn):
+  order = np.random.default_rng(0).permutation(len(prompts))
+  again = sample(decoder, [prompts[i] for i in order], keys[order], EOS, SETTINGS)
+  for reply, i in zip(again, order, strict=True):
+    assert reply.tokens == drawn[i].tokens
+    np.testing.assert_array_equal(reply.log_probs, drawn[i].log_probs)
+  others = sample(decoder, prompts, item_keys(1, 'test', NAMES), EOS, SETTINGS)
+  assert sum(a.tokens == b.tokens for a, b in zip(others, drawn, strict=True)) < 4
+
+
+def test_keys_are_of_seed_stage_and_item_alone():
+  def data(*args):
+    return np.asarray(jax.random.key_data(item_keys(*args)))
+
+  both = data(0, 'replies', ['a', 'b'])
+  np.testing.assert_array_equal(both[1:], data(0, 'replies', ['b']))
+  others = [both[0], both[1], *data(1, 'replies', ['a']), *data(0, 'policy', ['a'])]
+  assert len({tuple(row) for row in others}) == 4
+
+
+def test_a_common_prefix_changes_no_reply(decoder, prompts, keys):
+  shared = [4, 250, 17]
+  asked = [shared + prompt for prompt in prompts]
+  with_prefix = sample(decoder, asked, keys, EOS, SETTINGS)
+  # A stranger among them leaves nothing in common.
+  stranger = [[0], *asked]
+  assert (common_prefix(asked), common_prefix(stranger)) == (3, 0)
+  more_keys = jnp.concatenate([keys[:1], keys])
+  without = sample(decoder, stranger, more_keys, EOS, SETTINGS)[1:]
+  assert [reply.tokens for reply in with_prefix] == [reply.tokens for reply in without]
+  assert_rows_close([r.log_probs for r in with_prefix], [r.log_probs for r in without])
+
+
+def test_the_sampler_is_compiled_once_for_each_bucket_of_lengths(decoder, prompts, keys, drawn):
+  long = [[i, *[1] * 40] for i in range(3)]
+  counts = [compilations()]
+  for rows in (prompts[:3], prompts[3:12], [*prompts[5:6], [9]], long, prompts[:2], [*long, [50]]):
+    sample(decoder, rows, keys, EOS, SETTINGS)
+    counts.append(compilations())
+  assert np.diff(counts).tolist() == [0, 0, 0, 1, 0, 0]
+  sample(decoder, prompts[:3], keys, EOS, SETTINGS, width=33)  # as wide as the long ones from the start
+  assert compilations() == counts[-1]
+
+
+def test_batches_are_filled_up_and_counted(decoder, prompts, keys, drawn):
+  counts = []
+  again = sample(decoder, prompts, keys, EOS, SETTINGS, on_batch=counts.append)
+  assert counts == [5, 5, 2]
+  assert [reply.tokens for reply in again] == [reply.tokens for reply in drawn]
+
+
+# ---- layout ----
+
+
+@pytest.mark.parametrize('step', [32, 64, 128])
+def test_buckets_are_few_and_close(step):
+  sizes = [bucket(length, step) for length in range(1, 40 * step)]
+  for length, size in enumerate(sizes, 1):
+    assert length <= size and (size == step or length > size // 2)
+    assert size <= 2 * step or length > size * 2 // 3
+  assert len(set(sizes)) <= 11
+
+
+def test_padding_and_prefixes():
+  tokens, real = pad([[1, 2], [], [3]], 3, left=True)
+  assert tokens.tolist() == [[0, 1, 2], [0, 0, 0], [0, 0, 3]]
+  assert real.tolist() == [[False, True, True], [False] * 3, [False, False, True]]
+  assert pad([[1, 2], []], 3)[0].tolist() == [[1, 2, 0], [0, 0, 0]]
+  assert common_prefix([]) == 0
+  assert common_prefix([[1, 2, 3], [1, 2, 4], [1, 2, 3, 5]]) == 2
+  assert common_prefix([[1, 2], [1, 2, 3]]) == 1  # each keeps a token of its own
+  assert prefill(None, []) is None

@@ -1,0 +1,216 @@
+"""Eight devices: the numbers of one, arrays that are really split, and one program a step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+from llama_reference import random_tensors, tiny_config
+
+from charjax.engine.batch import item_keys
+from charjax.engine.sample import Sampling, sample
+from charjax.engine.score import make_rows, reply_log_probs, score
+from charjax.errors import UserError
+from charjax.mesh import constrain, make_mesh, shard_batch, shardings, spec
+from charjax.model.decoder import Runtime
+from charjax.model.weights import make_decoder
+from charjax.training.heads import bind, last_token_rewards, make_trainable, rewards
+from charjax.training.losses import bradley_terry
+from charjax.training.step import init_optimizer, make_optimizer, make_step
+
+MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
+CONFIG = tiny_config(tied_embeddings=False)
+EOS = (7, 9)
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(10, CONFIG.vocab_size, length).tolist() for length in range(3, 11)]
+REPLIES = [RNG.integers(0, CONFIG.vocab_size, length).tolist() for length in (1, 5, 2, 7, 3, 3, 6, 4)]
+KEYS = [str(i) for i in range(8)]
+
+
+def build():
+  return make_decoder(CONFIG, random_tensors(CONFIG), jnp.float32, Runtime(scan_layers=True))
+
+
+def compute():
+  """Scores and replies of all prompts, on whatever mesh there is."""
+  decoder = build()
+  drawn = sample(decoder, PROMPTS, item_keys(0, 'test', KEYS), EOS, Sampling(5, temperature=0.8, batch_size=8))
+  return score(decoder, PROMPTS, REPLIES, batch_size=8), drawn
+
+
+def loss(trainable, decoder, batch):
+  """Both of what is trained for: preferences among four replies to each of two prompts, and likely replies."""
+  scores = last_token_rewards(decoder, trainable, batch['rows']).reshape(2, 4)
+  total, weight = bradley_terry(scores, jnp.full((2, 4, 4), 0.8), jnp.ones((2, 4), bool), jnp.ones(2))
+  used, adapter = bind(decoder, trainable)
+  likelihood = reply_log_probs(used, batch['rows'], adapter=adapter).mean()
+  # Preferences alone leave the head's bias without a gradient, and Adam would make steps of rounding errors.
+  return total / weight - likelihood + (scores.mean() - 1) ** 2, {'likelihood': likelihood}
+
+
+def train(lora_rank):
+  """Three steps; returns metrics, what was trained, the optimizer's state and how often the step was compiled."""
+  decoder = build()
+  trainable = make_trainable(decoder, lora_rank, seed=0, with_head=True)
+  # A learning rate that moves parameters by much more than the tolerance.
+  optimizer = make_optimizer(1e-3, warmup=1, steps=3, weight_decay=0.1, max_gradient=1.0)
+  state, layout = init_optimizer(optimizer, trainable)
+  step = make_step(loss, optimizer, trainable, layout)
+  batch = {'rows': make_rows(PROMPTS, REPLIES, width=20, reply_width=8)}
+  history = []
+  for _ in range(3):
+    trainable, state, metrics = step(trainable, state, decoder, shard_batch(batch))
+    history.append({name: float(value) for name, value in metrics.items()})
+  return history, trainable, state, step._cache_size()
+
+
+@pytest.fixture(scope='module')
+def on_one_device():
+  return {'compute': compute()} | {rank: train(rank) for rank in (0, 2)}
+
+
+@pytest.fixture(params=MESHES, ids=str)
+def mesh(request):
+  mesh = make_mesh(request.param)
+  with jax.set_mesh(mesh):
+    yield mesh
+
+
+def assert_alike(found, expected, tolerance=1e-4):
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
+
+
+def by_name(tree):
+  return {'.'.join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(tree))}
+
+
+def test_scores_and_replies_are_those_of_one_device(mesh, on_one_device):
+  scores, drawn = compute()
+  expected_scores, expected_drawn = on_one_device['compute']
+  assert_alike(scores, expected_scores)
+  assert [reply.tokens for reply in drawn] == [reply.tokens for reply in expected_drawn]
+  assert_alike([reply.log_probs for reply in drawn], [reply.log_probs for reply in expected_drawn])
+
+
+@pytest.mark.parametrize(
+  ('mesh', 'lora_rank'),
+  [*((shape, 0) for shape in MESHES), ((2, 2, 2), 2)],
+  indirect=['mesh'],
+  ids=[*(f'{shape}-all parameters' for shape in MESHES), '(2, 2, 2)-adapter'],
+)
+def test_training_is_that_of_one_device_and_compiled_once(mesh, on_one_device, lora_rank):
+  history, trainable, state, compiled = train(lora_rank)
+  expected_history, expected, _, expected_compiled = on_one_device[lora_rank]
+  assert compiled == expected_compiled == 1
+  assert not any(metrics['skipped'] for metrics in history)
+  assert history[2]['loss'] < history[0]['loss'] - 0.03
+  assert_alike(history, expected_history)
+  assert_alike(trainable, expected)
+  # What was laid out at the start is laid out alike after the steps: parameters and both moments of Adam.
+  wanted = jax.tree.leaves(shardings(trainable))
+  moments = state[1][0]
+  for tree in (trainable, moments.mu, moments.nu):
+    for leaf, sharding in zip(jax.tree.leaves(tree), wanted, strict=True):
+      assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_each_device_holds_its_part_of_parameters_and_moments(mesh):
+  decoder = build()
+  state, _ = init_optimizer(make_optimizer(1e-3, 1, 3, 0.0, 1.0), {'decoder': decoder})
+  for tree in (decoder, state[1][0].mu['decoder'], state[1][0].nu['decoder']):
+    arrays = by_name(tree)
+    for name, shape, axes in (
+      ('embed', (48, 32), ('tensor', 'fsdp')),
+      ('head', (32, 48), ('fsdp', 'tensor')),
+      ('final_norm', (32,), (None,)),
+      ('blocks.q', (2, 32, 4, 8), (None, 'fsdp', 'tensor', None)),
+      ('blocks.k', (2, 32, 2, 8), (None, 'fsdp', 'tensor', None)),
+      ('blocks.v', (2, 32, 2, 8), (None, 'fsdp', 'tensor', None)),
+      ('blocks.o', (2, 4, 8, 32), (None, 'tensor', None, 'fsdp')),
+      ('blocks.gate', (2, 32, 64), (None, 'fsdp', 'tensor')),
+      ('blocks.up', (2, 32, 64), (None, 'fsdp', 'tensor')),
+      ('blocks.down', (2, 64, 32), (None, 'tensor', 'fsdp')),
+      ('blocks.attn_norm', (2, 32), (None, None)),
+    ):
+      array, parts = arrays[name], [mesh.shape[axis] if axis else 1 for axis in axes]
+      assert array.shape == shape
+      part = tuple(size // count for size, count in zip(shape, parts, strict=True))
+      assert {shard.data.shape for shard in array.addressable_shards} == {part}, name
+      # Each part is another, and they are on as many devices each.
+      assert len({str(shard.index) for shard in array.addressable_shards}) == np.prod(parts), name
+
+
+def test_activations_are_split_inside_a_program(mesh):
+  split = jax.jit(lambda x: constrain(x * 2, 'batch', None, 'heads', None))(np.ones((8, 3, 4, 5)))
+  rows, heads = mesh.shape['data'] * mesh.shape['fsdp'], mesh.shape['tensor']
+  assert {shard.data.shape for shard in split.addressable_shards} == {(8 // rows, 3, 4 // heads, 5)}
+
+
+def test_batches_are_split_by_rows(mesh):
+  rows = shard_batch(make_rows(PROMPTS, REPLIES))
+  parts = mesh.shape['data'] * mesh.shape['fsdp']
+  for array in rows:
+    assert {shard.data.shape for shard in array.addressable_shards} == {(8 // parts, *array.shape[1:])}
+
+
+@pytest.mark.parametrize('mesh', [(2, 2, 2)], indirect=True, ids=str)
+def test_rewards_are_read_at_the_last_real_token(mesh):
+  decoder = build()
+  trainable = make_trainable(decoder, 0, seed=0, with_head=True)
+  trainable['head'].w[...] = jnp.asarray(np.random.default_rng(0).normal(size=CONFIG.embed_dim), jnp.float32)
+  # In one batch, where all rows but one are padded, and alone.
+  together = rewards(decoder, trainable, PROMPTS, REPLIES, batch_size=8)
+  alone = rewards(decoder, trainable, PROMPTS[3:4], REPLIES[3:4], batch_size=8)
+  assert len(set(together.tolist())) == 8
+  assert alone[0] == pytest.approx(together[3], abs=1e-4)
+
+
+# ---- rules ----
+
+
+def test_a_mesh_axis_is_used_once_in_an_array():
+  mesh = make_mesh((2, 2, 2))
+  with pytest.raises(ValueError, match=r"use mesh axis {'tensor'} twice"):
+    spec((8, 8), ('heads', 'mlp'), mesh)
+  with pytest.raises(ValueError, match=r"use mesh axis {'fsdp'} twice"):
+    spec((8, 8), ('batch', 'embed'), mesh)
+
+
+def test_what_does_not_divide_is_not_split():
+  mesh = make_mesh((2, 2, 2))
+  assert spec((8, 5), ('embed', 'heads'), mesh) == PartitionSpec(('fsdp',), None)
+  assert spec((6, 3), ('batch', None), mesh) == PartitionSpec(None, None)
+  # Then its mesh axis is free for another dimension.
+  assert spec((5, 8), ('heads', 'mlp'), mesh) == PartitionSpec(None, ('tensor',))
+
+
+@pytest.mark.parametrize('shape', [(3, 1, 1), (8, 1), (-1, -1, 1), (0, 1, 8), (16, 1, 1), (-1, 3, 1), (-2, 2, 2)])
+def test_a_mesh_that_does_not_fit_is_refused(shape):
+  with pytest.raises(UserError, match=r'config\.mesh'):
+    make_mesh(shape)
+
+
+def test_one_size_takes_the_devices_that_are_left():
+  assert dict(make_mesh((-1, 2, 1)).shape) == {'data': 4, 'fsdp': 2, 'tensor': 1}
+  assert dict(make_mesh((2, 2, -1)).shape) == {'data': 2, 'fsdp': 2, 'tensor': 2}
+
+
+# ---- the step ----
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_says_so():
+  trainable = {'w': jnp.array([1.0, 2.0])}
+  optimizer = make_optimizer(0.1, warmup=0, steps=10, weight_decay=0.0, max_gradient=1.0)
+  state, layout = init_optimizer(optimizer, trainable)
+  step = make_step(lambda t, frozen, batch: ((t['w'] * batch).sum(), {}), optimizer, trainable, layout)
+  for bad in (np.nan, np.inf):
+    trainable, state, metrics = step(trainable, state, None, jnp.array([1.0, bad]))
+    assert bool(metrics['skipped']) and trainable['w'].tolist() == [1, 2]
+  assert int(optax.tree_utils.tree_get(state, 'count', filtering=lambda path, _: 'Adam' in str(path))) == 0
+  trainable, state, metrics = step(trainable, state, None, jnp.array([3.0, 4.0]))
+  assert not bool(metrics['skipped']) and float(metrics['grad_norm']) == pytest.approx(5)
+  # Adam's first step is the learning rate, whatever the gradient.
+  np.testing.assert_allclose(trainable['w'], [0.9, 1.9], atol=1e-5)

@@ -1,0 +1,135 @@
+"""The whole loop through the command line, in real processes, on the tiny random model of configs/smoke.py."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation', 'report')
+# All that two runs of the same config must have in common to the byte; the report shows times.
+PRODUCTS = (
+  'messages/messages.jsonl',
+  'replies/replies.jsonl',
+  'rankings/rankings.jsonl',
+  'rankings/audit.json',
+  'preference/metrics.jsonl',
+  'preference/report.json',
+  'preference/fingerprint.json',
+  'policy/metrics.jsonl',
+  'policy/samples.jsonl',
+  'policy/fingerprint.json',
+  'evaluation/replies.jsonl',
+  'evaluation/summary.json',
+)
+CONDITIONS = {'base', 'prompted', 'prompted_examples', 'trained', 'delta'}
+
+
+def command(workdir: Path, *flags: str) -> list[str]:
+  config = f'--config={ROOT / "configs" / "smoke.py"}'
+  return [sys.executable, '-m', 'charjax.main', 'run', config, f'--workdir={workdir}', *flags]
+
+
+def environment() -> dict[str, str]:
+  # One device, as a user's CPU has: the eight of conftest.py are for the tests of sharding.
+  return {**os.environ, 'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
+
+
+def run(workdir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+  return subprocess.run(
+    command(workdir, *flags), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, check=False
+  )
+
+
+def contents(workdir: Path) -> dict[str, bytes]:
+  return {name: (workdir / name).read_bytes() for name in PRODUCTS}
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+  workdir = tmp_path_factory.mktemp('smoke') / 'run'
+  done = run(workdir)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return workdir, done.stdout
+
+
+def test_every_stage_leaves_what_the_contract_names(finished):
+  workdir, out = finished
+  for stage in STAGES:
+    record = json.loads((workdir / stage / 'stage.json').read_text())
+    assert record['stage'] == stage and record['counts'] is not None
+    assert not (workdir / stage / 'unfinished.json').exists()
+    assert not (workdir / stage / 'chunks').exists()
+  assert (workdir / 'config.json').exists() and (workdir / 'character.toml').exists()
+  assert str(workdir / 'report' / 'index.html') in out
+
+
+def test_summary_has_its_form(finished):
+  workdir, _ = finished
+  summary = json.loads((workdir / 'evaluation' / 'summary.json').read_text())
+  assert set(summary['traits']) == {'ai_nature', 'honesty'}
+  for metrics in summary['traits'].values():
+    assert {'margin', 'judge', 'win_rate'} <= set(metrics)
+    for metric in metrics.values():
+      assert set(metric) == CONDITIONS
+      for figure in metric.values():
+        assert set(figure) == {'mean', 'low', 'high', 'n'} and figure['low'] <= figure['mean'] <= figure['high']
+  assert {'neutral', 'side_effects', 'internalisation', 'probes'} <= set(summary)
+
+
+def test_messages_are_split_by_message(finished):
+  workdir, _ = finished
+  rows = [json.loads(line) for line in (workdir / 'messages' / 'messages.jsonl').read_text().splitlines()]
+  texts = {split: {row['text'] for row in rows if row['split'] == split} for split in ('train', 'heldout')}
+  assert texts['train'] and texts['heldout'] and not texts['train'] & texts['heldout']
+  replied = {json.loads(line)['message'] for line in (workdir / 'replies' / 'replies.jsonl').read_text().splitlines()}
+  assert replied <= {row['id'] for row in rows if row['split'] == 'train'}
+
+
+def test_second_start_does_nothing_and_a_moved_run_stays_valid(finished, tmp_path):
+  workdir, _ = finished
+  moved = tmp_path / 'elsewhere'
+  shutil.copytree(workdir, moved)
+  again = run(moved)
+  assert again.returncode == 0, again.stderr[-3000:]
+  assert all(f'{stage}: done already' in again.stdout for stage in STAGES)
+  assert contents(moved) == contents(workdir)
+
+
+def test_a_changed_field_redoes_what_depends_on_it(finished, tmp_path):
+  workdir, _ = finished
+  copy = tmp_path / 'copy'
+  shutil.copytree(workdir, copy)
+  changed = run(copy, '--config.policy.steps=2')
+  assert changed.returncode == 0, changed.stderr[-3000:]
+  assert all(f'{stage}: done already' in changed.stdout for stage in STAGES[:4])
+  assert 'policy: made anew, since config field policy.steps changed from 4 to 2' in changed.stdout
+  assert 'evaluation: made anew, since policy changed' in changed.stdout
+
+
+def test_killed_and_started_again_it_ends_the_same(finished, tmp_path):
+  workdir, _ = finished
+  killed = tmp_path / 'killed'
+  # Moments that the run is sure to pass: half-way through chunks of text, and through training.
+  moments = ('replies/chunks', 'preference/judge', 'policy/checkpoints/2')
+  for moment in moments:
+    process = subprocess.Popen(
+      command(killed), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    while not (killed / moment).exists() and process.poll() is None and time.monotonic() < deadline:
+      time.sleep(0.02)
+    assert process.poll() is None, f'the run was over before {moment} appeared'
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  last = run(killed)
+  assert last.returncode == 0, last.stderr[-3000:]
+  assert 'going on where it was cut off' in last.stdout
+  expected, found = contents(workdir), contents(killed)
+  assert [name for name in PRODUCTS if expected[name] != found[name]] == []
