@@ -153,6 +153,15 @@ def test_the_ends_of_the_unit_interval_draw_tokens_of_weight():
   np.testing.assert_allclose(log_prob, np.log(0.5), atol=1e-6)
 
 
+def test_a_token_without_weight_is_never_drawn():
+  # Running sums over many blocks round, and end above or below the total.
+  logits = np.random.default_rng(2).normal(size=(200, 20_000)).astype(np.float32) * 4
+  uniform = np.float32(1) - np.logspace(-8, -1, 200, dtype=np.float32)
+  token, log_prob = jax.jit(draw, static_argnums=(2, 3))(logits, uniform, 1.0, 0.9)
+  assert np.isfinite(log_prob).all()
+  assert all(int(t) in nucleus(row, 0.9) for t, row in zip(token, logits, strict=True))
+
+
 def nucleus(logits, top_p) -> set[int]:
   """The smallest set of the most probable tokens that holds `top_p`, by a sort in float64."""
   weight = np.exp(logits.astype(np.float64) - logits.max())

@@ -36,10 +36,7 @@ def make_trainable(decoder: Decoder, lora_rank: int, seed: int, with_head: bool)
   # Laid out as the step will return it: else the second step would be compiled anew.
   if not jax.sharding.get_mesh().empty:
     trainable = jax.device_put(trainable, shardings(trainable))
-  if jax.sharding.get_mesh().empty:
-    return trainable
-  # What starts on one device and comes back from the first step in shards has the second step compiled anew.
-  return jax.device_put(trainable, shardings(trainable))
+  return trainable
 
 
 def bind(decoder: Decoder, trainable: Any) -> tuple[Decoder, Any]:
