@@ -144,7 +144,9 @@ def _draw_replies(session: Session, held: Sequence[Row], trained: Any) -> list[R
       for item, reply in zip(items, drawn, strict=True)
     ]
 
-  with Progress('evaluation replies', len(held) * len(CONDITIONS), 'replies') as bar:
+  # To neutral messages there is nothing to show.
+  total = 2 * len(held) + 2 * sum(row['trait'] is not None for row in held)
+  with Progress('evaluation replies', total, 'replies') as bar:
     # Messages of all traits fill batches together where nothing is shown; else a batch shares what is shown.
     for condition in ('base', 'trained'):
       work = functools.partial(make, condition, None)
