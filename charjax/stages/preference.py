@@ -58,7 +58,7 @@ def run(session: Session) -> Row:
   write_text(folder / 'report.json', json.dumps(report, indent=2))
   write_text(folder / 'fingerprint.json', json.dumps(digests, indent=2))
   for name in report['not_told_from_chance']:
-    out = ' and is left out of the reward' if name in report['left_out'] else ''
+    out = ', and stays out of the reward unless the config keeps it' if name in report['left_out'] else ''
     session.log(f'preference: {name} is not told from chance on its kept pairs{out}')
   return {'messages': {name: len(half) for name, half in halves.items()}, 'steps': steps}
 
