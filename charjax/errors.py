@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and how other errors are quoted in it."""
 
 
 class UserError(Exception):
@@ -7,3 +7,9 @@ class UserError(Exception):
   The message is one line that names the file, the field and the remedy. The command line prints it
   without a stack trace and exits with code 2.
   """
+
+
+def one_line(error: Exception) -> str:
+  """A library's error as part of such a line: at most 200 printable characters, never empty."""
+  text = ' '.join(str(error).split()) or type(error).__name__
+  return ''.join(c for c in text if c.isprintable())[:200]

@@ -49,6 +49,31 @@ def make_rows(
   return Rows(tokens, real.sum(-1).astype(np.int32), starts, ids, mask)
 
 
+class FixedShapes:
+  """Shapes that all batches of a training run share, so that each of its programs is compiled once.
+
+  Attributes:
+    prefix: tokens [P] that all prompts begin with, padded to at least one.
+    length: how many of them are real.
+  """
+
+  def __init__(self, prompts: Sequence[Tokens], longest: int, reply_width: int):
+    """Args: prompts, all that will come; longest, the most tokens of a prompt and its reply; reply_width, R."""
+    self._cut = common_prefix(prompts)
+    self._width, self._reply_width = bucket(longest - self._cut, ROW_STEP), reply_width
+    self.prefix = pad([prompts[0][: self._cut]], max(1, self._cut))[0][0]
+    self.length = np.int32(self._cut)
+
+  def rows(self, prompts: Sequence[Tokens], replies: Sequence[Tokens], count: int = 0) -> Rows:
+    """Prompts without the prefix, and their replies, as host arrays, with empty rows up to `count`."""
+    rest = [prompt[self._cut :] for prompt in prompts]
+    return make_rows(rest, replies, count, self._width, self._reply_width)
+
+  def shared(self) -> dict[str, Any]:
+    """What every batch carries beside its rows."""
+    return {'prefix': self.prefix, 'prefix_length': self.length}
+
+
 def hidden_states(decoder: Decoder, rows: Rows, *, adapter: Any = None, prefix: Prefix | None = None) -> jax.Array:
   """Final hidden states [B, T, D] of the rows, each token attending to the prefix and to its own row."""
   width = rows.tokens.shape[1]

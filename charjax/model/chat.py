@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from charjax.errors import UserError
+from charjax.errors import UserError, one_line
 from charjax.model.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
@@ -38,7 +38,7 @@ class ChatTemplate:
     try:
       self._template = environment.from_string(source)
     except (jinja2.TemplateError, RecursionError, ValueError, OverflowError) as error:
-      raise UserError(f'chat template: not a valid template ({_one_line(error)})') from error
+      raise UserError(f'chat template: not a valid template ({one_line(error)})') from error
 
   def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
     """The conversation as text, ready to be encoded with its special tokens.
@@ -58,7 +58,7 @@ class ChatTemplate:
         eos_token=self.eos,
       )
     except Exception as error:  # A template may raise anything: a TypeError, a ZeroDivisionError, its own.
-      raise UserError(f'chat template: it cannot render this conversation ({_one_line(error)})') from error
+      raise UserError(f'chat template: it cannot render this conversation ({one_line(error)})') from error
 
   @functools.cached_property
   def reply_end(self) -> str:
@@ -145,8 +145,3 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 def _raise_exception(message: Any) -> NoReturn:
   raise jinja2.TemplateError(str(message))
-
-
-def _one_line(error: Exception) -> str:
-  text = ' '.join(str(error).split()) or type(error).__name__
-  return ''.join(c for c in text if c.isprintable())[:200]

@@ -10,7 +10,7 @@ import ml_dtypes  # noqa: F401  (gives numpy the bfloat16 that safetensors asks 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from charjax.errors import UserError
+from charjax.errors import UserError, one_line
 from charjax.model.chat import ChatTemplate
 from charjax.model.checkpoint_source import Checkpoint, assemble
 from charjax.model.config import ModelConfig, from_hf
@@ -62,7 +62,7 @@ def _tensors(folder: Path, config: ModelConfig) -> dict[str, np.ndarray]:
             raise UserError(f'{shard}: tensor {name[:80]!r} is {kind}; only {", ".join(_FLOATS)} are read')
           files[name], shapes[name] = file, tuple(stored.get_shape())
       except (OSError, SafetensorError) as error:
-        raise UserError(f'{shard}: missing or damaged ({_one_line(error)}); fetch it again') from error
+        raise UserError(f'{shard}: missing or damaged ({one_line(error)}); fetch it again') from error
     # Rotary frequencies follow from the config; a tied head is the embedding once more.
     ignored = [name for name in shapes if name.endswith('.rotary_emb.inv_freq')]
     if config.tied_embeddings:
@@ -121,7 +121,7 @@ def _template_source(folder: Path, settings: Mapping[str, Any]) -> tuple[str, Pa
     try:
       return path.read_text(encoding='utf-8'), path
     except (OSError, UnicodeDecodeError) as error:
-      raise UserError(f'{path}: cannot be read ({_one_line(error)}); fetch it again') from error
+      raise UserError(f'{path}: cannot be read ({one_line(error)}); fetch it again') from error
   path = folder / 'tokenizer_config.json'
   source = settings.get('chat_template')
   if isinstance(source, list):
@@ -155,11 +155,7 @@ def _json(path: Path, optional: bool = False) -> dict[str, Any]:
   except OSError as error:
     raise UserError(f'{path}: {error.strerror}; is this a Hugging Face checkpoint directory?') from error
   except (ValueError, RecursionError) as error:
-    raise UserError(f'{path}: not valid JSON ({_one_line(error)}); fetch it again') from error
+    raise UserError(f'{path}: not valid JSON ({one_line(error)}); fetch it again') from error
   if not isinstance(content, dict):
     raise UserError(f'{path}: a JSON object is expected there; fetch it again')
   return content
-
-
-def _one_line(error: Exception) -> str:
-  return ' '.join(str(error).split())[:200] or type(error).__name__

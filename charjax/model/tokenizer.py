@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from charjax.errors import UserError
+from charjax.errors import UserError, one_line
 
 
 class Tokenizer(Protocol):
@@ -98,7 +98,7 @@ def bpe_from_gguf(metadata: Mapping[str, Any], where: str, reply_end: str = '') 
   except KeyError as error:
     raise UserError(f'{where}: field {error.args[0]} is missing; is this a complete file?') from error
   except Exception as error:  # The library raises bare Exceptions.
-    raise UserError(f'{where}: the tokenizer in it is damaged ({_one_line(error)})') from error
+    raise UserError(f'{where}: the tokenizer in it is damaged ({one_line(error)})') from error
   return _with_ends(backend, where, [eos_id], pad_id, reply_end)
 
 
@@ -125,7 +125,7 @@ def from_tokenizer_json(
   except FileNotFoundError as error:
     raise UserError(f'{path}: no such file; convert a SentencePiece tokenizer.model to it') from error
   except Exception as error:  # The library raises bare Exceptions.
-    raise UserError(f'{path}: not a tokenizer.json ({_one_line(error)}); fetch it again') from error
+    raise UserError(f'{path}: not a tokenizer.json ({one_line(error)}); fetch it again') from error
   eos_id = backend.token_to_id(eos) if eos else None
   ids = [*eos_ids, *([] if eos_id is None else [eos_id])]
   return _with_ends(backend, path, ids, backend.token_to_id(pad) if pad else None, reply_end)
@@ -166,7 +166,3 @@ def _added(token: str) -> AddedToken:
 def _special_tokens(backend: tokenizers.Tokenizer) -> dict[str, int]:
   added = backend.get_added_tokens_decoder()
   return {token.content: i for i, token in sorted(added.items()) if token.special and token.content}
-
-
-def _one_line(error: Exception) -> str:
-  return ' '.join(str(error).split())[:200] or type(error).__name__

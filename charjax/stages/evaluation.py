@@ -162,7 +162,7 @@ def _draw_replies(session: Session, held: Sequence[Row], trained: Any) -> list[R
 def _judge_replies(session: Session, rows: Sequence[Row], judge: Any) -> None:
   """Adds the held-out judge's score to every reply."""
   model = session.model
-  asked = [model.prompt([*prompts.plain(), prompts.user(row['prompt'])]) for row in rows]
+  asked = [model.prompt(prompts.alone(row['prompt'])) for row in rows]
   said = [model.reply(row['text'], row['finish'] == 'stop') for row in rows]
   for row, value in zip(rows, rewards(model.decoder, judge, asked, said), strict=True):
     row['score'] = round(float(value), 5)
@@ -282,7 +282,7 @@ def _text(path: str, line: int, row: Row, field: str) -> str:
 def _neutral(session: Session, rows: Sequence[Row], drawn: Sequence[Row], trained: Any) -> Row:
   """Log-prob of reference answers, accuracy of greedy answers, and KL on the starting model's own neutral replies."""
   model = session.model
-  asked = [model.prompt([*prompts.plain(), prompts.user(row['message'])]) for row in rows]
+  asked = [model.prompt(prompts.alone(row['message'])) for row in rows]
   said = [model.reply(row['reference']) for row in rows]
   expected = [i for i, row in enumerate(rows) if row['expect'] is not None]
   log_prob: dict[str, np.ndarray | None] = {}
@@ -323,7 +323,7 @@ def _kl_rows(decoder: Any, trained: Any, prefix: Prefix | None, rows: Rows) -> j
 
 def _kl(session: Session, rows: Sequence[Row], trained: Any) -> np.ndarray:
   model = session.model
-  asked = [model.prompt([*prompts.plain(), prompts.user(row['prompt'])]) for row in rows]
+  asked = [model.prompt(prompts.alone(row['prompt'])) for row in rows]
   said = [model.reply(row['text'], row['finish'] == 'stop') for row in rows]
   run = functools.partial(_kl_rows, model.decoder, trained)
   return np.array([float(v) for v in map_rows(run, model.decoder, asked, said, share_prefix=False)])

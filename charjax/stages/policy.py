@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from charjax.engine.batch import ROW_STEP, bucket, common_prefix, compute_prefix, item_keys, pad
+from charjax.engine.batch import compute_prefix, item_keys
 from charjax.engine.sample import Reply, Sampling, sample
 from charjax.engine.score import (
+  FixedShapes,
   Rows,
   hidden_states,
-  make_rows,
   over_chunks,
   predicting,
   reply_log_probs,
@@ -43,7 +43,8 @@ def run(session: Session) -> Row:
   config, folder, model = session.config.policy, session.folder('policy'), session.model
   asked, rewarded = _trait_prompts(session)
   neutral = _neutral_replies(session)
-  shapes = _Layout([*asked, *neutral], config.max_new_tokens)
+  every = [item['prompt'] for item in (*asked, *neutral)]
+  shapes = FixedShapes(every, max(map(len, every)) + config.max_new_tokens, config.max_new_tokens)
 
   trainable = _untrained(session)
   optimizer = make_optimizer(
@@ -78,27 +79,32 @@ def run(session: Session) -> Row:
         used, [item['prompt'] for item in group], item_keys(session.config.seed, 'policy', names), model.eos_ids[:1],
         settings, adapter=adapter, width=config.prompt_width,
       )  # fmt: skip
-      rows = shapes.rows([item['prompt'] for item in group], [reply.tokens for reply in drawn])
-      rewards, reference = _judge(model.decoder, reward_model, shapes.prefix, shapes.length, rows, config.temperature)
-      sampled = pad_log_probs(drawn, rows.reply_mask.shape[1])
+      host_rows = shapes.rows([item['prompt'] for item in group], [reply.tokens for reply in drawn])
+      mask, rows = host_rows.reply_mask, shard_batch(host_rows)
+      rewards, reference = jax.device_get(
+        _judge(model.decoder, reward_model, shapes.prefix, shapes.length, rows, config.temperature)
+      )
+      sampled = pad_log_probs(drawn, mask.shape[1])
       weight = np.array([item['weight'] for item in group], np.float32)
-      advantages, penalised = _advantages(rewards / scale, sampled, reference, rows.reply_mask, weight, config)
+      advantages, penalised = _advantages(rewards / scale, sampled, reference, mask, weight, config)
       neutral_batch = next(neutral_data)
       batch = shapes.shared() | {
         'rows': rows,
         'sampled': shard_batch(sampled),
         'advantages': shard_batch(advantages),
-        'neutral': shapes.rows([row['prompt'] for row in neutral_batch], [row['reply'] for row in neutral_batch]),
+        'neutral': shard_batch(
+          shapes.rows([row['prompt'] for row in neutral_batch], [row['reply'] for row in neutral_batch])
+        ),
         'temperature': np.float32(config.temperature),
         'clip': np.float32(config.clip),
         'neutral_weight': np.float32(config.neutral_weight),
       }
       trainable, state, values = step_function(trainable, state, model.decoder, batch)
-      tokens = max(1, int(np.asarray(rows.reply_mask).sum()))
+      tokens = max(1, int(mask.sum()))
       values = jax.device_get(values) | {
         'reward': float(np.mean(rewards) / scale),
         'penalised_reward': float(np.mean(penalised)),
-        'kl': float((sampled - reference)[np.asarray(rows.reply_mask)].sum() / tokens),
+        'kl': float((sampled - reference)[mask].sum() / tokens),
         'length': tokens / len(drawn),
         'ended': float(np.mean([reply.finish == 'stop' for reply in drawn])),
         'entropy': float(-sampled.sum() / tokens),
@@ -106,7 +112,7 @@ def run(session: Session) -> Row:
       metrics.write(step, values)
       bar.advance(1, f'reward {values["reward"]:.3f}, KL {values["kl"]:.3f} a token')
       if step % config.samples_every == 0 or step in (1, config.steps):
-        _save_samples(session, step, group, drawn, np.asarray(rewards) / scale)
+        _save_samples(session, step, group, drawn, rewards / scale)
       if step == config.steps or step % config.save_every == 0:
         position = {'asked': asked_data.get_state(), 'neutral': neutral_data.get_state()}
         checkpoints.save(step, trainable, state, position)
@@ -146,7 +152,7 @@ def _trait_prompts(session: Session) -> tuple[list[Row], list[str]]:
       'id': row['id'],
       'trait': row['trait'],
       'text': row['text'],
-      'prompt': session.model.prompt([*prompts.plain(), prompts.user(row['text'])]),
+      'prompt': session.model.prompt(prompts.alone(row['text'])),
       'weight': weights[row['trait']],
     }
     for row in rows
@@ -162,7 +168,7 @@ def _neutral_replies(session: Session) -> list[Row]:
     raise UserError('policy: there are no neutral training messages; set config.messages.train_neutral above 0')
 
   def make(items: Sequence[Row], _: int) -> list[Row]:
-    asked = [model.prompt([*prompts.plain(), prompts.user(item['text'])]) for item in items]
+    asked = [model.prompt(prompts.alone(item['text'])) for item in items]
     keys = item_keys(session.config.seed, 'policy/neutral', [item['id'] for item in items])
     settings = Sampling(
       config.max_new_tokens, config.temperature, batch_size=config.prompts_per_step * config.replies_per_prompt
@@ -171,25 +177,6 @@ def _neutral_replies(session: Session) -> list[Row]:
     return [{'prompt': p, 'reply': reply.tokens} for p, reply in zip(asked, drawn, strict=True)]
 
   return chunks(session.folder('policy'), 'neutral', rows, 256, make)
-
-
-class _Layout:
-  """Fixed shapes for all batches, so that each program is compiled once."""
-
-  def __init__(self, items: Sequence[Row], reply_tokens: int):
-    self.cut = common_prefix([item['prompt'] for item in items])
-    self.reply_tokens = reply_tokens
-    longest = max(len(item['prompt']) for item in items) - self.cut
-    self.width = bucket(longest + reply_tokens, ROW_STEP)
-    self.prefix = pad([items[0]['prompt'][: self.cut]], max(1, self.cut))[0][0]
-    self.length = np.int32(self.cut)
-
-  def shared(self) -> Row:
-    return {'prefix': self.prefix, 'prefix_length': self.length}
-
-  def rows(self, asked: Sequence[list[int]], said: Sequence[list[int]]) -> Rows:
-    rest = [prompt[self.cut :] for prompt in asked]
-    return shard_batch(make_rows(rest, said, width=self.width, reply_width=self.reply_tokens))
 
 
 def pad_log_probs(drawn: Sequence[Reply], width: int) -> np.ndarray:
@@ -203,7 +190,8 @@ def pad_log_probs(drawn: Sequence[Reply], width: int) -> np.ndarray:
 # ---- the step ----
 
 
-def _judge_rows(
+@jax.jit
+def _judge(
   decoder: Any, reward_model: Any, prefix_tokens: jax.Array, length: jax.Array, rows: Rows, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
   """Rewards [B], and log-probs [B, R] under the starting model."""
@@ -213,16 +201,8 @@ def _judge_rows(
   return rewards, reply_log_probs(decoder, rows, prefix=prefix, temperature=temperature)
 
 
-_judge_compiled = jax.jit(_judge_rows)
-
-
-def _judge(*args: Any) -> tuple[np.ndarray, np.ndarray]:
-  rewards, reference = jax.device_get(_judge_compiled(*args))
-  return np.asarray(rewards), np.asarray(reference)
-
-
 def _advantages(
-  rewards: np.ndarray, sampled: np.ndarray, reference: np.ndarray, mask: Any, weight: np.ndarray, config: Any
+  rewards: np.ndarray, sampled: np.ndarray, reference: np.ndarray, mask: np.ndarray, weight: np.ndarray, config: Any
 ) -> tuple[np.ndarray, np.ndarray]:
   """Advantages [B] among the replies to one prompt, weighted by trait, and the rewards less the KL penalty [B]."""
   penalised = penalised_rewards(

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from charjax.engine.batch import REPLY_STEP, ROW_STEP, bucket, common_prefix, compute_prefix, pad
-from charjax.engine.score import make_rows
+from charjax.engine.batch import REPLY_STEP, bucket, compute_prefix
+from charjax.engine.score import FixedShapes
 from charjax.mesh import shard_batch
 from charjax.progress import Metrics, Progress
 from charjax.stages import messages, prompts, replies
@@ -25,7 +25,7 @@ from charjax.stages.statistics import correlation, share
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
 from charjax.training.heads import bind, last_token_rewards, make_trainable, rewards
-from charjax.training.losses import bradley_terry
+from charjax.training.losses import bradley_terry, pairs_of_replies
 from charjax.training.step import init_optimizer, make_optimizer, make_step
 from charjax.workdir import Row, Session, read_jsonl, write_jsonl, write_text
 
@@ -82,7 +82,7 @@ def _examples(session: Session) -> list[Row]:
     examples.append(
       {
         'trait': message['trait'],
-        'prompt': model.prompt([*prompts.plain(), prompts.user(message['text'])]),
+        'prompt': model.prompt(prompts.alone(message['text'])),
         'replies': [model.reply(r['text'], r['finish'] == 'stop') for r in rows],
         'conditions': [r['condition'] for r in rows],
         'probabilities': np.array(row['probabilities'], np.float32),
@@ -101,41 +101,27 @@ def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str
   shape = batch['real'].shape
   scores = last_token_rewards(decoder, trainable, batch['rows'], prefix).reshape(shape)
   total, weight = bradley_terry(scores, batch['probabilities'], batch['real'], batch['weight'])
-  pair = batch['real'][:, :, None] & batch['real'][:, None, :] & jnp.triu(jnp.ones((shape[1],) * 2, bool), 1)
+  pair = pairs_of_replies(batch['real'])
   right = ((scores[:, :, None] > scores[:, None, :]) == (batch['probabilities'] > 0.5)) & pair
   return total / jnp.maximum(weight, 1e-8), {'accuracy': right.sum() / jnp.maximum(pair.sum(), 1)}
 
 
-class _Layout:
-  """Fixed shapes for all batches of a training run, so that its step is compiled once."""
-
-  def __init__(self, examples: Sequence[Row], messages_per_batch: int):
-    self.shared = common_prefix([example['prompt'] for example in examples])
-    self.messages = messages_per_batch
-    self.replies = max(len(example['replies']) for example in examples)
-    longest = max(len(e['prompt']) - self.shared + max(map(len, e['replies'])) for e in examples)
-    self.width = bucket(longest, ROW_STEP)
-    self.reply_width = bucket(max(len(reply) for e in examples for reply in e['replies']), REPLY_STEP)
-    self.prefix = pad([examples[0]['prompt'][: self.shared]], max(1, self.shared))[0][0]
-
-  def batch(self, examples: Sequence[Row]) -> Row:
-    k = self.replies
-    prompt_rows, reply_rows = [], []
-    real = np.zeros((self.messages, k), bool)
-    probabilities = np.full((self.messages, k, k), 0.5, np.float32)
-    weight = np.zeros(self.messages, np.float32)
-    for m, example in enumerate(examples):
-      count = len(example['replies'])
-      real[m, :count] = True
-      probabilities[m, :count, :count] = example['probabilities']
-      weight[m] = example['weight']
-      # A message with fewer replies is filled up with its last one, which no pair of labels reads.
-      for i in range(k):
-        prompt_rows.append(example['prompt'][self.shared :])
-        reply_rows.append(example['replies'][min(i, count - 1)])
-    rows = make_rows(prompt_rows, reply_rows, self.messages * k, self.width, self.reply_width)
-    arrays = shard_batch({'rows': rows, 'real': real, 'probabilities': probabilities, 'weight': weight})
-    return arrays | {'prefix': self.prefix, 'prefix_length': np.int32(self.shared)}
+def _batch(examples: Sequence[Row], shapes: FixedShapes, messages_per_batch: int, k: int) -> Row:
+  """Arrays of a batch: K rows a message, soft labels [M, K, K], which replies are real [M, K], weights [M]."""
+  asked, said = [], []
+  real = np.zeros((messages_per_batch, k), bool)
+  probabilities = np.full((messages_per_batch, k, k), 0.5, np.float32)
+  weight = np.zeros(messages_per_batch, np.float32)
+  for m, example in enumerate(examples):
+    count = len(example['replies'])
+    real[m, :count] = True
+    probabilities[m, :count, :count] = example['probabilities']
+    weight[m] = example['weight']
+    # A message with fewer replies is filled up with its last one, which no pair of labels reads.
+    asked += [example['prompt']] * k
+    said += [*example['replies'], *[example['replies'][-1]] * (k - count)]
+  rows = shapes.rows(asked, said, messages_per_batch * k)
+  return shapes.shared() | shard_batch({'rows': rows, 'real': real, 'probabilities': probabilities, 'weight': weight})
 
 
 def _train(session: Session, name: str, examples: Sequence[Row], steps: int, bar: Progress) -> Any:
@@ -147,7 +133,12 @@ def _train(session: Session, name: str, examples: Sequence[Row], steps: int, bar
     config.learning_rate, min(config.warmup, steps // 4), steps, config.weight_decay, config.max_gradient
   )
   state, layout = init_optimizer(optimizer, trainable)
-  shapes = _Layout(examples, config.messages_per_batch)
+  k = max(len(example['replies']) for example in examples)
+  shapes = FixedShapes(
+    [example['prompt'] for example in examples],
+    longest=max(len(e['prompt']) + max(map(len, e['replies'])) for e in examples),
+    reply_width=bucket(max(len(reply) for e in examples for reply in e['replies']), REPLY_STEP),
+  )
   data = batches(examples, config.messages_per_batch, seed)
   with Checkpoints(folder, seed) as checkpoints, Metrics(folder) as metrics:
     start, trainable, state, position = checkpoints.restore(trainable, state)
@@ -157,7 +148,8 @@ def _train(session: Session, name: str, examples: Sequence[Row], steps: int, bar
     bar.skip(start)
     step_function = make_step(_loss, optimizer, trainable, layout)
     for step in range(start + 1, steps + 1):
-      trainable, state, values = step_function(trainable, state, decoder, shapes.batch(next(data)))
+      batch = _batch(next(data), shapes, config.messages_per_batch, k)
+      trainable, state, values = step_function(trainable, state, decoder, batch)
       metrics.write(step, jax.device_get(values))
       bar.advance(1, f'{name} loss {float(values["loss"]):.3f}')
       if step == steps or step % config.save_every == 0:
@@ -189,7 +181,7 @@ def reward_pairs(session: Session, trainable: Any, trait: Any, use: str) -> np.n
   pairs = trait.pairs_for(use)
   if not pairs:
     return np.zeros(0)
-  asked = [model.prompt([*prompts.plain(), prompts.user(pair.message)]) for pair in pairs]
+  asked = [model.prompt(prompts.alone(pair.message)) for pair in pairs]
   inside = [model.reply(pair.in_character) for pair in pairs]
   outside = [model.reply(pair.out_of_character) for pair in pairs]
   values = rewards(model.decoder, trainable, [*asked, *asked], [*inside, *outside])

@@ -53,6 +53,11 @@ def plain() -> Messages:
   return []
 
 
+def alone(text: str) -> Messages:
+  """A message with nothing shown before it."""
+  return [*plain(), user(text)]
+
+
 # ---- writing messages ----
 
 TOPICS = (

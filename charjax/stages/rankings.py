@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ from charjax.stages.statistics import correlation, share
 from charjax.training.losses import soft_labels
 from charjax.workdir import Row, Session, chunks, write_jsonl, write_text
 
+Group = tuple[list[Answer], list[str]]  # the replies to one message, and their ids
+
 _LENGTHS = ('mean', 'sum')
 
 
@@ -40,8 +42,14 @@ def run(session: Session) -> Row:
   """Audits the rankers, chooses one, ranks all replies; returns counts."""
   config, folder = session.config.rankings, session.folder('rankings')
   traits = session.character.traits
+  drawn = replies.load(session)
+  groups = _grouped(messages.load(session), drawn)
+
+  def examine(items: Sequence[Trait], _: int) -> list[Row]:
+    return [_examine(session, trait, groups[trait.id]) for trait in items]
+
   with Progress('audit', len(traits), 'traits') as bar:
-    rows = chunks(folder, 'audit', traits, 1, lambda items, _: [_examine(session, trait) for trait in items], bar)
+    rows = chunks(folder, 'audit', traits, 1, examine, bar)
   length, length_why = _length_treatment(rows)
   ranker, why = _choose(config.ranker, _audit(rows, length))
   if ranker != 'likelihood':
@@ -68,8 +76,8 @@ def run(session: Session) -> Row:
   for name in audit['weak_traits']:
     session.log(f'rankings: {name} is not told from chance by the {ranker} ranker on the choosing pairs')
 
-  ranked = _rank(session, Settings(config.examples, length, config.batch_size), ranker)
-  by_id = {row['id']: row for row in replies.load(session)}
+  ranked = _rank(session, groups, Settings(config.examples, length, config.batch_size), ranker)
+  by_id = {row['id']: row for row in drawn}
   audit['length_control'] = control_length(ranked, by_id, config.length_limit)
   for row in ranked:
     labels = soft_labels(jnp.asarray(row['controlled']), temperature, config.label_low, config.label_high)
@@ -88,7 +96,7 @@ def _written(trait: Trait) -> tuple[Pair, ...]:
   return tuple(pair for pair in trait.pairs if pair.use != 'shown')
 
 
-def _examine(session: Session, trait: Trait) -> Row:
+def _examine(session: Session, trait: Trait, groups: Sequence[Group]) -> Row:
   """All that the rankers say of one trait's written pairs, as JSON.
 
   The likelihood ranker reads all of them, and the kept ones without examples too. The other two read the choosing
@@ -105,7 +113,7 @@ def _examine(session: Session, trait: Trait) -> Row:
   choosing = [pair for pair in pairs if pair.use == 'choosing']
   for name in ('pairwise', 'pointwise'):
     row[name] = _ask(session, name, trait, choosing)
-  row['triples'] = _triples(session, trait)
+  row['triples'] = _triples(session, trait, groups[: config.triples])
   return row
 
 
@@ -130,17 +138,16 @@ def _both(pairs: Sequence[Pair]) -> list[Answer]:
   return [Answer(p.message, p.in_character) for p in pairs] + [Answer(p.message, p.out_of_character) for p in pairs]
 
 
-def _triples(session: Session, trait: Trait) -> list[bool]:
-  """Whether the pairwise ranker is transitive on triples of sampled replies, a few messages a trait."""
-  config, model = session.config.rankings, session.model
-  by_message = _grouped(session, trait)[: config.triples]
+def _triples(session: Session, trait: Trait, groups: Sequence[Group]) -> list[bool]:
+  """Whether the pairwise ranker is transitive on a triple of the sampled replies to each message."""
+  settings = Settings(batch_size=session.config.rankings.batch_size)
   found = []
-  for answers, _ in by_message:
+  for answers, _ in groups:
     texts = answers[:3]
     if len(texts) < 3:
       continue
     pairs = list(itertools.combinations(texts, 2))
-    first, second, third = option_log_odds(model, trait, pairs, Settings(batch_size=config.batch_size)).mean(1) > 0
+    first, second, third = option_log_odds(session.model, trait, pairs, settings).mean(1) > 0
     # a > b, a > c, b > c: a cycle is a > b > c > a, or the reverse.
     found.append(not (first == third != second))
   return [bool(value) for value in found]
@@ -265,28 +272,27 @@ def _stop_if_blind(config: Any, ranker: str, choosing: Row | None) -> None:
 # ---- ranking ----
 
 
-def _grouped(session: Session, trait: Trait) -> list[tuple[list[Answer], list[str]]]:
-  """The replies to each training message of a trait that has two or more, with their ids."""
-  texts = {row['id']: row['text'] for row in messages.load(session) if row['trait'] == trait.id}
-  groups: dict[str, list[Row]] = defaultdict(list)
-  for row in replies.load(session):
-    if row['message'] in texts:
-      groups[row['message']].append(row)
-  return [
-    ([Answer(texts[m], row['text'], row['finish'] == 'stop') for row in rows], [row['id'] for row in rows])
-    for m, rows in groups.items()
-    if len(rows) > 1
-  ]
+def _grouped(asked: Sequence[Row], drawn: Sequence[Row]) -> dict[str, list[Group]]:
+  """The replies to each message that has two or more, by trait."""
+  by_message: dict[str, list[Row]] = defaultdict(list)
+  for row in drawn:
+    by_message[row['message']].append(row)
+  texts = {row['id']: row for row in asked}
+  groups: dict[str, list[Group]] = defaultdict(list)
+  for name, rows in by_message.items():
+    if len(rows) > 1:
+      answers = [Answer(texts[name]['text'], row['text'], row['finish'] == 'stop') for row in rows]
+      groups[texts[name]['trait']].append((answers, [row['id'] for row in rows]))
+  return groups
 
 
-def _rank(session: Session, settings: Settings, ranker: str) -> list[Row]:
+def _rank(session: Session, groups: Mapping[str, Sequence[Group]], settings: Settings, ranker: str) -> list[Row]:
   config, folder = session.config.rankings, session.folder('rankings')
-  groups = {trait.id: _grouped(session, trait) for trait in session.character.traits}
   ranked = []
   with Progress('rankings', sum(map(len, groups.values())), 'messages') as bar:
     for trait in session.character.traits:
 
-      def make(items: Sequence[tuple[list[Answer], list[str]]], _: int, trait: Trait = trait) -> list[Row]:
+      def make(items: Sequence[Group], _: int, trait: Trait = trait) -> list[Row]:
         answers = [answer for group, _ in items for answer in group]
         scores = iter(RANKERS[ranker](session.model, trait, answers, settings))
         return [

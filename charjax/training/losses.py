@@ -17,6 +17,12 @@ def soft_labels(scores_mk: jax.Array, temperature: float, low: float, high: floa
   return jnp.clip(jax.nn.sigmoid(difference / temperature), low, high)
 
 
+def pairs_of_replies(real_mk: jax.Array) -> jax.Array:
+  """Which (i, j) with i < j are two real replies to the same message, [M, K, K] bool."""
+  k = real_mk.shape[1]
+  return real_mk[:, :, None] & real_mk[:, None, :] & jnp.triu(jnp.ones((k, k), bool), 1)
+
+
 def bradley_terry(
   scores_mk: jax.Array, probability_mkk: jax.Array, real_mk: jax.Array, weight_m: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -28,9 +34,8 @@ def bradley_terry(
   Returns:
     weighted sum over messages of the mean over pairs, and the sum of the weights of messages with a pair.
   """
-  k = scores_mk.shape[1]
   difference = scores_mk[:, :, None] - scores_mk[:, None, :]
-  pair = real_mk[:, :, None] & real_mk[:, None, :] & jnp.triu(jnp.ones((k, k), bool), 1)
+  pair = pairs_of_replies(real_mk)
   # Where there is no pair the difference may be anything: select before the logarithm, not after.
   difference = jnp.where(pair, difference, 0.0)
   loss = -(probability_mkk * jax.nn.log_sigmoid(difference) + (1 - probability_mkk) * jax.nn.log_sigmoid(-difference))

@@ -48,7 +48,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, trainable: An
 
   def step(trainable: Any, state: Any, frozen: Any, batch: Any) -> tuple[Any, Any, dict[str, jax.Array]]:
     (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     updates, new_state = optimizer.update(gradient, state, trainable)
     updated = optax.apply_updates(trainable, updates)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
