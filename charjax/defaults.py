@@ -57,9 +57,11 @@ def get_config() -> ConfigDict:
   config.rankings.batch_size = 32
 
   config.preference = ConfigDict()
+  config.preference.head_steps = 60  # of fitting the heads to the starting weights, before anything else is trained
+  config.preference.head_decay = 0.01
   config.preference.lora_rank = 0  # 0 trains all parameters
   config.preference.learning_rate = 3e-6
-  config.preference.epochs = 1.0
+  config.preference.epochs = 1.0  # 0 leaves the weights as they are: the heads alone are trained
   config.preference.messages_per_batch = 16
   config.preference.warmup = 10
   config.preference.weight_decay = 0.01

@@ -19,7 +19,7 @@ from llama_reference import (
 
 from charjax.engine.batch import common_prefix, compute_prefix, item_keys, pad
 from charjax.engine.sample import Sampling, sample
-from charjax.engine.score import Rows, make_rows, reply_log_probs
+from charjax.engine.score import Group, make_rows, reply_log_probs
 from charjax.errors import UserError
 from charjax.model import checkpoint_source
 from charjax.model.decoder import Decoder, Runtime, forward, logits, make_cache, matmul
@@ -199,8 +199,8 @@ def reply_loss(decoder, rows, adapter=None, prefix_tokens=None):
   prefix = None
   if prefix_tokens is not None:
     prefix = compute_prefix(decoder, prefix_tokens, jnp.int32(len(prefix_tokens)), adapter)
-  log_probs = reply_log_probs(decoder, Rows(*rows), adapter=adapter, prefix=prefix)
-  return -log_probs.sum() / rows.reply_mask.sum()
+  log_probs = reply_log_probs(decoder, rows, adapter=adapter, prefix=prefix)
+  return -log_probs.sum() / (rows.targets >= 0).sum()
 
 
 def arrays_by_name(tree) -> dict[str, np.ndarray]:
@@ -230,11 +230,14 @@ def torch_gradient(config, prompts, replies):
 def test_the_gradient_of_a_loss_is_torchs(name, runtime, split):
   config = CONFIGS[name]
   shared = texts(config, [5], seed=2)[0]
-  prompts, replies = texts(config, (3, 6, 2), seed=3), texts(config, (4, 1, 7), seed=4)
-  expected_loss, expected = torch_gradient(config, [shared + prompt for prompt in prompts], replies)
+  prompts, replies = texts(config, (3, 6), seed=3), texts(config, (4, 1, 7), seed=4)
+  # Two replies share the first prompt's row.
+  expected_loss, expected = torch_gradient(config, [shared + prompts[i] for i in (0, 0, 1)], replies)
   decoder = build(config, **runtime)
   prefix = np.asarray(shared, np.int32) if split else None
-  rows = make_rows(prompts if split else [shared + p for p in prompts], replies, rows=4, width=20, reply_width=8)
+  first, second = prompts if split else [shared + prompt for prompt in prompts]
+  groups = [Group(first, replies[:2]), Group(second, replies[2:])]
+  rows, _ = make_rows(groups, slots=2, width=24, count=3)
   loss, gradient = jax.jit(jax.value_and_grad(reply_loss))(decoder, rows, None, prefix)
   assert float(loss) == pytest.approx(expected_loss, abs=1e-5)
   found = transformers_names(arrays_by_name(gradient))
@@ -252,7 +255,8 @@ def test_a_fresh_adapter_changes_nothing_and_learns():
   adapter = Adapter(config, 3, rngs=nnx.Rngs(0))
   for found, expected in zip(of_rows(decoder, rows, adapter=adapter), of_rows(decoder, rows), strict=True):
     np.testing.assert_array_equal(found, expected)
-  batch = make_rows(rows, texts(config, (3, 3, 3, 3), seed=5), width=20, reply_width=8)
+  said = texts(config, (3, 3, 3, 3), seed=5)
+  batch, _ = make_rows([Group(row, [reply]) for row, reply in zip(rows, said, strict=True)], slots=1, width=20)
   gradient = jax.jit(jax.grad(lambda adapter: reply_loss(decoder, batch, adapter)))(adapter)
   for name, value in arrays_by_name(gradient).items():
     # b starts at zero, so that a has no gradient yet, and b has one everywhere.

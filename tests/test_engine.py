@@ -11,8 +11,22 @@ from scipy.stats import chi2
 from charjax.engine import sample as engine
 from charjax.engine.batch import bucket, common_prefix, item_keys, pad, prefill
 from charjax.engine.sample import Sampling, compilations, draw, sample
-from charjax.engine.score import map_rows, over_chunks, score, score_options
-from charjax.model.decoder import Runtime
+from charjax.engine.score import (
+  FixedShapes,
+  Group,
+  hidden_states,
+  make_rows,
+  map_rows,
+  mean_over_targets,
+  mean_states,
+  over_chunks,
+  row_length,
+  score,
+  score_options,
+  slots_a_row,
+  spread,
+)
+from charjax.model.decoder import Runtime, forward
 from charjax.model.lora import Adapter
 from charjax.model.weights import make_decoder
 
@@ -102,15 +116,66 @@ def test_option_scores_are_those_of_the_next_token(decoder, prompts):
   np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_rows_come_back_in_the_order_given_and_are_counted(decoder, prompts):
-  counts = []
-  replies = [[0]] * len(prompts)
-  found = map_rows(
-    lambda prefix, rows: jnp.asarray(rows.lengths), decoder, prompts, replies, batch_size=5, on_batch=counts.append
-  )
-  assert [int(n) for n in found] == [len(prompt) + 1 for prompt in prompts]
-  assert counts == [5, 5, 2]
+@pytest.mark.parametrize('batch_size', [2, 7, 40])
+def test_replies_to_one_prompt_share_its_row_and_do_not_see_each_other(decoder, prompts, batch_size):
+  rng = np.random.default_rng(2)
+  # 1 to 9 replies a prompt, mixed up, some empty, one so long that few fit a row.
+  asked = [prompts[i] for i in rng.permutation(np.repeat(np.arange(9), np.arange(1, 10)))]
+  replies = [rng.integers(0, CONFIG.vocab_size, length).tolist() for length in rng.integers(0, 9, len(asked))]
+  replies[5] = rng.integers(0, CONFIG.vocab_size, 120).tolist()
+  expected = [numpy_reply(CONFIG, TENSORS, p, r) for p, r in zip(asked, replies, strict=True)]
+  assert_rows_close(score(decoder, asked, replies, batch_size=batch_size), expected)
+
+
+def test_a_row_is_no_longer_than_it_may_be_and_evenly_filled():
+  for prompt, reply, replies in ((30, 40, 8), (100, 100, 8), (10, 600, 3), (400, 50, 7), (1, 0, 1)):
+    slots = slots_a_row(prompt, reply, replies)
+    rows = -(-replies // slots)
+    assert 1 <= slots <= replies and rows * slots - replies < rows
+    assert slots == 1 or row_length(prompt, reply, slots) <= 512
+    # With one row less they would not fit.
+    assert rows == 1 or row_length(prompt, reply, -(-replies // (rows - 1))) > 512
+
+
+def test_what_is_said_of_replies_comes_back_in_the_order_given(decoder, prompts):
+  replies = [[i] * (i % 3) for i in range(len(prompts))]
+  asked = [prompts[i // 2] for i in range(len(prompts))]
+  found = map_rows(lambda prefix, rows: jnp.asarray(rows.tokens), decoder, asked, replies, batch_size=5)
+  for prompt, reply, (tokens, span) in zip(asked, replies, found, strict=True):
+    # The prompt's last token stands where the reply's first is predicted.
+    assert tokens[span.begin : span.end + 1].tolist() == [prompt[-1], *reply]
   assert score(decoder, [], []) == [] and sample(decoder, [], None, EOS, SETTINGS) == []
+
+
+def test_groups_of_a_training_batch_keep_their_order_where_they_take_several_rows():
+  prompts = [[1, 2, 3, 4], [1, 2, 5]]
+  shapes = FixedShapes(prompts, reply=200)
+  groups = [Group(prompts[0], [[10 + i] * i for i in range(5)]), Group(prompts[1], [[20], [21, 21]])]
+  rows, spans = shapes.rows(groups, each=5, count=3)
+  slots = slots_a_row(2, 200, 5)
+  assert rows.real.shape == (3 * -(-5 // slots), slots) and 1 < slots < 5
+  assert rows.real.reshape(3, -1).sum(1).tolist() == [5, 2, 0]
+  assert shapes.prefix.tolist() == [1, 2] and shapes.length == 2
+  # A value of each reply, spread over its tokens and averaged again, lands in its group's slots.
+  values = np.arange(1.0, 8.0)
+  where = spread(rows, spans, values)
+  assert (where != 0).sum() == sum(len(reply) for _, replies in groups for reply in replies)
+  means = np.asarray(mean_over_targets(jnp.asarray(where), rows)).reshape(3, -1)
+  np.testing.assert_allclose(means[:2, :5], [[0, 2, 3, 4, 5], [6, 7, 0, 0, 0]])
+
+
+def test_a_reply_s_mean_state_is_that_of_its_own_tokens(decoder, prompts):
+  rng = np.random.default_rng(3)
+  replies = [rng.integers(0, CONFIG.vocab_size, length).tolist() for length in (3, 1, 6)]
+  rows, spans = make_rows([Group(prompts[6], replies[:2]), Group(prompts[2], replies[2:])], slots=2, width=20)
+  found = mean_states(hidden_states(decoder, rows), rows)
+  for prompt, reply, span in zip([prompts[6], prompts[6], prompts[2]], replies, spans, strict=True):
+    text = np.asarray([prompt + reply])
+    mask = np.tril(np.ones((1, text.shape[1], text.shape[1]), bool))
+    states, _ = forward(decoder, text, np.arange(text.shape[1])[None], mask)
+    expected = np.asarray(states, np.float64)[0, len(prompt) :].mean(0)
+    np.testing.assert_allclose(found[span.row, span.slot], expected, atol=1e-5)
+  assert np.asarray(found)[1, 1].tolist() == [0] * CONFIG.embed_dim
 
 
 @pytest.mark.parametrize('shape', [(3, 7), (4, 128), (5, 111)])
@@ -306,13 +371,6 @@ def test_the_sampler_is_compiled_once_for_each_bucket_of_lengths(decoder, prompt
   assert np.diff(counts).tolist() == [0, 0, 0, 1, 0, 0]
   sample(decoder, prompts[:3], keys, EOS, SETTINGS, width=33)  # as wide as the long ones from the start
   assert compilations() == counts[-1]
-
-
-def test_batches_are_filled_up_and_counted(decoder, prompts, keys, drawn):
-  counts = []
-  again = sample(decoder, prompts, keys, EOS, SETTINGS, on_batch=counts.append)
-  assert counts == [5, 5, 2]
-  assert [reply.tokens for reply in again] == [reply.tokens for reply in drawn]
 
 
 # ---- layout ----

@@ -84,11 +84,9 @@ def test_replies_that_are_not_real_give_bradley_terry_no_gradient(bad):
 @pytest.mark.parametrize('seed', range(3))
 def test_penalised_rewards(seed):
   rng = np.random.default_rng(seed)
-  rewards, mask = rng.normal(size=6), masked(rng, (6, 5))
-  policy, reference = rng.normal(size=(2, 6, 5)) - 3
-  found = losses.penalised_rewards(*map(jnp.asarray, (rewards, policy, reference, mask)), 0.3)
-  ratios = [sum(policy[b, r] - reference[b, r] for r in range(5) if mask[b, r]) for b in range(6)]
-  np.testing.assert_allclose(found, rewards - 0.3 * np.array(ratios), rtol=1e-5, atol=1e-5)
+  rewards, ratios = rng.normal(size=(2, 6))
+  found = losses.penalised_rewards(jnp.asarray(rewards), jnp.asarray(ratios), 0.3)
+  np.testing.assert_allclose(found, [r - 0.3 * ratio for r, ratio in zip(rewards, ratios, strict=True)], rtol=1e-5)
 
 
 def test_group_advantages():
@@ -107,15 +105,15 @@ def policy_gradient_64(log_probs, sampled, advantages, mask, clip):
   for b, r in zip(*np.nonzero(mask), strict=True):
     ratio = np.exp(log_probs[b, r] - sampled[b, r])
     clipped = min(max(ratio, 1 - clip), 1 + clip)
-    total -= min(ratio * advantages[b], clipped * advantages[b])
-    cut += (advantages[b] > 0 and ratio > 1 + clip) or (advantages[b] < 0 and ratio < 1 - clip)
+    total -= min(ratio * advantages[b, r], clipped * advantages[b, r])
+    cut += (advantages[b, r] > 0 and ratio > 1 + clip) or (advantages[b, r] < 0 and ratio < 1 - clip)
   return total, mask.sum(), cut
 
 
 @pytest.mark.parametrize('seed', range(3))
 def test_policy_gradient(seed):
   rng = np.random.default_rng(seed)
-  sampled, mask, advantages = rng.normal(size=(8, 6)) - 3, masked(rng, (8, 6)), rng.normal(size=8)
+  sampled, mask, advantages = rng.normal(size=(8, 6)) - 3, masked(rng, (8, 6)), rng.normal(size=(8, 6))
   log_probs = sampled + rng.normal(size=(8, 6)) * 0.3
   found = losses.policy_gradient(*map(jnp.asarray, (log_probs, sampled, advantages, mask)), 0.2)
   expected = policy_gradient_64(log_probs, sampled, advantages, mask, 0.2)
@@ -126,7 +124,7 @@ def test_policy_gradient(seed):
 def test_the_clip_cuts_the_gradient_off_on_one_side_only():
   ratio = np.array([[0.5, 1.0, 1.5]] * 2)
   gradient = jax.grad(
-    lambda x: losses.policy_gradient(x, jnp.zeros((2, 3)), jnp.array([1.0, -1.0]), jnp.ones((2, 3), bool), 0.2)[0]
+    lambda x: losses.policy_gradient(x, jnp.zeros((2, 3)), jnp.array([[1.0], [-1.0]]), jnp.ones((2, 3), bool), 0.2)[0]
   )(jnp.log(ratio))
   # What is good and became likelier already is not pushed on; what is bad and became rarer neither.
   np.testing.assert_allclose(gradient, [[-0.5, -1, 0], [0, 1, 1.5]], atol=1e-6)
@@ -138,20 +136,28 @@ def test_masked_tokens_give_no_gradient_whatever_their_log_probs(bad):
   mask = masked(rng, (4, 5))
   clean = [rng.normal(size=(4, 5)).astype(np.float32) - 2 for _ in range(2)]
   dirty = [np.where(mask, array, bad) for array in clean]
-  advantages = jnp.array([1.0, -1.0, 0.5, 2.0])
+  advantages = jnp.array([[1.0], [-1.0], [0.5], [2.0]])
 
   def surrogate(log_probs, sampled):
     return losses.policy_gradient(log_probs, sampled, advantages, mask, 10.0)[0]
 
-  def penalty(log_probs, reference):
-    return losses.penalised_rewards(advantages, log_probs, reference, mask, 0.1).sum()
+  value, gradient = jax.value_and_grad(surrogate)(*dirty)
+  expected, expected_gradient = jax.value_and_grad(surrogate)(*clean)
+  assert float(value) == pytest.approx(float(expected), rel=1e-5)
+  np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5)
+  assert not np.asarray(gradient)[~mask].any()
 
-  for function in (surrogate, penalty):
-    value, gradient = jax.value_and_grad(function)(*dirty)
-    expected, expected_gradient = jax.value_and_grad(function)(*clean)
-    assert float(value) == pytest.approx(float(expected), rel=1e-5)
-    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5)
-    assert not np.asarray(gradient)[~mask].any()
+
+def test_pair_accuracy():
+  rng = np.random.default_rng(0)
+  scores, real = rng.normal(size=(3, 4)), np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], bool)
+  labels = rng.uniform(size=(3, 4, 4))
+  pairs = [(m, i, j) for m, k in enumerate((4, 2, 1)) for i, j in itertools.combinations(range(k), 2)]
+  right = [(scores[m, i] > scores[m, j]) == (labels[m, i, j] > 0.5) for m, i, j in pairs]
+  assert 0 < np.mean(right) < 1
+  found = losses.pair_accuracy(jnp.asarray(scores), jnp.asarray(labels), jnp.asarray(real))
+  assert float(found) == pytest.approx(np.mean(right))
+  assert float(losses.pair_accuracy(jnp.asarray(scores[2:]), jnp.asarray(labels[2:]), jnp.asarray(real[2:]))) == 0
 
 
 def test_kl_from_logits():
@@ -213,11 +219,12 @@ def test_the_penalised_policy_gradient_is_that_of_reward_less_kl(kl):
 
   log_probs = np.asarray(table_log_probs(table, np), np.float32)
   probability = np.exp(np.where(MASK, log_probs, 0).sum(-1))
-  penalised = losses.penalised_rewards(jnp.asarray(rewards), log_probs, reference, MASK, kl)
+  ratio = np.where(MASK, log_probs - reference, 0).sum(-1)
+  penalised = losses.penalised_rewards(jnp.asarray(rewards), ratio, kl)
 
   def surrogate(table, baseline):
     # The surrogate is linear in the advantage, so that a text's probability can weigh it there.
-    weighted = probability * (penalised - baseline)
+    weighted = (probability * (penalised - baseline))[:, None]
     return losses.policy_gradient(table_log_probs(table, jnp), log_probs, weighted, MASK, 0.2)[0]
 
   # What all replies have in common must not matter: that is why a group's mean may be taken off.

@@ -11,12 +11,12 @@ from llama_reference import random_tensors, tiny_config
 
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
-from charjax.engine.score import make_rows, reply_log_probs, score
+from charjax.engine.score import Group, hidden_states, make_rows, mean_states, reply_log_probs, score
 from charjax.errors import UserError
 from charjax.mesh import constrain, make_mesh, shard_batch, shardings, spec
 from charjax.model.decoder import Runtime
 from charjax.model.weights import make_decoder
-from charjax.training.heads import bind, last_token_rewards, make_trainable, rewards
+from charjax.training.heads import bind, make_trainable, read_rewards, reply_states
 from charjax.training.losses import bradley_terry
 from charjax.training.step import init_optimizer, make_optimizer, make_step
 
@@ -40,25 +40,33 @@ def compute():
   return score(decoder, PROMPTS, REPLIES, batch_size=8), drawn
 
 
+def rows_of_all():
+  """One reply a prompt."""
+  groups = [Group(prompt, [reply]) for prompt, reply in zip(PROMPTS, REPLIES, strict=True)]
+  return make_rows(groups, slots=1, width=20)[0]
+
+
 def loss(trainable, decoder, batch):
   """Both of what is trained for: preferences among four replies to each of two prompts, and likely replies."""
-  scores = last_token_rewards(decoder, trainable, batch['rows']).reshape(2, 4)
-  total, weight = bradley_terry(scores, jnp.full((2, 4, 4), 0.8), jnp.ones((2, 4), bool), jnp.ones(2))
   used, adapter = bind(decoder, trainable)
-  likelihood = reply_log_probs(used, batch['rows'], adapter=adapter).mean()
-  # Preferences alone leave the head's bias without a gradient, and Adam would make steps of rounding errors.
+  rows = batch['rows']
+  states = mean_states(hidden_states(used, rows, adapter=adapter), rows)
+  scores = read_rewards(trainable, states)[..., 1].reshape(2, 4)
+  total, weight = bradley_terry(scores, jnp.full((2, 4, 4), 0.8), jnp.ones((2, 4), bool), jnp.ones(2))
+  likelihood = reply_log_probs(used, rows, adapter=adapter).mean()
+  # Preferences alone leave some directions without a gradient, and Adam would make steps of rounding errors.
   return total / weight - likelihood + (scores.mean() - 1) ** 2, {'likelihood': likelihood}
 
 
 def train(lora_rank):
   """Three steps; returns metrics, what was trained, the optimizer's state and how often the step was compiled."""
   decoder = build()
-  trainable = make_trainable(decoder, lora_rank, seed=0, with_head=True)
+  trainable = make_trainable(decoder, lora_rank, seed=0, traits=2)
   # A learning rate that moves parameters by much more than the tolerance.
   optimizer = make_optimizer(1e-3, warmup=1, steps=3, weight_decay=0.1, max_gradient=1.0)
   state, layout = init_optimizer(optimizer, trainable)
   step = make_step(loss, optimizer, trainable, layout)
-  batch = {'rows': make_rows(PROMPTS, REPLIES, width=20, reply_width=8)}
+  batch = {'rows': rows_of_all()}
   history = []
   for _ in range(3):
     trainable, state, metrics = step(trainable, state, decoder, shard_batch(batch))
@@ -150,22 +158,20 @@ def test_activations_are_split_inside_a_program(mesh):
 
 
 def test_batches_are_split_by_rows(mesh):
-  rows = shard_batch(make_rows(PROMPTS, REPLIES))
+  rows = shard_batch(rows_of_all())
   parts = mesh.shape['data'] * mesh.shape['fsdp']
   for array in rows:
     assert {shard.data.shape for shard in array.addressable_shards} == {(8 // parts, *array.shape[1:])}
 
 
 @pytest.mark.parametrize('mesh', [(2, 2, 2)], indirect=True, ids=str)
-def test_rewards_are_read_at_the_last_real_token(mesh):
+def test_a_reply_s_state_does_not_depend_on_its_company(mesh):
   decoder = build()
-  trainable = make_trainable(decoder, 0, seed=0, with_head=True)
-  trainable['head'].w[...] = jnp.asarray(np.random.default_rng(0).normal(size=CONFIG.embed_dim), jnp.float32)
   # In one batch, where all rows but one are padded, and alone.
-  together = rewards(decoder, trainable, PROMPTS, REPLIES, batch_size=8)
-  alone = rewards(decoder, trainable, PROMPTS[3:4], REPLIES[3:4], batch_size=8)
-  assert len(set(together.tolist())) == 8
-  assert alone[0] == pytest.approx(together[3], abs=1e-4)
+  together = reply_states(decoder, {}, PROMPTS, REPLIES, batch_size=8)
+  alone = reply_states(decoder, {}, PROMPTS[3:4], REPLIES[3:4], batch_size=8)
+  assert together.shape == (8, CONFIG.embed_dim)
+  np.testing.assert_allclose(alone[0], together[3], atol=1e-4)
 
 
 # ---- rules ----

@@ -17,7 +17,7 @@ Tokens = Sequence[int]
 
 # Lengths are rounded up to buckets counted in these steps: every new bucket is a program to compile, which for a
 # small model takes longer than the padding of a few hundred rows.
-PREFIX_STEP, ROW_STEP, REPLY_STEP = 128, 32, 64
+PREFIX_STEP, ROW_STEP = 128, 32
 
 
 def bucket(length: int, step: int) -> int:

@@ -4,7 +4,7 @@ Letters: B rows, T prompt tokens, S cache slots, N new tokens, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -186,7 +186,6 @@ def sample(
   *,
   adapter: Any = None,
   width: int = 0,
-  on_batch: Callable[[int], None] = lambda rows: None,
 ) -> list[Reply]:
   """Draws one reply to each prompt.
 
@@ -200,7 +199,6 @@ def sample(
     settings: how to draw.
     adapter: a LoRA adapter, or None.
     width: the least width that prompts are padded to, so that calls with other prompts need no new program.
-    on_batch: called with the number of rows after each batch, for progress.
   """
   if not prompts:
     return []
@@ -222,7 +220,6 @@ def sample(
     for i in range(len(rows)):
       count = int((ids[i] >= 0).sum())
       replies.append(Reply(ids[i, :count].tolist(), log_probs[i, :count], 'stop' if done[i] else 'length'))
-    on_batch(len(rows))
   return replies
 
 

@@ -13,20 +13,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from charjax.character import Trait
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
-from charjax.engine.score import Rows, hidden_states, map_rows, over_chunks, predicting, score
+from charjax.engine.score import Rows, hidden_states, map_rows, mean_over_targets, over_chunks, score
 from charjax.errors import UserError
 from charjax.model.decoder import Prefix, logits
 from charjax.progress import Progress
 from charjax.stages import messages, policy, preference, prompts
 from charjax.stages.statistics import interval
-from charjax.training.heads import bind, rewards
+from charjax.training.heads import bind, read_rewards, reply_states
 from charjax.training.losses import kl_from_logits
 from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write_text
 
@@ -160,12 +159,15 @@ def _draw_replies(session: Session, held: Sequence[Row], trained: Any) -> list[R
 
 
 def _judge_replies(session: Session, rows: Sequence[Row], judge: Any) -> None:
-  """Adds the held-out judge's score to every reply."""
+  """Adds the held-out judge's score to every reply to a trait's message: the judge has no opinion of others."""
   model = session.model
-  asked = [model.prompt(prompts.alone(row['prompt'])) for row in rows]
-  said = [model.reply(row['text'], row['finish'] == 'stop') for row in rows]
-  for row, value in zip(rows, rewards(model.decoder, judge, asked, said), strict=True):
-    row['score'] = round(float(value), 5)
+  places = {trait.id: place for place, trait in enumerate(session.character.traits)}
+  judged = [row for row in rows if row['trait'] is not None]
+  asked = [model.prompt(prompts.alone(row['prompt'])) for row in judged]
+  said = [model.reply(row['text'], row['finish'] == 'stop') for row in judged]
+  scores = np.asarray(read_rewards(judge, reply_states(model.decoder, judge, asked, said)))
+  for row, values in zip(judged, scores, strict=True):
+    row['score'] = round(float(values[places[row['trait']]]), 5)
 
 
 def _judged(rows: Sequence[Row], trait: str) -> dict[str, dict[str, np.ndarray | None]]:
@@ -312,13 +314,12 @@ def _neutral(session: Session, rows: Sequence[Row], drawn: Sequence[Row], traine
 
 @jax.jit
 def _kl_rows(decoder: Any, trained: Any, prefix: Prefix | None, rows: Rows) -> jax.Array:
-  """Mean exact KL(starting || trained) a token, [B]; without a shared prefix, since two models read the rows."""
+  """Mean exact KL(starting || trained) a token, [B, K]; without a shared prefix, since two models read the rows."""
   del prefix
   used, adapter = bind(decoder, trained)
-  reference = predicting(hidden_states(decoder, rows), rows)
-  hidden = predicting(hidden_states(used, rows, adapter=adapter), rows)
+  reference, hidden = hidden_states(decoder, rows), hidden_states(used, rows, adapter=adapter)
   kl = over_chunks(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), reference, hidden)
-  return jnp.where(rows.reply_mask, kl, 0.0).sum(-1) / jnp.maximum(rows.reply_mask.sum(-1), 1)
+  return mean_over_targets(kl, rows)
 
 
 def _kl(session: Session, rows: Sequence[Row], trained: Any) -> np.ndarray:
@@ -326,7 +327,8 @@ def _kl(session: Session, rows: Sequence[Row], trained: Any) -> np.ndarray:
   asked = [model.prompt(prompts.alone(row['prompt'])) for row in rows]
   said = [model.reply(row['text'], row['finish'] == 'stop') for row in rows]
   run = functools.partial(_kl_rows, model.decoder, trained)
-  return np.array([float(v) for v in map_rows(run, model.decoder, asked, said, share_prefix=False)])
+  found = map_rows(run, model.decoder, asked, said, share_prefix=False)
+  return np.array([values[span.slot] for values, span in found], np.float64)
 
 
 _SIDE_EFFECTS: dict[str, Callable[[Row], float]] = {

@@ -18,11 +18,12 @@ from charjax.engine.batch import compute_prefix, item_keys
 from charjax.engine.sample import Reply, Sampling, sample
 from charjax.engine.score import (
   FixedShapes,
+  Group,
   Rows,
   hidden_states,
+  mean_states,
   over_chunks,
-  predicting,
-  reply_log_probs,
+  spread,
   token_log_probs,
 )
 from charjax.errors import UserError
@@ -32,7 +33,7 @@ from charjax.progress import Metrics, Progress
 from charjax.stages import messages, preference, prompts
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
-from charjax.training.heads import bind, last_token_rewards, make_trainable
+from charjax.training.heads import bind, make_trainable, read_rewards
 from charjax.training.losses import group_advantages, kl_from_logits, penalised_rewards, policy_gradient
 from charjax.training.step import init_optimizer, make_optimizer, make_step
 from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write_text
@@ -44,7 +45,7 @@ def run(session: Session) -> Row:
   asked, rewarded = _trait_prompts(session)
   neutral = _neutral_replies(session)
   every = [item['prompt'] for item in (*asked, *neutral)]
-  shapes = FixedShapes(every, max(map(len, every)) + config.max_new_tokens, config.max_new_tokens)
+  shapes = FixedShapes(every, config.max_new_tokens)
 
   trainable = _untrained(session)
   optimizer = make_optimizer(
@@ -53,7 +54,8 @@ def run(session: Session) -> Row:
   state, layout = init_optimizer(optimizer, trainable)
   step_function = make_step(_loss, optimizer, trainable, layout)
   reward_model = preference.load(session, 'train')
-  scale = json.loads((session.folder('preference') / 'report.json').read_text())['train']['reward_std'] or 1.0
+  scale = _preference_report(session)['train']['reward_std']
+  places = {trait.id: place for place, trait in enumerate(session.character.traits)}
   asked_data = batches(asked, config.prompts_per_step, session.config.seed)
   # At least as many neutral messages as trait messages, so that the rest of the model is held as firmly.
   neutral_data = batches(neutral, config.prompts_per_step, session.config.seed + 1)
@@ -72,47 +74,54 @@ def run(session: Session) -> Row:
     metrics.truncate_after(start)
     bar.skip(start)
     for step in range(start + 1, config.steps + 1):
-      group = [item for item in next(asked_data) for _ in range(config.replies_per_prompt)]
+      asked_batch, neutral_batch = next(asked_data), next(neutral_data)
+      group = [item for item in asked_batch for _ in range(config.replies_per_prompt)]
       names = [f'{step}/{item["id"]}/{i}' for i, item in enumerate(group)]
       used, adapter = bind(model.decoder, trainable)
       drawn = sample(
         used, [item['prompt'] for item in group], item_keys(session.config.seed, 'policy', names), model.eos_ids[:1],
         settings, adapter=adapter, width=config.prompt_width,
       )  # fmt: skip
-      host_rows = shapes.rows([item['prompt'] for item in group], [reply.tokens for reply in drawn])
-      mask, rows = host_rows.reply_mask, shard_batch(host_rows)
-      rewards, reference = jax.device_get(
+      said = iter(drawn)
+      host_rows, spans = shapes.rows(
+        [Group(i['prompt'], [next(said).tokens for _ in range(config.replies_per_prompt)]) for i in asked_batch],
+        config.replies_per_prompt,
+      )
+      rows = shard_batch(host_rows)
+      every, reference_bt = jax.device_get(
         _judge(model.decoder, reward_model, shapes.prefix, shapes.length, rows, config.temperature)
       )
-      sampled = pad_log_probs(drawn, mask.shape[1])
+      rewards = np.array(
+        [every[s.row, s.slot, places[i['trait']]] / scale[i['trait']] for s, i in zip(spans, group, strict=True)]
+      )
+      sampled = [reply.log_probs for reply in drawn]
+      reference = [reference_bt[s.row, s.begin : s.end] for s in spans]
       weight = np.array([item['weight'] for item in group], np.float32)
-      advantages, penalised = _advantages(rewards / scale, sampled, reference, mask, weight, config)
-      neutral_batch = next(neutral_data)
+      advantages, penalised = _advantages(rewards, sampled, reference, weight, config)
+      neutral_rows, _ = shapes.rows([Group(row['prompt'], [row['reply']]) for row in neutral_batch], 1)
       batch = shapes.shared() | {
         'rows': rows,
-        'sampled': shard_batch(sampled),
-        'advantages': shard_batch(advantages),
-        'neutral': shard_batch(
-          shapes.rows([row['prompt'] for row in neutral_batch], [row['reply'] for row in neutral_batch])
-        ),
+        'sampled': shard_batch(spread(host_rows, spans, sampled)),
+        'advantages': shard_batch(spread(host_rows, spans, advantages)),
+        'neutral': shard_batch(neutral_rows),
         'temperature': np.float32(config.temperature),
         'clip': np.float32(config.clip),
         'neutral_weight': np.float32(config.neutral_weight),
       }
       trainable, state, values = step_function(trainable, state, model.decoder, batch)
-      tokens = max(1, int(mask.sum()))
+      flat, flat_reference = np.concatenate(sampled), np.concatenate(reference)
       values = jax.device_get(values) | {
-        'reward': float(np.mean(rewards) / scale),
-        'penalised_reward': float(np.mean(penalised)),
-        'kl': float((sampled - reference)[mask].sum() / tokens),
-        'length': tokens / len(drawn),
+        'reward': float(rewards.mean()),
+        'penalised_reward': float(penalised.mean()),
+        'kl': float((flat - flat_reference).mean()),
+        'length': len(flat) / len(drawn),
         'ended': float(np.mean([reply.finish == 'stop' for reply in drawn])),
-        'entropy': float(-sampled.sum() / tokens),
+        'entropy': float(-flat.mean()),
       }
       metrics.write(step, values)
       bar.advance(1, f'reward {values["reward"]:.3f}, KL {values["kl"]:.3f} a token')
       if step % config.samples_every == 0 or step in (1, config.steps):
-        _save_samples(session, step, group, drawn, rewards / scale)
+        _save_samples(session, step, group, drawn, rewards)
       if step == config.steps or step % config.save_every == 0:
         position = {'asked': asked_data.get_state(), 'neutral': neutral_data.get_state()}
         checkpoints.save(step, trainable, state, position)
@@ -123,7 +132,7 @@ def run(session: Session) -> Row:
 
 def _untrained(session: Session) -> Any:
   config = session.config.policy
-  return make_trainable(session.model.decoder, config.lora_rank, session.config.seed + 10, with_head=False)
+  return make_trainable(session.model.decoder, config.lora_rank, session.config.seed + 10)
 
 
 def load(session: Session) -> Any:
@@ -138,8 +147,7 @@ def load(session: Session) -> Any:
 
 def _trait_prompts(session: Session) -> tuple[list[Row], list[str]]:
   """Training messages of the traits whose preference model is better than chance, and those traits."""
-  report = json.loads((session.folder('preference') / 'report.json').read_text())
-  left_out = set() if session.config.policy.keep_unproven_traits else set(report['left_out'])
+  left_out = set() if session.config.policy.keep_unproven_traits else set(_preference_report(session)['left_out'])
   weights = {trait.id: trait.weight for trait in session.character.traits if trait.id not in left_out}
   if not weights:
     raise UserError(
@@ -158,6 +166,10 @@ def _trait_prompts(session: Session) -> tuple[list[Row], list[str]]:
     for row in rows
   ]
   return asked, sorted(weights)
+
+
+def _preference_report(session: Session) -> Row:
+  return json.loads((session.folder('preference') / 'report.json').read_text())
 
 
 def _neutral_replies(session: Session) -> list[Row]:
@@ -179,14 +191,6 @@ def _neutral_replies(session: Session) -> list[Row]:
   return chunks(session.folder('policy'), 'neutral', rows, 256, make)
 
 
-def pad_log_probs(drawn: Sequence[Reply], width: int) -> np.ndarray:
-  """Log-probs of drawn replies as [B, width], 0 after their end."""
-  out = np.zeros((len(drawn), width), np.float32)
-  for i, reply in enumerate(drawn):
-    out[i, : len(reply.tokens)] = reply.log_probs
-  return out
-
-
 # ---- the step ----
 
 
@@ -194,22 +198,27 @@ def pad_log_probs(drawn: Sequence[Reply], width: int) -> np.ndarray:
 def _judge(
   decoder: Any, reward_model: Any, prefix_tokens: jax.Array, length: jax.Array, rows: Rows, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
-  """Rewards [B], and log-probs [B, R] under the starting model."""
+  """Rewards by every trait's direction [B, K, N], and log-probs [B, T] under the starting model."""
+  hidden = hidden_states(decoder, rows, prefix=compute_prefix(decoder, prefix_tokens, length))
   used, adapter = bind(decoder, reward_model)
-  rewards = last_token_rewards(decoder, reward_model, rows, compute_prefix(used, prefix_tokens, length, adapter))
-  prefix = compute_prefix(decoder, prefix_tokens, length)
-  return rewards, reply_log_probs(decoder, rows, prefix=prefix, temperature=temperature)
+  trunk = hidden
+  if used is not decoder or adapter is not None:
+    trunk = hidden_states(used, rows, adapter=adapter, prefix=compute_prefix(used, prefix_tokens, length, adapter))
+  return read_rewards(reward_model, mean_states(trunk, rows)), token_log_probs(decoder, hidden, rows, temperature)
 
 
 def _advantages(
-  rewards: np.ndarray, sampled: np.ndarray, reference: np.ndarray, mask: np.ndarray, weight: np.ndarray, config: Any
+  rewards: np.ndarray,
+  sampled: Sequence[np.ndarray],
+  reference: Sequence[np.ndarray],
+  weight: np.ndarray,
+  config: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Advantages [B] among the replies to one prompt, weighted by trait, and the rewards less the KL penalty [B]."""
-  penalised = penalised_rewards(
-    jnp.asarray(rewards), jnp.asarray(sampled), jnp.asarray(reference), jnp.asarray(mask), config.kl
-  )
-  grouped = group_advantages(penalised.reshape(-1, config.replies_per_prompt))
-  return np.asarray(grouped).reshape(-1) * weight, np.asarray(penalised)
+  """Advantages among the replies to one prompt, weighted by trait, and the rewards less the KL penalty."""
+  ratio = np.array([(s - r).sum() for s, r in zip(sampled, reference, strict=True)])
+  penalised = penalised_rewards(rewards, ratio, config.kl)
+  grouped = group_advantages(jnp.asarray(penalised.reshape(-1, config.replies_per_prompt)))
+  return np.asarray(grouped).reshape(-1) * weight, penalised
 
 
 def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -217,21 +226,20 @@ def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str
   used, adapter = bind(decoder, trainable)
   prefix = compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter)
   rows, neutral = batch['rows'], batch['neutral']
+  said, said_neutral = rows.targets >= 0, neutral.targets >= 0
 
-  hidden = predicting(hidden_states(used, rows, adapter=adapter, prefix=prefix), rows)
-  log_probs = token_log_probs(used, hidden, rows.replies, batch['temperature'])
-  gradient, tokens, clipped = policy_gradient(
-    log_probs, batch['sampled'], batch['advantages'], rows.reply_mask, batch['clip']
-  )
+  hidden = hidden_states(used, rows, adapter=adapter, prefix=prefix)
+  log_probs = token_log_probs(used, hidden, rows, batch['temperature'])
+  gradient, tokens, clipped = policy_gradient(log_probs, batch['sampled'], batch['advantages'], said, batch['clip'])
   tokens = jnp.maximum(tokens, 1)
 
   start = compute_prefix(decoder, batch['prefix'], batch['prefix_length'])
-  reference = jax.lax.stop_gradient(predicting(hidden_states(decoder, neutral, prefix=start), neutral))
-  hidden = predicting(hidden_states(used, neutral, adapter=adapter, prefix=prefix), neutral)
+  reference = jax.lax.stop_gradient(hidden_states(decoder, neutral, prefix=start))
+  hidden = hidden_states(used, neutral, adapter=adapter, prefix=prefix)
   kl = over_chunks(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), reference, hidden)
-  neutral_kl = jnp.where(neutral.reply_mask, kl, 0.0).sum() / jnp.maximum(neutral.reply_mask.sum(), 1)
+  neutral_kl = jnp.where(said_neutral, kl, 0.0).sum() / jnp.maximum(said_neutral.sum(), 1)
 
-  gap = jnp.where(rows.reply_mask, jnp.abs(log_probs - batch['sampled']), 0.0).sum() / tokens
+  gap = jnp.where(said, jnp.abs(log_probs - batch['sampled']), 0.0).sum() / tokens
   metrics = {'neutral_kl': neutral_kl, 'clip_fraction': clipped / tokens, 'logprob_gap': gap}
   return gradient / tokens + batch['neutral_weight'] * neutral_kl, metrics
 

@@ -1,11 +1,15 @@
 """preference: two preference models are trained on the rankings; neither ever sees the text of a trait.
 
+A preference model is a trunk (the starting weights, trained on or left as they are) and a head with a direction for
+each trait. The head is fitted to the trunk as it is; then both are trained, for as many epochs as the config says.
+
 Reads the character's pairs (to measure only), messages/, replies/ and rankings/; writes Orbax checkpoints of the
 model that rewards the policy (`train`) and of the held-out judge (`judge`), which see disjoint messages, and
 report.json. The judge shares ranker and starting weights with the other, so it guards against over-optimisation
 and not against a ranker that is wrong: the kept contrast pairs do that.
 """
 
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -16,16 +20,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from charjax.engine.batch import REPLY_STEP, bucket, compute_prefix
-from charjax.engine.score import FixedShapes
+from charjax.character import Trait
+from charjax.engine.batch import compute_prefix
+from charjax.engine.score import FixedShapes, Group, hidden_states, mean_states
+from charjax.errors import UserError
 from charjax.mesh import shard_batch
+from charjax.model.language_model import LanguageModel
 from charjax.progress import Metrics, Progress
 from charjax.stages import messages, prompts, replies
 from charjax.stages.statistics import correlation, share
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
-from charjax.training.heads import bind, last_token_rewards, make_trainable, rewards
-from charjax.training.losses import bradley_terry, pairs_of_replies
+from charjax.training.heads import bind, fit_head, make_trainable, read_rewards, reply_states
+from charjax.training.losses import bradley_terry, pair_accuracy
 from charjax.training.step import init_optimizer, make_optimizer, make_step
 from charjax.workdir import Row, Session, read_jsonl, write_jsonl, write_text
 
@@ -36,26 +43,34 @@ _KINDS = ('shown-shown', 'plain-plain', 'mixed')
 def run(session: Session) -> Row:
   """Trains both preference models, measures them, and names the traits that stay out of the reward."""
   folder, config = session.folder('preference'), session.config.preference
+  traits = session.character.traits
   examples = _examples(session)
+  if len(examples) < 2:
+    raise UserError(
+      'preference: two models need a ranked message each, and there are not; raise config.messages.train_per_trait'
+    )
   halves = {'train': examples[0::2], 'judge': examples[1::2]}
-  steps = {
-    name: max(1, math.ceil(len(half) * config.epochs / config.messages_per_batch)) for name, half in halves.items()
-  }
-  trained, digests = {}, {}
-  with Progress('preference', sum(steps.values()), 'steps') as bar:
+  steps = {name: math.ceil(len(half) * config.epochs / config.messages_per_batch) for name, half in halves.items()}
+  kept = [_Kept(session.model, trait) for trait in traits]
+  with Progress('reply states', len(examples), 'messages') as bar:
+    _add_states(session, {}, examples, bar)
+  trained = {}
+  with Progress('preference', config.head_steps * 2 + sum(steps.values()), 'steps') as bar:
     for name in MODELS:
       trained[name] = _train(session, name, halves[name], steps[name], bar)
-      digests[name] = fingerprint(trained[name])
   _merge_metrics(session)
   unseen = {'train': halves['judge'], 'judge': halves['train']}
-  report: Row = {name: _measure(session, trained[name], unseen[name][: config.measured_messages]) for name in MODELS}
-  report['left_out'] = [
-    trait.id for trait in session.character.traits if not _better_than_chance(report['train']['kept'][trait.id])
-  ]
-  report['not_told_from_chance'] = [
-    trait.id for trait in session.character.traits if (report['train']['kept'][trait.id] or {'low': 0})['low'] <= 0.5
-  ]
+  report: Row = {}
+  for name in MODELS:
+    some = unseen[name][: config.measured_messages]
+    if steps[name]:
+      _add_states(session, trained[name], some)
+    report[name] = _measure(session, trained[name], some, kept)
+  found = report['train']['kept']
+  report['left_out'] = [trait.id for trait in traits if not _better_than_chance(found[trait.id])]
+  report['not_told_from_chance'] = [t.id for t in traits if (found[t.id] or {'low': 0})['low'] <= 0.5]
   write_text(folder / 'report.json', json.dumps(report, indent=2))
+  digests = {name: fingerprint(trained[name]) for name in MODELS}
   write_text(folder / 'fingerprint.json', json.dumps(digests, indent=2))
   for name in report['not_told_from_chance']:
     out = ', and stays out of the reward unless the config keeps it' if name in report['left_out'] else ''
@@ -70,26 +85,41 @@ def _better_than_chance(accuracy: Row | None) -> bool:
 
 
 def _examples(session: Session) -> list[Row]:
-  """One example a message: prompt and reply tokens, soft labels, weight of its trait, conditions."""
+  """One example a message: prompt and reply tokens, soft labels, index and weight of its trait, conditions."""
   model = session.model
   texts = {row['id']: row for row in messages.load(session)}
   by_id = {row['id']: row for row in replies.load(session)}
-  weights = {trait.id: trait.weight for trait in session.character.traits}
+  places = {trait.id: place for place, trait in enumerate(session.character.traits)}
   examples = []
   for row in read_jsonl(session.folder('rankings') / 'rankings.jsonl'):
     message = texts[row['message']]
     rows = [by_id[name] for name in row['replies']]
+    place = places[message['trait']]
     examples.append(
       {
-        'trait': message['trait'],
+        'trait': place,
         'prompt': model.prompt(prompts.alone(message['text'])),
         'replies': [model.reply(r['text'], r['finish'] == 'stop') for r in rows],
         'conditions': [r['condition'] for r in rows],
         'probabilities': np.array(row['probabilities'], np.float32),
-        'weight': weights[message['trait']],
+        'weight': session.character.traits[place].weight,
       }
     )
   return examples
+
+
+def _add_states(session: Session, trainable: Any, examples: Sequence[Row], bar: Progress | None = None) -> None:
+  """Gives each example the `states` [K, D] of its replies."""
+  size = session.config.preference.messages_per_batch
+  for begin in range(0, len(examples), size):
+    some = examples[begin : begin + size]
+    asked = [example['prompt'] for example in some for _ in example['replies']]
+    said = [reply for example in some for reply in example['replies']]
+    found = iter(reply_states(session.model.decoder, trainable, asked, said, batch_size=len(said)))
+    for example in some:
+      example['states'] = np.stack([next(found) for _ in example['replies']])
+    if bar:
+      bar.advance(len(some))
 
 
 # ---- training ----
@@ -98,63 +128,94 @@ def _examples(session: Session) -> list[Row]:
 def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
   used, adapter = bind(decoder, trainable)
   prefix = compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter)
-  shape = batch['real'].shape
-  scores = last_token_rewards(decoder, trainable, batch['rows'], prefix).reshape(shape)
-  total, weight = bradley_terry(scores, batch['probabilities'], batch['real'], batch['weight'])
-  pair = pairs_of_replies(batch['real'])
-  right = ((scores[:, :, None] > scores[:, None, :]) == (batch['probabilities'] > 0.5)) & pair
-  return total / jnp.maximum(weight, 1e-8), {'accuracy': right.sum() / jnp.maximum(pair.sum(), 1)}
+  states = mean_states(hidden_states(used, batch['rows'], adapter=adapter, prefix=prefix), batch['rows'])
+  real = batch['real']
+  states = states.reshape(real.shape[0], -1, states.shape[-1])[:, : real.shape[1]]
+  every = read_rewards(trainable, states)
+  scores = jnp.take_along_axis(every, batch['trait'][:, None, None], 2)[..., 0]
+  total, weight = bradley_terry(scores, batch['probabilities'], real, batch['weight'])
+  return total / jnp.maximum(weight, 1e-8), {'accuracy': pair_accuracy(scores, batch['probabilities'], real)}
 
 
-def _batch(examples: Sequence[Row], shapes: FixedShapes, messages_per_batch: int, k: int) -> Row:
-  """Arrays of a batch: K rows a message, soft labels [M, K, K], which replies are real [M, K], weights [M]."""
-  asked, said = [], []
-  real = np.zeros((messages_per_batch, k), bool)
-  probabilities = np.full((messages_per_batch, k, k), 0.5, np.float32)
-  weight = np.zeros(messages_per_batch, np.float32)
+def _labels(examples: Sequence[Row], messages: int, k: int) -> Row:
+  """Of M messages: soft labels [M, K, K], which replies are real [M, K], index and weight of the trait [M]."""
+  out = {
+    'probabilities': np.full((messages, k, k), 0.5, np.float32),
+    'real': np.zeros((messages, k), bool),
+    'trait': np.zeros(messages, np.int32),
+    'weight': np.zeros(messages, np.float32),
+  }
   for m, example in enumerate(examples):
     count = len(example['replies'])
-    real[m, :count] = True
-    probabilities[m, :count, :count] = example['probabilities']
-    weight[m] = example['weight']
-    # A message with fewer replies is filled up with its last one, which no pair of labels reads.
-    asked += [example['prompt']] * k
-    said += [*example['replies'], *[example['replies'][-1]] * (k - count)]
-  rows = shapes.rows(asked, said, messages_per_batch * k)
-  return shapes.shared() | shard_batch({'rows': rows, 'real': real, 'probabilities': probabilities, 'weight': weight})
+    out['real'][m, :count] = True
+    out['probabilities'][m, :count, :count] = example['probabilities']
+    out['trait'][m], out['weight'][m] = example['trait'], example['weight']
+  return out
+
+
+def _fit_head(session: Session, examples: Sequence[Row], k: int, metrics: Metrics, bar: Progress) -> np.ndarray:
+  """The head's first directions: the best there are while the starting weights stay as they are."""
+  config = session.config.preference
+  labels = _labels(examples, len(examples), k)
+  states = np.zeros((len(examples), k, session.model.decoder.config.embed_dim), np.float32)
+  for m, example in enumerate(examples):
+    states[m, : len(example['states'])] = example['states']
+
+  def record(step: int, values: dict[str, float]) -> None:
+    metrics.write(step, values)
+    bar.advance(1, f'head loss {values["loss"]:.3f}')
+
+  return fit_head(
+    states, labels['probabilities'], labels['real'], labels['trait'], len(session.character.traits),
+    config.head_decay, config.head_steps, record,
+  )  # fmt: skip
 
 
 def _train(session: Session, name: str, examples: Sequence[Row], steps: int, bar: Progress) -> Any:
   config, decoder = session.config.preference, session.model.decoder
   folder = session.folder('preference') / name
   seed = session.config.seed + MODELS.index(name)
-  trainable = make_trainable(decoder, config.lora_rank, seed, with_head=True)
+  trainable = _untrained(session, name)
   optimizer = make_optimizer(
     config.learning_rate, min(config.warmup, steps // 4), steps, config.weight_decay, config.max_gradient
   )
   state, layout = init_optimizer(optimizer, trainable)
   k = max(len(example['replies']) for example in examples)
-  shapes = FixedShapes(
-    [example['prompt'] for example in examples],
-    longest=max(len(e['prompt']) + max(map(len, e['replies'])) for e in examples),
-    reply_width=bucket(max(len(reply) for e in examples for reply in e['replies']), REPLY_STEP),
-  )
   data = batches(examples, config.messages_per_batch, seed)
   with Checkpoints(folder, seed) as checkpoints, Metrics(folder) as metrics:
     start, trainable, state, position = checkpoints.restore(trainable, state)
     if position:
       data.set_state(position)
-    metrics.truncate_after(start)
-    bar.skip(start)
+      bar.skip(config.head_steps + start)
+    else:
+      metrics.truncate_after(0)
+      head = trainable['head'].w
+      head[...] = jax.device_put(_fit_head(session, examples, k, metrics, bar), head[...].sharding)
+      checkpoints.save(0, trainable, state, data.get_state())
+    metrics.truncate_after(config.head_steps + start)
+    if start == steps:
+      return trainable
+    longest = max(len(reply) for example in examples for reply in example['replies'])
+    shapes = FixedShapes([example['prompt'] for example in examples], longest)
     step_function = make_step(_loss, optimizer, trainable, layout)
     for step in range(start + 1, steps + 1):
-      batch = _batch(next(data), shapes, config.messages_per_batch, k)
+      some = next(data)
+      groups = [Group(example['prompt'], example['replies']) for example in some]
+      rows, _ = shapes.rows(groups, k, config.messages_per_batch)
+      labels = _labels(some, config.messages_per_batch, k)
+      batch = shapes.shared() | shard_batch({'rows': rows} | labels)
       trainable, state, values = step_function(trainable, state, decoder, batch)
-      metrics.write(step, jax.device_get(values))
+      metrics.write(config.head_steps + step, jax.device_get(values))
       bar.advance(1, f'{name} loss {float(values["loss"]):.3f}')
       if step == steps or step % config.save_every == 0:
         checkpoints.save(step, trainable, state, data.get_state())
   return trainable
+
+
+def _untrained(session: Session, name: str) -> Any:
+  config = session.config.preference
+  seed, traits = session.config.seed + MODELS.index(name), len(session.character.traits)
+  return make_trainable(session.model.decoder, config.lora_rank, seed, traits=traits, frozen=config.epochs == 0)
 
 
 def _merge_metrics(session: Session) -> None:
@@ -165,63 +226,62 @@ def _merge_metrics(session: Session) -> None:
 
 
 def load(session: Session, name: str) -> Any:
-  """A trained preference model ('train' or 'judge'), to be given to training.heads.rewards."""
-  config, seed = session.config.preference, session.config.seed + MODELS.index(name)
-  trainable = make_trainable(session.model.decoder, config.lora_rank, seed, with_head=True)
-  with Checkpoints(session.folder('preference') / name, seed) as checkpoints:
-    return checkpoints.load(trainable)
+  """A trained preference model ('train' or 'judge'), whose head reads `training.heads.reply_states`."""
+  with Checkpoints(session.folder('preference') / name, session.config.seed + MODELS.index(name)) as checkpoints:
+    return checkpoints.load(_untrained(session, name))
 
 
 # ---- measuring ----
 
 
-def reward_pairs(session: Session, trainable: Any, trait: Any, use: str) -> np.ndarray:
-  """Reward of the reply in character minus that of the other, for the written pairs of one use; no trait is shown."""
-  model = session.model
-  pairs = trait.pairs_for(use)
-  if not pairs:
-    return np.zeros(0)
-  asked = [model.prompt(prompts.alone(pair.message)) for pair in pairs]
-  inside = [model.reply(pair.in_character) for pair in pairs]
-  outside = [model.reply(pair.out_of_character) for pair in pairs]
-  values = rewards(model.decoder, trainable, [*asked, *asked], [*inside, *outside])
-  return values[: len(pairs)] - values[len(pairs) :]
+class _Kept:
+  """The kept pairs of a trait, as tokens: messages, and replies in character before those out of it."""
+
+  def __init__(self, model: LanguageModel, trait: Trait):
+    pairs = trait.pairs_for('kept')
+    self.trait = trait.id
+    self.prompts = [model.prompt(prompts.alone(pair.message)) for pair in pairs] * 2
+    self.replies = [model.reply(pair.in_character) for pair in pairs]
+    self.replies += [model.reply(pair.out_of_character) for pair in pairs]
 
 
-def _measure(session: Session, trainable: Any, unseen: Sequence[Row]) -> Row:
+def _measure(session: Session, trainable: Any, unseen: Sequence[Row], kept: Sequence[_Kept]) -> Row:
   """Figures on messages the model was not trained on, and on the kept pairs."""
-  asked = [example['prompt'] for example in unseen for _ in example['replies']]
-  said = [reply for example in unseen for reply in example['replies']]
-  values = rewards(session.model.decoder, trainable, asked, said) if said else np.zeros(0)
   right, probability, label, by_trait = defaultdict(list), [], [], defaultdict(list)
-  begin = 0
+  rewards: list[float] = []
+  tokens: list[int] = []
+  by_place: dict[int, list[float]] = defaultdict(list)
+  traits = session.character.traits
   for example in unseen:
-    count = len(example['replies'])
-    scores = values[begin : begin + count]
-    begin += count
-    for i in range(count):
-      for j in range(i + 1, count):
-        wanted = float(example['probabilities'][i, j])
-        first, second = example['conditions'][i], example['conditions'][j]
-        kind = 'mixed' if first != second else f'{first}-{first}'
-        hit = (scores[i] > scores[j]) == (wanted > 0.5)
-        right[kind].append(hit)
-        by_trait[example['trait']].append(hit)
-        probability.append(1 / (1 + math.exp(-float(scores[i] - scores[j]))))
-        label.append(wanted)
+    scores = np.asarray(read_rewards(trainable, example['states']))[:, example['trait']]
+    rewards += scores.tolist()
+    by_place[example['trait']] += scores.tolist()
+    tokens += [len(reply) for reply in example['replies']]
+    for i, j in itertools.combinations(range(len(scores)), 2):
+      wanted = float(example['probabilities'][i, j])
+      first, second = example['conditions'][i], example['conditions'][j]
+      kind = 'mixed' if first != second else f'{first}-{first}'
+      hit = (scores[i] > scores[j]) == (wanted > 0.5)
+      right[kind].append(hit)
+      by_trait[traits[example['trait']].id].append(hit)
+      probability.append(1 / (1 + math.exp(-float(scores[i] - scores[j]))))
+      label.append(wanted)
   p, q = np.clip(np.array(probability), 1e-6, 1 - 1e-6), np.array(label)
-  kept = {trait.id: reward_pairs(session, trainable, trait, 'kept') for trait in session.character.traits}
-  pooled = np.concatenate([*kept.values(), np.zeros(0)])
+  pairs = {}
+  for place, written in enumerate(kept):
+    states = reply_states(session.model.decoder, trainable, written.prompts, written.replies)
+    inside, outside = np.split(np.asarray(read_rewards(trainable, states))[:, place], 2)
+    pairs[written.trait] = inside - outside
   return {
     'accuracy': {kind: float(np.mean(right[kind])) if right[kind] else None for kind in _KINDS},
     'accuracy_by_trait': {trait: float(np.mean(hits)) for trait, hits in by_trait.items()},
-    'kept': {trait: share(difference > 0) for trait, difference in kept.items()},
-    'kept_overall': share(pooled > 0),
+    'kept': {trait: share(difference > 0) for trait, difference in pairs.items()},
+    'kept_overall': share(np.concatenate([*pairs.values(), np.zeros(0)]) > 0),
     'log_loss': float(-(q * np.log(p) + (1 - q) * np.log1p(-p)).mean()) if len(p) else None,
     'calibration_error': calibration_error(p, q) if len(p) else None,
-    'length_correlation': correlation(values, [len(reply) for reply in said]),
-    'reward_mean': float(values.mean()) if len(values) else 0.0,
-    'reward_std': float(values.std()) if len(values) else 1.0,
+    'length_correlation': correlation(rewards, tokens),
+    # What one unit of reward is worth differs by trait; the policy divides by this.
+    'reward_std': {t.id: float(np.std(by_place[i] or [0.0])) or 1.0 for i, t in enumerate(traits)},
   }
 
 

@@ -39,7 +39,7 @@ def run(session: Session) -> Row:
             for row in asked
             if row['trait'] == trait.id
             for k in range(number)
-            if not opposite or prompts.choose(session.config.seed, row['id'], tuple(trait.opposites)) == opposite
+            if not opposite or _opposite(session, trait, row['id'], k) == opposite
           ]
           before = _before(session, trait, condition, opposite)
           make = functools.partial(_draw, session, condition, before)
@@ -58,6 +58,12 @@ def run(session: Session) -> Row:
     raise UserError('replies: the model gave only empty replies; is config.model.path a chat model?')
   write_jsonl(folder / 'replies.jsonl', rows)
   return dict(sorted(counts.items())) | {'replies': len(rows), 'cut_off_rate': round(counts['cut_off'] / len(rows), 4)}
+
+
+def _opposite(session: Session, trait: Trait, message: str, k: int) -> str:
+  """The opposite that the k-th opposed reply is drawn from: any to begin with, then the next."""
+  names = list(trait.opposites)
+  return names[(names.index(prompts.choose(session.config.seed, message, names)) + k) % len(names)]
 
 
 def _before(session: Session, trait: Trait, condition: str, opposite: str) -> prompts.Messages:

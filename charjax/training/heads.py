@@ -1,38 +1,57 @@
-"""What can be trained on a decoder: its own weights or an adapter beside them, and a scalar head for rewards."""
+"""What can be trained on a decoder: its own weights or an adapter beside them, and a head that reads rewards.
 
-from collections.abc import Sequence
-from functools import partial
+Letters: B rows, T tokens, K replies a row, M messages, N traits, D width.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from charjax.engine.batch import Tokens
-from charjax.engine.score import Rows, hidden_states, map_rows
+from charjax.engine.score import Rows, hidden_states, map_rows, mean_states
 from charjax.mesh import shardings
 from charjax.model.decoder import Decoder, Prefix
 from charjax.model.lora import Adapter
+from charjax.training.losses import bradley_terry, pair_accuracy
 
 
-class ScalarHead(nnx.Module):
-  """reward = w . h + b of a hidden state [D]; starts at zero, so that training starts from indifference."""
+class RewardHead(nnx.Module):
+  """A direction for each trait: reward = w[trait] . h, of the mean hidden state h of a reply's tokens.
 
-  def __init__(self, embed_dim: int):
-    self.w = nnx.Param(jnp.zeros(embed_dim), axes=(None,))
-    self.b = nnx.Param(jnp.zeros(()), axes=())
+  The mean, because what ranks a reply is the sum of small evidence in all its words, which its last token does not
+  hold: read there, a linear head had 54% of this project's kept pairs right, and 67% at the mean. A direction a
+  trait, because what speaks for one trait speaks against another: 79% instead of 67%. There is no bias: only
+  differences of rewards are ever learned.
+  """
+
+  def __init__(self, traits: int, embed_dim: int):
+    self.w = nnx.Param(jnp.zeros((traits, embed_dim)), axes=(None, None))
 
 
-def make_trainable(decoder: Decoder, lora_rank: int, seed: int, with_head: bool) -> dict[str, Any]:
-  """The pytree a train step changes: {'adapter'} or, with rank 0, {'decoder'} in float32; and {'head'} if asked."""
+def make_trainable(
+  decoder: Decoder, lora_rank: int, seed: int, *, traits: int = 0, frozen: bool = False
+) -> dict[str, Any]:
+  """The pytree a train step changes.
+
+  Args:
+    decoder: the starting weights.
+    lora_rank: of the 'adapter'; 0 trains all parameters, the 'decoder' in float32.
+    seed: of the adapter's first values.
+    traits: how many directions the 'head' has; 0 leaves it out.
+    frozen: the head alone is trained.
+  """
   trainable: dict[str, Any] = {}
-  if lora_rank:
+  if lora_rank and not frozen:
     trainable['adapter'] = Adapter(decoder.config, lora_rank, rngs=nnx.Rngs(seed))
-  else:
+  elif not frozen:
     trainable['decoder'] = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), decoder)
-  if with_head:
-    trainable['head'] = ScalarHead(decoder.config.embed_dim)
+  if traits:
+    trainable['head'] = RewardHead(traits, decoder.config.embed_dim)
   # Laid out as the step will return it: else the second step would be compiled anew.
   if not jax.sharding.get_mesh().empty:
     trainable = jax.device_put(trainable, shardings(trainable))
@@ -44,23 +63,82 @@ def bind(decoder: Decoder, trainable: Any) -> tuple[Decoder, Any]:
   return trainable.get('decoder', decoder), trainable.get('adapter')
 
 
-def last_token_rewards(decoder: Decoder, trainable: Any, rows: Rows, prefix: Prefix | None = None) -> jax.Array:
-  """Rewards [B], read at each row's last real token: never on padding."""
-  decoder, adapter = bind(decoder, trainable)
-  hidden_btd = hidden_states(decoder, rows, adapter=adapter, prefix=prefix)
-  last = jnp.maximum(rows.lengths - 1, 0)
-  hidden_bd = jnp.take_along_axis(hidden_btd, last[:, None, None], 1)[:, 0]
-  return hidden_bd @ trainable['head'].w[...] + trainable['head'].b[...]
+def read_rewards(trainable: Any, states: Any) -> jax.Array:
+  """Rewards [..., N] by each trait's direction, of the mean states [..., D] of replies."""
+  return jnp.asarray(states) @ trainable['head'].w[...].T
 
 
-_rewards = jax.jit(last_token_rewards)
+@jax.jit
+def _mean_states(decoder: Decoder, adapter: Any, prefix: Prefix | None, rows: Rows) -> jax.Array:
+  return mean_states(hidden_states(decoder, rows, adapter=adapter, prefix=prefix), rows)
 
 
-def rewards(
+def reply_states(
   decoder: Decoder, trainable: Any, prompts: Sequence[Tokens], replies: Sequence[Tokens], batch_size: int = 32
 ) -> np.ndarray:
-  """Rewards of replies after their prompts, [len(replies)] float32."""
+  """Mean hidden states of replies after their prompts, [len(replies), D] float32, as `read_rewards` takes them."""
   used, adapter = bind(decoder, trainable)
-  run = partial(_rewards, decoder, trainable)
-  out = map_rows(lambda prefix, rows: run(rows, prefix), used, prompts, replies, adapter=adapter, batch_size=batch_size)
-  return np.array([float(value) for value in out], np.float32)
+  found = map_rows(
+    lambda prefix, rows: _mean_states(used, adapter, prefix, rows), used, prompts, replies,
+    adapter=adapter, batch_size=batch_size,
+  )  # fmt: skip
+  return np.array([states[span.slot] for states, span in found]).reshape(len(replies), decoder.config.embed_dim)
+
+
+def fit_head(
+  states_mkd: np.ndarray,
+  probability_mkk: np.ndarray,
+  real_mk: np.ndarray,
+  trait_m: np.ndarray,
+  traits: int,
+  decay: float,
+  steps: int,
+  on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+) -> np.ndarray:
+  """The directions [N, D] that fit soft labels best while the states stay as they are, by L-BFGS.
+
+  A head on a trunk that is not trained is a convex problem; trained from here, the trunk moves less and what it
+  learns carries further (Kumar et al. 2022, arXiv 2202.10054). Minimises the mean over each trait's messages of the
+  Bradley-Terry loss, plus `decay` times the squared norm of each direction, in units in which each of the D states
+  varies by 1 / sqrt(D) among the replies.
+
+  Args:
+    states_mkd: mean states of the replies.
+    probability_mkk: that reply i is better than reply j.
+    real_mk: which replies are there.
+    trait_m: index of each message's trait.
+    traits: N.
+    decay: above 0.
+    steps: of L-BFGS.
+    on_step: called with each step's number, loss and accuracy.
+  """
+  spread_d = states_mkd[real_mk].std(0)
+  scale_d = np.where(spread_d > 0, 1 / np.maximum(spread_d, 1e-12), 0) / np.sqrt(states_mkd.shape[-1])
+  scaled_mkd = jnp.asarray((states_mkd - states_mkd[real_mk].mean(0)) * scale_d, jnp.float32)
+  count = np.bincount(trait_m, minlength=traits)
+  weight_m = jnp.asarray(1 / count[trait_m], jnp.float32)
+  labels, real = jnp.asarray(probability_mkk), jnp.asarray(real_mk)
+
+  def loss(w_nd: jax.Array) -> tuple[jax.Array, jax.Array]:
+    scores_mk = jnp.einsum('mkd,md->mk', scaled_mkd, w_nd[trait_m])
+    total, _ = bradley_terry(scores_mk, labels, real, weight_m)
+    return total + decay * jnp.square(w_nd).sum(), scores_mk
+
+  optimizer = optax.lbfgs()
+
+  def value(w_nd: jax.Array) -> jax.Array:
+    return loss(w_nd)[0]
+
+  @jax.jit
+  def step(w_nd: jax.Array, state: Any) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
+    found, gradient = optax.value_and_grad_from_state(value)(w_nd, state=state)
+    updates, state = optimizer.update(gradient, state, w_nd, value=found, grad=gradient, value_fn=value)
+    return optax.apply_updates(w_nd, updates), state, found, loss(w_nd)[1]
+
+  w_nd = jnp.zeros((traits, states_mkd.shape[-1]), jnp.float32)
+  state = optimizer.init(w_nd)
+  for number in range(1, steps + 1):
+    w_nd, state, found, scores_mk = step(w_nd, state)
+    right = pair_accuracy(scores_mk, labels, real)
+    on_step(number, {'loss': float(found) / max(1, int((count > 0).sum())), 'accuracy': float(right)})
+  return np.asarray(w_nd * scale_d, np.float32)

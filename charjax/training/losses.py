@@ -1,7 +1,10 @@
 """Losses, as pure functions of arrays. Each returns an unreduced sum and its denominator where it averages.
 
-Letters: M messages, K replies to one message, B rows, R reply tokens, N tokens, V vocabulary.
+Letters: M messages, K replies to one message, B rows or replies, R reply tokens, T tokens of a row, N tokens,
+V vocabulary.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,13 @@ def pairs_of_replies(real_mk: jax.Array) -> jax.Array:
   """Which (i, j) with i < j are two real replies to the same message, [M, K, K] bool."""
   k = real_mk.shape[1]
   return real_mk[:, :, None] & real_mk[:, None, :] & jnp.triu(jnp.ones((k, k), bool), 1)
+
+
+def pair_accuracy(scores_mk: jax.Array, probability_mkk: jax.Array, real_mk: jax.Array) -> jax.Array:
+  """The share of all pairs that the scores order as the labels do."""
+  pair = pairs_of_replies(real_mk)
+  right = (scores_mk[:, :, None] > scores_mk[:, None, :]) == (probability_mkk > 0.5)
+  return (right & pair).sum() / jnp.maximum(pair.sum(), 1)
 
 
 def bradley_terry(
@@ -45,16 +55,13 @@ def bradley_terry(
   return (mean * weight_m).sum(), weight_m.sum()
 
 
-def penalised_rewards(
-  rewards: jax.Array, log_probs_br: jax.Array, reference_br: jax.Array, mask_br: jax.Array, kl: float
-) -> jax.Array:
+def penalised_rewards(rewards: Any, log_ratio: Any, kl: float) -> Any:
   """reward - kl * log(policy / reference) of the whole reply (Ouyang et al. 2022, eq. 2, without the pretraining term).
 
   The penalty stands in the reward, where the policy gradient of it is the gradient of the KL divergence. The
   usual estimators of KL (k1, k3) put in the loss have another gradient.
   """
-  ratio = jnp.where(mask_br, log_probs_br - reference_br, 0.0).sum(-1)
-  return rewards - kl * ratio
+  return rewards - kl * log_ratio
 
 
 def group_advantages(rewards_mk: jax.Array, epsilon: float = 1e-4) -> jax.Array:
@@ -64,25 +71,24 @@ def group_advantages(rewards_mk: jax.Array, epsilon: float = 1e-4) -> jax.Array:
 
 
 def policy_gradient(
-  log_probs_br: jax.Array, sampled_br: jax.Array, advantages_b: jax.Array, mask_br: jax.Array, clip: float
+  log_probs_bt: jax.Array, sampled_bt: jax.Array, advantages_bt: jax.Array, mask_bt: jax.Array, clip: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The clipped surrogate (Schulman et al. 2017, eq. 7), negated, summed over tokens.
 
   Args:
-    log_probs_br: of the policy that is trained.
-    sampled_br: of the distribution the replies were drawn from.
-    advantages_b: one a reply.
-    mask_br: real reply tokens.
+    log_probs_bt: of the policy that is trained.
+    sampled_bt: of the distribution the replies were drawn from.
+    advantages_bt: of the reply that each token belongs to.
+    mask_bt: reply tokens.
     clip: the ratio's permitted distance from 1.
 
   Returns:
     sum over tokens, number of tokens, number of tokens whose gradient the clip cuts off.
   """
-  ratio = jnp.exp(jnp.where(mask_br, log_probs_br - sampled_br, 0.0))
-  advantages = advantages_b[:, None]
-  free, clipped = ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages
-  loss = jnp.where(mask_br, -jnp.minimum(free, clipped), 0.0)
-  return loss.sum(), mask_br.sum(), (mask_br & (clipped < free)).sum()
+  ratio = jnp.exp(jnp.where(mask_bt, log_probs_bt - sampled_bt, 0.0))
+  free, clipped = ratio * advantages_bt, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages_bt
+  loss = jnp.where(mask_bt, -jnp.minimum(free, clipped), 0.0)
+  return loss.sum(), mask_bt.sum(), (mask_bt & (clipped < free)).sum()
 
 
 def kl_from_logits(reference_nv: jax.Array, policy_nv: jax.Array) -> jax.Array:

@@ -1,0 +1,78 @@
+"""The reward head: its fit against an independent solver, and what it learns that a shared direction cannot."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+
+from charjax.training.heads import fit_head, read_rewards
+
+
+def ranked(rng, messages, k, dim, directions, traits):
+  """States [M, K, D] on unequal scales, soft labels of each message's own direction, and which replies are there."""
+  states = rng.normal(size=(messages, k, dim)) * np.geomspace(0.1, 10, dim) + 3
+  trait = np.arange(messages) % traits
+  scores = np.einsum('mkd,md->mk', (states - 3) / np.geomspace(0.1, 10, dim), directions[trait])
+  labels = 1 / (1 + np.exp(scores[:, None] - scores[:, :, None]))
+  real = np.arange(k) < rng.integers(2, k + 1, messages)[:, None]
+  return states.astype(np.float32), labels.astype(np.float32), real, trait
+
+
+def objective(w, states, labels, real, trait, traits, decay):
+  """What fit_head minimises, pair by pair in float64, of directions in units of the scaled states."""
+  flat = states[real].astype(np.float64)
+  scaled = (states - flat.mean(0)) / flat.std(0) / np.sqrt(states.shape[-1])
+  w = w.reshape(traits, -1)
+  total = decay * (w**2).sum()
+  for m in range(len(states)):
+    index = np.flatnonzero(real[m])
+    scores = scaled[m] @ w[trait[m]]
+    pairs = [(i, j) for i in index for j in index if i < j]
+    loss = 0.0
+    for i, j in pairs:
+      p = 1 / (1 + np.exp(scores[j] - scores[i]))
+      loss -= labels[m, i, j] * np.log(p) + (1 - labels[m, i, j]) * np.log(1 - p)
+    total += loss / len(pairs) / (trait == trait[m]).sum()
+  return total
+
+
+@pytest.mark.parametrize('seed', range(2))
+def test_the_fit_is_the_minimum_that_scipy_finds(seed):
+  rng = np.random.default_rng(seed)
+  dim, traits, decay = 5, 2, 0.05
+  data = ranked(rng, 12, 4, dim, rng.normal(size=(traits, dim)), traits)
+  losses = []
+  w = fit_head(*data, traits, decay, 60, lambda step, values: losses.append(values['loss']))
+  found = scipy.optimize.minimize(objective, np.zeros(traits * dim), (*data, traits, decay), 'BFGS').x
+  states, real = data[0], data[2]
+  scale = 1 / states[real].std(0) / np.sqrt(dim)
+  np.testing.assert_allclose(w, found.reshape(traits, dim) * scale, rtol=2e-2, atol=2e-3)
+  assert losses[-1] < losses[0] and len(losses) == 60
+
+
+def test_traits_that_want_the_opposite_do_not_cancel():
+  rng = np.random.default_rng(0)
+  direction = rng.normal(size=8)
+  states, labels, real, trait = ranked(rng, 60, 4, 8, np.stack([direction, -direction]), 2)
+  w = fit_head(states, labels, real, trait, 3, 1e-3, 60)
+  unseen, wanted, _, kind = ranked(rng, 40, 4, 8, np.stack([direction, -direction]), 2)
+  rewards = np.asarray(read_rewards({'head': FakeHead(w)}, unseen))
+  assert rewards.shape == (40, 4, 3)
+  for m in range(40):
+    order = rewards[m, :, kind[m]][:, None] > rewards[m, :, kind[m]]
+    assert (order == (wanted[m] > 0.5)).mean() > 0.85
+  # A trait without a message has no opinion.
+  assert not w[2].any()
+
+
+class FakeHead:
+  def __init__(self, w):
+    self.w = jnp.asarray(w)
+
+
+def test_states_that_never_vary_are_left_alone():
+  rng = np.random.default_rng(0)
+  states, labels, real, trait = ranked(rng, 8, 3, 4, rng.normal(size=(1, 4)), 1)
+  states[..., 2] = 7.0
+  w = fit_head(states, labels, real, trait, 1, 0.01, 20)
+  assert np.isfinite(w).all() and w[0, 2] == 0
