@@ -30,17 +30,12 @@ def get_config() -> ConfigDict:
 
   config.rankings.triples = 1
 
-  config.preference.lora_rank = 16
-  config.preference.learning_rate = 1e-3
-  config.preference.epochs = 1.0
-  config.preference.messages_per_batch = 4
-  config.preference.warmup = 3
-  config.preference.save_every = 8
-  config.preference.measured_messages = 16
+  config.preference.epochs = 0.0
+  config.preference.messages_per_batch = 8
 
   config.policy.lora_rank = 16
-  config.policy.learning_rate = 4e-4
-  config.policy.steps = 20
+  config.policy.learning_rate = 1.5e-3
+  config.policy.steps = 24
   config.policy.warmup = 3
   config.policy.save_every = 8
   config.policy.prompts_per_step = 4

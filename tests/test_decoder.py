@@ -17,9 +17,9 @@ from llama_reference import (
   transformers_replies,
 )
 
-from charjax.engine.batch import common_prefix, compute_prefix, item_keys, pad
+from charjax.engine.batch import common_prefix, compute_prefix, item_keys, length_before, pad
 from charjax.engine.sample import Sampling, sample
-from charjax.engine.score import Group, make_rows, reply_log_probs
+from charjax.engine.score import Group, make_rows, reply_log_probs, reply_mask
 from charjax.errors import UserError
 from charjax.model import checkpoint_source
 from charjax.model.decoder import Decoder, Runtime, forward, logits, make_cache, matmul
@@ -50,21 +50,21 @@ def texts(config, lengths=LENGTHS, seed=0) -> list[list[int]]:
 
 
 @partial(jax.jit, static_argnames=('left',))
-def padded_log_probs(decoder, tokens, real, adapter=None, prefix=None, *, left):
+def padded_log_probs(decoder, tokens, real, adapter=None, before=(), *, left):
   """log softmax [B, T, V] of a padded batch."""
   width = tokens.shape[1]
   lengths = real.sum(-1)
   start = width - lengths if left else jnp.zeros_like(lengths)
   slots = jnp.arange(width)
   mask = (slots[:, None] >= slots[None]) & real[:, None, :]
-  positions = jnp.maximum(slots - start[:, None], 0) + (prefix.length if prefix is not None else 0)
-  hidden, _ = forward(decoder, tokens, positions, mask, adapter=adapter, prefix=prefix)
+  positions = jnp.maximum(slots - start[:, None], 0) + length_before(before, len(tokens))
+  hidden, _ = forward(decoder, tokens, positions, mask, adapter=adapter, before=before)
   return jax.nn.log_softmax(logits(decoder, hidden), -1)
 
 
-def of_rows(decoder, rows, left=False, adapter=None, prefix=None, width=16) -> list[np.ndarray]:
+def of_rows(decoder, rows, left=False, adapter=None, before=(), width=16) -> list[np.ndarray]:
   tokens, real = pad(rows, width, left)
-  out = np.asarray(padded_log_probs(decoder, tokens, real, adapter, prefix, left=left))
+  out = np.asarray(padded_log_probs(decoder, tokens, real, adapter, before, left=left))
   return [out[i][real[i]] for i in range(len(rows))]
 
 
@@ -127,12 +127,12 @@ def test_smollm2_gives_the_log_probs_of_transformers_however_it_is_padded(smol):
   expected = transformers_replies(peer, prompts, replies)
   texts = [prompt + reply[:-1] for prompt, reply in zip(prompts, replies, strict=True)]
   shared = common_prefix(prompts)
-  prefix = jax.jit(compute_prefix)(decoder, np.asarray(prompts[0][:shared], np.int32), np.int32(shared))
+  prefix = jax.jit(compute_prefix)(decoder, np.asarray([prompts[0][:shared]], np.int32), np.array([shared], np.int32))
   after_prefix = [text[shared:] for text in texts]
   for found in (
     of_rows(decoder, texts, width=24),
     of_rows(decoder, texts, left=True, width=24),
-    of_rows(decoder, after_prefix, left=True, prefix=prefix, width=24),
+    of_rows(decoder, after_prefix, left=True, before=(prefix,), width=24),
   ):
     assert_close([row[-len(reply) :] for row, reply in zip(found, replies, strict=True)], expected, 1e-3)
 
@@ -166,10 +166,23 @@ def test_a_shared_prefix_is_as_if_it_stood_in_each_row(config, scan):
   decoder, rows = build(config, scan_layers=scan), texts(config)
   for length in (1, 6, 8):
     prefix = texts(config, [length], seed=1)[0]
-    padded = np.asarray(prefix + [5] * (8 - length), np.int32)  # what stands in the padding must not matter
-    computed = precompute(decoder, padded, np.int32(length))
+    padded = np.asarray([prefix + [5] * (8 - length)], np.int32)  # what stands in the padding must not matter
+    computed = precompute(decoder, padded, np.array([length], np.int32))
     expected = [numpy_log_probs(config, random_tensors(config), prefix + row)[length:] for row in rows]
-    assert_close(of_rows(decoder, rows, left=True, prefix=computed), expected, 1e-4)
+    assert_close(of_rows(decoder, rows, left=True, before=(computed,)), expected, 1e-4)
+
+
+@both_ways
+def test_texts_before_groups_of_rows_are_as_if_they_stood_in_each(config, scan):
+  decoder, rows, tensors = build(config, scan_layers=scan), texts(config), random_tensors(config)
+  first, *seconds = texts(config, [5, 3, 7], seed=1)
+  whole = precompute(decoder, np.asarray([first], np.int32), np.array([5], np.int32))
+  padded, real = pad(seconds, 8)
+  groups = jax.jit(compute_prefix)(decoder, padded, real.sum(-1), None, (whole,))
+  found = of_rows(decoder, rows, before=(whole, groups))
+  for i, row in enumerate(rows):
+    text = first + seconds[i // 2]
+    assert_close([found[i]], [numpy_log_probs(config, tensors, text + row)[len(text) :]], 1e-4)
 
 
 @both_ways
@@ -196,11 +209,11 @@ def test_scanned_and_unrolled_layers_agree(config):
 
 def reply_loss(decoder, rows, adapter=None, prefix_tokens=None):
   """Mean over the replies' tokens of their negative log-prob."""
-  prefix = None
+  before = ()
   if prefix_tokens is not None:
-    prefix = compute_prefix(decoder, prefix_tokens, jnp.int32(len(prefix_tokens)), adapter)
-  log_probs = reply_log_probs(decoder, rows, adapter=adapter, prefix=prefix)
-  return -log_probs.sum() / (rows.targets >= 0).sum()
+    before = (compute_prefix(decoder, prefix_tokens, jnp.full(1, prefix_tokens.shape[1]), adapter),)
+  log_probs = reply_log_probs(decoder, rows, adapter=adapter, before=before)
+  return -log_probs.sum() / reply_mask(rows).sum()
 
 
 def arrays_by_name(tree) -> dict[str, np.ndarray]:
@@ -231,13 +244,13 @@ def test_the_gradient_of_a_loss_is_torchs(name, runtime, split):
   config = CONFIGS[name]
   shared = texts(config, [5], seed=2)[0]
   prompts, replies = texts(config, (3, 6), seed=3), texts(config, (4, 1, 7), seed=4)
-  # Two replies share the first prompt's row.
+  # Two replies share the first prompt.
   expected_loss, expected = torch_gradient(config, [shared + prompts[i] for i in (0, 0, 1)], replies)
   decoder = build(config, **runtime)
-  prefix = np.asarray(shared, np.int32) if split else None
+  prefix = np.asarray([shared], np.int32) if split else None
   first, second = prompts if split else [shared + prompt for prompt in prompts]
   groups = [Group(first, replies[:2]), Group(second, replies[2:])]
-  rows, _ = make_rows(groups, slots=2, width=24, count=3)
+  rows = make_rows(groups, each=2, prompt_width=12, width=9, count=3)
   loss, gradient = jax.jit(jax.value_and_grad(reply_loss))(decoder, rows, None, prefix)
   assert float(loss) == pytest.approx(expected_loss, abs=1e-5)
   found = transformers_names(arrays_by_name(gradient))
@@ -256,7 +269,8 @@ def test_a_fresh_adapter_changes_nothing_and_learns():
   for found, expected in zip(of_rows(decoder, rows, adapter=adapter), of_rows(decoder, rows), strict=True):
     np.testing.assert_array_equal(found, expected)
   said = texts(config, (3, 3, 3, 3), seed=5)
-  batch, _ = make_rows([Group(row, [reply]) for row, reply in zip(rows, said, strict=True)], slots=1, width=20)
+  groups = [Group(row, [reply]) for row, reply in zip(rows, said, strict=True)]
+  batch = make_rows(groups, each=1, prompt_width=16, width=5)
   gradient = jax.jit(jax.grad(lambda adapter: reply_loss(decoder, batch, adapter)))(adapter)
   for name, value in arrays_by_name(gradient).items():
     # b starts at zero, so that a has no gradient yet, and b has one everywhere.

@@ -17,14 +17,13 @@ from charjax.engine.score import (
   hidden_states,
   make_rows,
   map_rows,
-  mean_over_targets,
+  mean_over_tokens,
   mean_states,
   over_chunks,
-  row_length,
+  pad_values,
+  reply_mask,
   score,
   score_options,
-  slots_a_row,
-  spread,
 )
 from charjax.model.decoder import Runtime, forward
 from charjax.model.lora import Adapter
@@ -117,9 +116,9 @@ def test_option_scores_are_those_of_the_next_token(decoder, prompts):
 
 
 @pytest.mark.parametrize('batch_size', [2, 7, 40])
-def test_replies_to_one_prompt_share_its_row_and_do_not_see_each_other(decoder, prompts, batch_size):
+def test_replies_to_one_prompt_share_its_pass_and_do_not_see_each_other(decoder, prompts, batch_size):
   rng = np.random.default_rng(2)
-  # 1 to 9 replies a prompt, mixed up, some empty, one so long that few fit a row.
+  # 1 to 9 replies a prompt, mixed up, some empty, one long.
   asked = [prompts[i] for i in rng.permutation(np.repeat(np.arange(9), np.arange(1, 10)))]
   replies = [rng.integers(0, CONFIG.vocab_size, length).tolist() for length in rng.integers(0, 9, len(asked))]
   replies[5] = rng.integers(0, CONFIG.vocab_size, 120).tolist()
@@ -127,55 +126,44 @@ def test_replies_to_one_prompt_share_its_row_and_do_not_see_each_other(decoder, 
   assert_rows_close(score(decoder, asked, replies, batch_size=batch_size), expected)
 
 
-def test_a_row_is_no_longer_than_it_may_be_and_evenly_filled():
-  for prompt, reply, replies in ((30, 40, 8), (100, 100, 8), (10, 600, 3), (400, 50, 7), (1, 0, 1)):
-    slots = slots_a_row(prompt, reply, replies)
-    rows = -(-replies // slots)
-    assert 1 <= slots <= replies and rows * slots - replies < rows
-    assert slots == 1 or row_length(prompt, reply, slots) <= 512
-    # With one row less they would not fit.
-    assert rows == 1 or row_length(prompt, reply, -(-replies // (rows - 1))) > 512
-
-
 def test_what_is_said_of_replies_comes_back_in_the_order_given(decoder, prompts):
   replies = [[i] * (i % 3) for i in range(len(prompts))]
   asked = [prompts[i // 2] for i in range(len(prompts))]
-  found = map_rows(lambda prefix, rows: jnp.asarray(rows.tokens), decoder, asked, replies, batch_size=5)
-  for prompt, reply, (tokens, span) in zip(asked, replies, found, strict=True):
+  found = map_rows(lambda before, rows: jnp.asarray(rows.tokens), decoder, asked, replies, batch_size=5)
+  for prompt, reply, tokens in zip(asked, replies, found, strict=True):
     # The prompt's last token stands where the reply's first is predicted.
-    assert tokens[span.begin : span.end + 1].tolist() == [prompt[-1], *reply]
+    assert tokens[: 1 + len(reply)].tolist() == [prompt[-1], *reply]
   assert score(decoder, [], []) == [] and sample(decoder, [], None, EOS, SETTINGS) == []
 
 
-def test_groups_of_a_training_batch_keep_their_order_where_they_take_several_rows():
+def test_the_batches_of_a_training_run_have_one_shape_and_groups_of_replies_in_order():
   prompts = [[1, 2, 3, 4], [1, 2, 5]]
-  shapes = FixedShapes(prompts, reply=200)
+  shapes = FixedShapes(prompts, longest_reply=20)
   groups = [Group(prompts[0], [[10 + i] * i for i in range(5)]), Group(prompts[1], [[20], [21, 21]])]
-  rows, spans = shapes.rows(groups, each=5, count=3)
-  slots = slots_a_row(2, 200, 5)
-  assert rows.real.shape == (3 * -(-5 // slots), slots) and 1 < slots < 5
-  assert rows.real.reshape(3, -1).sum(1).tolist() == [5, 2, 0]
-  assert shapes.prefix.tolist() == [1, 2] and shapes.length == 2
-  # A value of each reply, spread over its tokens and averaged again, lands in its group's slots.
-  values = np.arange(1.0, 8.0)
-  where = spread(rows, spans, values)
-  assert (where != 0).sum() == sum(len(reply) for _, replies in groups for reply in replies)
-  means = np.asarray(mean_over_targets(jnp.asarray(where), rows)).reshape(3, -1)
-  np.testing.assert_allclose(means[:2, :5], [[0, 2, 3, 4, 5], [6, 7, 0, 0, 0]])
+  rows = shapes.rows(groups, each=5, count=3)
+  assert shapes.prefix.tolist() == [[1, 2]] and shapes.length.tolist() == [2]
+  assert rows.lengths.tolist() == [1, 2, 3, 4, 5, 2, 3, 0, 0, 0, 0, 0, 0, 0, 0]
+  assert rows.prompt_lengths.tolist() == [1, 0, 0] and rows.prompts[0, 0] == 3
+  assert rows.tokens[4, :5].tolist() == [4, 14, 14, 14, 14] and rows.tokens[5, :2].tolist() == [5, 20]
+  again = shapes.rows([Group(prompts[1], [[7]])], each=5, count=3)
+  assert [array.shape for array in again] == [array.shape for array in rows]
+  values = pad_values([np.arange(1.0, n) for n in rows.lengths], rows)
+  assert ((values > 0) == reply_mask(rows)).all()
+  np.testing.assert_allclose(mean_over_tokens(values, rows)[:7], [0, 1, 1.5, 2, 2.5, 1, 1.5])
 
 
 def test_a_reply_s_mean_state_is_that_of_its_own_tokens(decoder, prompts):
   rng = np.random.default_rng(3)
   replies = [rng.integers(0, CONFIG.vocab_size, length).tolist() for length in (3, 1, 6)]
-  rows, spans = make_rows([Group(prompts[6], replies[:2]), Group(prompts[2], replies[2:])], slots=2, width=20)
-  found = mean_states(hidden_states(decoder, rows), rows)
-  for prompt, reply, span in zip([prompts[6], prompts[6], prompts[2]], replies, spans, strict=True):
+  groups = [Group(prompts[6], replies[:2]), Group(prompts[2], replies[2:])]
+  rows = make_rows(groups, each=2, prompt_width=12, width=9)
+  found = np.asarray(mean_states(hidden_states(decoder, rows), rows))
+  for prompt, reply, state in zip([prompts[6], prompts[6], prompts[2]], replies, found[:3], strict=True):
     text = np.asarray([prompt + reply])
     mask = np.tril(np.ones((1, text.shape[1], text.shape[1]), bool))
     states, _ = forward(decoder, text, np.arange(text.shape[1])[None], mask)
-    expected = np.asarray(states, np.float64)[0, len(prompt) :].mean(0)
-    np.testing.assert_allclose(found[span.row, span.slot], expected, atol=1e-5)
-  assert np.asarray(found)[1, 1].tolist() == [0] * CONFIG.embed_dim
+    np.testing.assert_allclose(state, np.asarray(states, np.float64)[0, len(prompt) :].mean(0), atol=1e-5)
+  assert found[3].tolist() == [0] * CONFIG.embed_dim
 
 
 @pytest.mark.parametrize('shape', [(3, 7), (4, 128), (5, 111)])
@@ -393,4 +381,4 @@ def test_padding_and_prefixes():
   assert common_prefix([]) == 0
   assert common_prefix([[1, 2, 3], [1, 2, 4], [1, 2, 3, 5]]) == 2
   assert common_prefix([[1, 2], [1, 2, 3]]) == 1  # each keeps a token of its own
-  assert prefill(None, []) is None
+  assert prefill(None, []) == ()

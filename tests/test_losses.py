@@ -105,15 +105,15 @@ def policy_gradient_64(log_probs, sampled, advantages, mask, clip):
   for b, r in zip(*np.nonzero(mask), strict=True):
     ratio = np.exp(log_probs[b, r] - sampled[b, r])
     clipped = min(max(ratio, 1 - clip), 1 + clip)
-    total -= min(ratio * advantages[b, r], clipped * advantages[b, r])
-    cut += (advantages[b, r] > 0 and ratio > 1 + clip) or (advantages[b, r] < 0 and ratio < 1 - clip)
+    total -= min(ratio * advantages[b], clipped * advantages[b])
+    cut += (advantages[b] > 0 and ratio > 1 + clip) or (advantages[b] < 0 and ratio < 1 - clip)
   return total, mask.sum(), cut
 
 
 @pytest.mark.parametrize('seed', range(3))
 def test_policy_gradient(seed):
   rng = np.random.default_rng(seed)
-  sampled, mask, advantages = rng.normal(size=(8, 6)) - 3, masked(rng, (8, 6)), rng.normal(size=(8, 6))
+  sampled, mask, advantages = rng.normal(size=(8, 6)) - 3, masked(rng, (8, 6)), rng.normal(size=8)
   log_probs = sampled + rng.normal(size=(8, 6)) * 0.3
   found = losses.policy_gradient(*map(jnp.asarray, (log_probs, sampled, advantages, mask)), 0.2)
   expected = policy_gradient_64(log_probs, sampled, advantages, mask, 0.2)
@@ -124,7 +124,7 @@ def test_policy_gradient(seed):
 def test_the_clip_cuts_the_gradient_off_on_one_side_only():
   ratio = np.array([[0.5, 1.0, 1.5]] * 2)
   gradient = jax.grad(
-    lambda x: losses.policy_gradient(x, jnp.zeros((2, 3)), jnp.array([[1.0], [-1.0]]), jnp.ones((2, 3), bool), 0.2)[0]
+    lambda x: losses.policy_gradient(x, jnp.zeros((2, 3)), jnp.array([1.0, -1.0]), jnp.ones((2, 3), bool), 0.2)[0]
   )(jnp.log(ratio))
   # What is good and became likelier already is not pushed on; what is bad and became rarer neither.
   np.testing.assert_allclose(gradient, [[-0.5, -1, 0], [0, 1, 1.5]], atol=1e-6)
@@ -136,7 +136,7 @@ def test_masked_tokens_give_no_gradient_whatever_their_log_probs(bad):
   mask = masked(rng, (4, 5))
   clean = [rng.normal(size=(4, 5)).astype(np.float32) - 2 for _ in range(2)]
   dirty = [np.where(mask, array, bad) for array in clean]
-  advantages = jnp.array([[1.0], [-1.0], [0.5], [2.0]])
+  advantages = jnp.array([1.0, -1.0, 0.5, 2.0])
 
   def surrogate(log_probs, sampled):
     return losses.policy_gradient(log_probs, sampled, advantages, mask, 10.0)[0]
@@ -224,7 +224,7 @@ def test_the_penalised_policy_gradient_is_that_of_reward_less_kl(kl):
 
   def surrogate(table, baseline):
     # The surrogate is linear in the advantage, so that a text's probability can weigh it there.
-    weighted = (probability * (penalised - baseline))[:, None]
+    weighted = probability * (penalised - baseline)
     return losses.policy_gradient(table_log_probs(table, jnp), log_probs, weighted, MASK, 0.2)[0]
 
   # What all replies have in common must not matter: that is why a group's mean may be taken off.

@@ -37,13 +37,15 @@ def compute():
   """Scores and replies of all prompts, on whatever mesh there is."""
   decoder = build()
   drawn = sample(decoder, PROMPTS, item_keys(0, 'test', KEYS), EOS, Sampling(5, temperature=0.8, batch_size=8))
-  return score(decoder, PROMPTS, REPLIES, batch_size=8), drawn
+  # Eight prompts, and two with four replies each.
+  shared = score(decoder, [PROMPTS[i // 4] for i in range(8)], REPLIES, batch_size=8)
+  return [*score(decoder, PROMPTS, REPLIES, batch_size=8), *shared], drawn
 
 
 def rows_of_all():
   """One reply a prompt."""
   groups = [Group(prompt, [reply]) for prompt, reply in zip(PROMPTS, REPLIES, strict=True)]
-  return make_rows(groups, slots=1, width=20)[0]
+  return make_rows(groups, each=1, prompt_width=16, width=8)
 
 
 def loss(trainable, decoder, batch):

@@ -1,6 +1,6 @@
 """Ragged token lists as rectangular arrays: shared prefix, length buckets, padding, per-item random keys.
 
-Letters: B rows, T tokens, P prefix tokens.
+Letters: B rows, T tokens, A texts before rows, P tokens of one.
 """
 
 import hashlib
@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from charjax.model.decoder import KV, Decoder, Prefix, forward
+from charjax.model.decoder import Decoder, Prefix, forward
 
 Tokens = Sequence[int]
 
 # Lengths are rounded up to buckets counted in these steps: every new bucket is a program to compile, which for a
 # small model takes longer than the padding of a few hundred rows.
-PREFIX_STEP, ROW_STEP = 128, 32
+PREFIX_STEP, ROW_STEP, REPLY_STEP = 128, 32, 16
 
 
 def bucket(length: int, step: int) -> int:
@@ -53,24 +53,39 @@ def common_prefix(rows: Sequence[Tokens]) -> int:
   return length
 
 
-def compute_prefix(decoder: Decoder, tokens_p: jax.Array, length: jax.Array, adapter: Any = None) -> Prefix:
-  """Runs a padded prefix of `length` real tokens through the model; inside a loss, gradients flow through it."""
-  size = tokens_p.shape[0]
-  mask = jnp.tril(jnp.ones((1, size, size), bool))
-  _, kv = forward(decoder, tokens_p[None], jnp.arange(size)[None], mask, adapter=adapter)
-  axis = 1 if decoder.runtime.scan_layers else 0
-  return Prefix(KV(*jax.tree.map(lambda x: x.squeeze(axis), tuple(kv))), length)
+def compute_prefix(
+  decoder: Decoder, tokens_ap: jax.Array, lengths_a: jax.Array, adapter: Any = None, before: Sequence[Prefix] = ()
+) -> Prefix:
+  """Runs texts that stand before rows through the model; inside a loss, gradients flow through them.
+
+  Args:
+    decoder: the weights.
+    tokens_ap: A texts, padded on the right.
+    lengths_a: how many of each text's tokens are real.
+    adapter: a LoRA adapter, or None.
+    before: what stands before all of these texts.
+  """
+  width = tokens_ap.shape[1]
+  mask = jnp.broadcast_to(jnp.tril(jnp.ones((width, width), bool)), (len(tokens_ap), width, width))
+  positions = jnp.broadcast_to(length_before(before) + jnp.arange(width), tokens_ap.shape)
+  _, kv = forward(decoder, tokens_ap, positions, mask, adapter=adapter, before=before)
+  return Prefix(kv, lengths_a)
+
+
+def length_before(before: Sequence[Prefix], rows: int = 1) -> Any:
+  """How many tokens stand before each of `rows` rows, [rows, 1]; an int 0 where nothing does."""
+  return sum(jnp.repeat(prefix.length, rows // len(prefix.length))[:, None] for prefix in before)
 
 
 _prefill = jax.jit(compute_prefix)
 
 
-def prefill(decoder: Decoder, tokens: Tokens, adapter: Any = None) -> Prefix | None:
-  """The keys and values of a prefix that many rows share; None when it is empty."""
+def prefill(decoder: Decoder, tokens: Tokens, adapter: Any = None) -> tuple[Prefix, ...]:
+  """What stands before all rows, as `forward` takes it; nothing when there are no tokens."""
   if not tokens:
-    return None
+    return ()
   padded, _ = pad([tokens], bucket(len(tokens), PREFIX_STEP))
-  return _prefill(decoder, padded[0], np.int32(len(tokens)), adapter)
+  return (_prefill(decoder, padded, np.array([len(tokens)], np.int32), adapter),)
 
 
 def item_keys(seed: int, stage: str, items: Sequence[str]) -> jax.Array:

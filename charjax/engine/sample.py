@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from charjax.engine.batch import ROW_STEP, Tokens, bucket, common_prefix, pad, prefill
+from charjax.engine.batch import ROW_STEP, Tokens, bucket, common_prefix, length_before, pad, prefill
 from charjax.mesh import shard_batch
 from charjax.model.decoder import KV, Decoder, Prefix, forward, layer_weights, logits, make_cache
 
@@ -118,7 +118,7 @@ class _State(NamedTuple):
 def _sample(
   decoder: Decoder,
   adapter: Any,
-  prefix: Prefix | None,
+  shared: tuple[Prefix, ...],
   tokens_bt: jax.Array,
   real_bt: jax.Array,
   keys_b: jax.Array,
@@ -129,7 +129,7 @@ def _sample(
   top_p: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   rows, width = tokens_bt.shape
-  before = prefix.length if prefix is not None else 0
+  before = length_before(shared)
   layers = layer_weights(decoder, adapter)
   lengths = real_bt.sum(-1)
   slots = jnp.arange(width + max_new_tokens)
@@ -151,7 +151,7 @@ def _sample(
 
   positions = before + jnp.maximum(slots[None, :width] - start[:, None], 0)
   seen = (slots[None, None, :width] <= slots[None, :width, None]) & (slots[None, None, :width] >= start[:, None, None])
-  hidden, kv = forward(decoder, tokens_bt, positions, seen, adapter=adapter, prefix=prefix)
+  hidden, kv = forward(decoder, tokens_bt, positions, seen, adapter=adapter, before=shared)
   cache = make_cache(kv, width + max_new_tokens)
   state = _State(
     jnp.int32(0),
@@ -166,9 +166,9 @@ def _sample(
   def decode(state: _State) -> _State:
     index = width + state.step - 1
     seen = (slots[None] <= index) & (slots[None] >= start[:, None])
-    positions = (before + lengths + state.step - 1)[:, None]
+    positions = before + (lengths + state.step - 1)[:, None]
     hidden, cache = forward(
-      decoder, state.token[:, None], positions, seen[:, None], layers=layers, prefix=prefix,
+      decoder, state.token[:, None], positions, seen[:, None], layers=layers, before=shared,
       cache=state.cache, cache_index=index,
     )  # fmt: skip
     return record(state._replace(cache=cache), *pick(hidden[:, 0], state.step))
@@ -202,9 +202,9 @@ def sample(
   """
   if not prompts:
     return []
-  shared = common_prefix(prompts)
-  prefix = prefill(decoder, prompts[0][:shared], adapter)
-  rest = [list(prompt[shared:]) for prompt in prompts]
+  cut = common_prefix(prompts)
+  shared = prefill(decoder, prompts[0][:cut], adapter)
+  rest = [list(prompt[cut:]) for prompt in prompts]
   width = bucket(max(width, *(len(row) for row in rest)), ROW_STEP)
   replies: list[Reply] = []
   for begin in range(0, len(rest), settings.batch_size):
@@ -213,7 +213,7 @@ def sample(
     tokens, real = pad([*rows, *[[]] * missing], width, left=True)
     batch_keys = keys[np.minimum(np.arange(begin, begin + settings.batch_size), len(rest) - 1)]
     drawn = _sample(
-      decoder, adapter, prefix, *shard_batch((tokens, real)), batch_keys, np.asarray(eos_ids, np.int32),
+      decoder, adapter, shared, *shard_batch((tokens, real)), batch_keys, np.asarray(eos_ids, np.int32),
       max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p,
     )  # fmt: skip
     ids, log_probs, done = (np.asarray(x) for x in jax.device_get(drawn))

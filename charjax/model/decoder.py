@@ -1,10 +1,11 @@
 """The one decoder: a llama-family transformer as an NNX module, called as a pure function.
 
-Letters: B rows, T tokens, S cache slots, P prefix tokens, L layers, D width, N query heads, K key/value heads,
-G = N // K, H head size, F MLP width, V vocabulary, R adapter rank.
+Letters: B rows, T tokens, S cache slots, A groups of rows, P prefix tokens, L layers, D width, N query heads,
+K key/value heads, G = N // K, H head size, F MLP width, V vocabulary, R adapter rank.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -105,7 +106,12 @@ class KV(NamedTuple):
 
 
 class Prefix(NamedTuple):
-  """Keys and values of a prefix that every row shares, each [K, P, H] a layer, and how many of P are real."""
+  """What stands before rows: A texts, each before B / A rows that follow one another (A = 1: before all).
+
+  Attributes:
+    kv: keys and values, each [A, K, P, H] a layer.
+    length: [A] how many of P are real.
+  """
 
   kv: KV
   length: jax.Array
@@ -169,7 +175,7 @@ def forward(
   mask_bts: jax.Array,
   *,
   adapter: Any = None,
-  prefix: Prefix | None = None,
+  before: Sequence[Prefix] = (),
   cache: KV | None = None,
   cache_index: jax.Array | int = 0,
   layers: Any = None,
@@ -179,10 +185,10 @@ def forward(
   Args:
     decoder: the weights.
     tokens_bt: token ids.
-    positions_bt: positions in the whole text, the prefix included.
+    positions_bt: positions in the whole text, what stands before the rows included.
     mask_bts: which keys each token attends to: S = T without a cache, else the cache's slots.
     adapter: a LoRA adapter (charjax.model.lora), or None.
-    prefix: keys and values that stand before every row.
+    before: what stands before the rows.
     cache: where to write this call's keys and values (from slot `cache_index` on) and what to attend to.
     layers: `layer_weights(decoder, adapter)`, when the caller has it already: a decoding loop cuts the weights
       into layers once, not at each token.
@@ -194,9 +200,7 @@ def forward(
   dtype = runtime.compute_dtype
   groups = c.num_heads // c.num_kv_heads
   cos, sin = rotary(positions_bt, c.head_dim, c.rope_theta)
-  prefix_mask: jax.Array | bool = True
-  if prefix is not None:
-    prefix_mask = jnp.arange(prefix.kv.k[0].shape[1]) < prefix.length
+  masks = [jnp.arange(prefix.kv.k[0].shape[2]) < prefix.length[:, None] for prefix in before]
 
   def linear(x: jax.Array, name: str, layer: Any, lora: Any, in_axes: int = 1) -> jax.Array:
     weight = layer[name]
@@ -222,7 +226,8 @@ def forward(
     if kv is not None:
       k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, cache_index, 2)
       v = jax.lax.dynamic_update_slice_in_dim(kv[1], v, cache_index, 2)
-    mixed = attention(q, k, v, mask_bts, SharedKV(*shared) if shared is not None else None, prefix_mask)
+    parts = [SharedKV(prefix[0], prefix[1], real) for prefix, real in zip(shared, masks, strict=True)]
+    mixed = attention(q, k, v, mask_bts, parts)
     x = x + linear(mixed.reshape(b, t, -1), 'o', layer, lora, in_axes=2)
     normed = rms_norm(x, layer['mlp_norm'], c.norm_eps)
     gated = jax.nn.silu(linear(normed, 'gate', layer, lora)) * linear(normed, 'up', layer, lora)
@@ -233,12 +238,12 @@ def forward(
   step = jax.checkpoint(block) if runtime.remat else block
   if runtime.scan_layers and cache is None:
     weights = stacked_weights(decoder, adapter)
-    x, (k, v) = jax.lax.scan(step, x, (*weights, None, prefix.kv if prefix is not None else None))
+    x, (k, v) = jax.lax.scan(step, x, (*weights, None, [prefix.kv for prefix in before]))
   else:
     written = []
     for i, (layer, lora) in enumerate(layers or layer_weights(decoder, adapter)):
       kv = (cache.k[i], cache.v[i]) if cache is not None else None
-      shared = (prefix.kv.k[i], prefix.kv.v[i]) if prefix is not None else None
+      shared = [(prefix.kv.k[i], prefix.kv.v[i]) for prefix in before]
       x, kv = step(x, (layer, lora, kv, shared))
       written.append(kv)
     k, v = (tuple(arrays) for arrays in zip(*written, strict=True))

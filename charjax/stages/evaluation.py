@@ -19,7 +19,7 @@ from etils import epath
 from charjax.character import Trait
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
-from charjax.engine.score import Rows, hidden_states, map_rows, mean_over_targets, over_chunks, score
+from charjax.engine.score import Rows, hidden_states, map_rows, mean_over_tokens, over_chunks, score
 from charjax.errors import UserError
 from charjax.model.decoder import Prefix, logits
 from charjax.progress import Progress
@@ -313,13 +313,13 @@ def _neutral(session: Session, rows: Sequence[Row], drawn: Sequence[Row], traine
 
 
 @jax.jit
-def _kl_rows(decoder: Any, trained: Any, prefix: Prefix | None, rows: Rows) -> jax.Array:
-  """Mean exact KL(starting || trained) a token, [B, K]; without a shared prefix, since two models read the rows."""
-  del prefix
+def _kl_rows(decoder: Any, trained: Any, before: Sequence[Prefix], rows: Rows) -> jax.Array:
+  """Mean exact KL(starting || trained) a token, [N]; without a shared prefix, since two models read the rows."""
+  del before
   used, adapter = bind(decoder, trained)
-  reference, hidden = hidden_states(decoder, rows), hidden_states(used, rows, adapter=adapter)
+  reference, hidden = (h[:, :-1] for h in (hidden_states(decoder, rows), hidden_states(used, rows, adapter=adapter)))
   kl = over_chunks(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), reference, hidden)
-  return mean_over_targets(kl, rows)
+  return mean_over_tokens(kl, rows)
 
 
 def _kl(session: Session, rows: Sequence[Row], trained: Any) -> np.ndarray:
@@ -327,8 +327,7 @@ def _kl(session: Session, rows: Sequence[Row], trained: Any) -> np.ndarray:
   asked = [model.prompt(prompts.alone(row['prompt'])) for row in rows]
   said = [model.reply(row['text'], row['finish'] == 'stop') for row in rows]
   run = functools.partial(_kl_rows, model.decoder, trained)
-  found = map_rows(run, model.decoder, asked, said, share_prefix=False)
-  return np.array([values[span.slot] for values, span in found], np.float64)
+  return np.array(map_rows(run, model.decoder, asked, said, share_prefix=False), np.float64)
 
 
 _SIDE_EFFECTS: dict[str, Callable[[Row], float]] = {

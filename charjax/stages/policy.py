@@ -23,7 +23,8 @@ from charjax.engine.score import (
   hidden_states,
   mean_states,
   over_chunks,
-  spread,
+  pad_values,
+  reply_mask,
   token_log_probs,
 )
 from charjax.errors import UserError
@@ -83,40 +84,37 @@ def run(session: Session) -> Row:
         settings, adapter=adapter, width=config.prompt_width,
       )  # fmt: skip
       said = iter(drawn)
-      host_rows, spans = shapes.rows(
-        [Group(i['prompt'], [next(said).tokens for _ in range(config.replies_per_prompt)]) for i in asked_batch],
-        config.replies_per_prompt,
-      )
+      groups = [Group(i['prompt'], [next(said).tokens for _ in range(config.replies_per_prompt)]) for i in asked_batch]
+      host_rows = shapes.rows(groups, config.replies_per_prompt)
       rows = shard_batch(host_rows)
-      every, reference_bt = jax.device_get(
+      every, reference = jax.device_get(
         _judge(model.decoder, reward_model, shapes.prefix, shapes.length, rows, config.temperature)
       )
       rewards = np.array(
-        [every[s.row, s.slot, places[i['trait']]] / scale[i['trait']] for s, i in zip(spans, group, strict=True)]
+        [row[places[i['trait']]] / scale[i['trait']] for row, i in zip(every, group, strict=True)], np.float32
       )
-      sampled = [reply.log_probs for reply in drawn]
-      reference = [reference_bt[s.row, s.begin : s.end] for s in spans]
+      sampled, mask = pad_values([reply.log_probs for reply in drawn], host_rows), reply_mask(host_rows)
       weight = np.array([item['weight'] for item in group], np.float32)
-      advantages, penalised = _advantages(rewards, sampled, reference, weight, config)
-      neutral_rows, _ = shapes.rows([Group(row['prompt'], [row['reply']]) for row in neutral_batch], 1)
+      advantages, penalised = _advantages(rewards, sampled - reference, weight, config)
+      neutral_rows = shapes.rows([Group(row['prompt'], [row['reply']]) for row in neutral_batch], 1)
       batch = shapes.shared() | {
         'rows': rows,
-        'sampled': shard_batch(spread(host_rows, spans, sampled)),
-        'advantages': shard_batch(spread(host_rows, spans, advantages)),
+        'sampled': shard_batch(sampled),
+        'advantages': shard_batch(advantages),
         'neutral': shard_batch(neutral_rows),
         'temperature': np.float32(config.temperature),
         'clip': np.float32(config.clip),
         'neutral_weight': np.float32(config.neutral_weight),
       }
       trainable, state, values = step_function(trainable, state, model.decoder, batch)
-      flat, flat_reference = np.concatenate(sampled), np.concatenate(reference)
+      tokens = mask.sum()
       values = jax.device_get(values) | {
         'reward': float(rewards.mean()),
         'penalised_reward': float(penalised.mean()),
-        'kl': float((flat - flat_reference).mean()),
-        'length': len(flat) / len(drawn),
+        'kl': float((sampled - reference).sum() / tokens),
+        'length': float(tokens / len(drawn)),
         'ended': float(np.mean([reply.finish == 'stop' for reply in drawn])),
-        'entropy': float(-flat.mean()),
+        'entropy': float(-sampled.sum() / tokens),
       }
       metrics.write(step, values)
       bar.advance(1, f'reward {values["reward"]:.3f}, KL {values["kl"]:.3f} a token')
@@ -198,25 +196,21 @@ def _neutral_replies(session: Session) -> list[Row]:
 def _judge(
   decoder: Any, reward_model: Any, prefix_tokens: jax.Array, length: jax.Array, rows: Rows, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
-  """Rewards by every trait's direction [B, K, N], and log-probs [B, T] under the starting model."""
-  hidden = hidden_states(decoder, rows, prefix=compute_prefix(decoder, prefix_tokens, length))
+  """Rewards by every trait's direction, [N, traits], and log-probs [N, R] under the starting model."""
+  hidden = hidden_states(decoder, rows, before=(compute_prefix(decoder, prefix_tokens, length),))
   used, adapter = bind(decoder, reward_model)
   trunk = hidden
   if used is not decoder or adapter is not None:
-    trunk = hidden_states(used, rows, adapter=adapter, prefix=compute_prefix(used, prefix_tokens, length, adapter))
+    before = (compute_prefix(used, prefix_tokens, length, adapter),)
+    trunk = hidden_states(used, rows, adapter=adapter, before=before)
   return read_rewards(reward_model, mean_states(trunk, rows)), token_log_probs(decoder, hidden, rows, temperature)
 
 
 def _advantages(
-  rewards: np.ndarray,
-  sampled: Sequence[np.ndarray],
-  reference: Sequence[np.ndarray],
-  weight: np.ndarray,
-  config: Any,
+  rewards: np.ndarray, log_ratio: np.ndarray, weight: np.ndarray, config: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Advantages among the replies to one prompt, weighted by trait, and the rewards less the KL penalty."""
-  ratio = np.array([(s - r).sum() for s, r in zip(sampled, reference, strict=True)])
-  penalised = penalised_rewards(rewards, ratio, config.kl)
+  """Advantages [N] among the replies to one prompt, weighted by trait, and the rewards less the KL penalty [N]."""
+  penalised = penalised_rewards(rewards, log_ratio.sum(-1), config.kl)
   grouped = group_advantages(jnp.asarray(penalised.reshape(-1, config.replies_per_prompt)))
   return np.asarray(grouped).reshape(-1) * weight, penalised
 
@@ -224,22 +218,22 @@ def _advantages(
 def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Clipped policy gradient a token, and the exact KL a token on neutral replies."""
   used, adapter = bind(decoder, trainable)
-  prefix = compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter)
+  before = (compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter),)
   rows, neutral = batch['rows'], batch['neutral']
-  said, said_neutral = rows.targets >= 0, neutral.targets >= 0
+  mask, neutral_mask = reply_mask(rows), reply_mask(neutral)
 
-  hidden = hidden_states(used, rows, adapter=adapter, prefix=prefix)
+  hidden = hidden_states(used, rows, adapter=adapter, before=before)
   log_probs = token_log_probs(used, hidden, rows, batch['temperature'])
-  gradient, tokens, clipped = policy_gradient(log_probs, batch['sampled'], batch['advantages'], said, batch['clip'])
+  gradient, tokens, clipped = policy_gradient(log_probs, batch['sampled'], batch['advantages'], mask, batch['clip'])
   tokens = jnp.maximum(tokens, 1)
 
-  start = compute_prefix(decoder, batch['prefix'], batch['prefix_length'])
-  reference = jax.lax.stop_gradient(hidden_states(decoder, neutral, prefix=start))
-  hidden = hidden_states(used, neutral, adapter=adapter, prefix=prefix)
+  start = (compute_prefix(decoder, batch['prefix'], batch['prefix_length']),)
+  reference = jax.lax.stop_gradient(hidden_states(decoder, neutral, before=start))[:, :-1]
+  hidden = hidden_states(used, neutral, adapter=adapter, before=before)[:, :-1]
   kl = over_chunks(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), reference, hidden)
-  neutral_kl = jnp.where(said_neutral, kl, 0.0).sum() / jnp.maximum(said_neutral.sum(), 1)
+  neutral_kl = jnp.where(neutral_mask, kl, 0.0).sum() / jnp.maximum(neutral_mask.sum(), 1)
 
-  gap = jnp.where(said, jnp.abs(log_probs - batch['sampled']), 0.0).sum() / tokens
+  gap = jnp.where(mask, jnp.abs(log_probs - batch['sampled']), 0.0).sum() / tokens
   metrics = {'neutral_kl': neutral_kl, 'clip_fraction': clipped / tokens, 'logprob_gap': gap}
   return gradient / tokens + batch['neutral_weight'] * neutral_kl, metrics
 

@@ -127,11 +127,10 @@ def _add_states(session: Session, trainable: Any, examples: Sequence[Row], bar: 
 
 def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
   used, adapter = bind(decoder, trainable)
-  prefix = compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter)
-  states = mean_states(hidden_states(used, batch['rows'], adapter=adapter, prefix=prefix), batch['rows'])
+  before = (compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter),)
+  states = mean_states(hidden_states(used, batch['rows'], adapter=adapter, before=before), batch['rows'])
   real = batch['real']
-  states = states.reshape(real.shape[0], -1, states.shape[-1])[:, : real.shape[1]]
-  every = read_rewards(trainable, states)
+  every = read_rewards(trainable, states).reshape(*real.shape, -1)
   scores = jnp.take_along_axis(every, batch['trait'][:, None, None], 2)[..., 0]
   total, weight = bradley_terry(scores, batch['probabilities'], real, batch['weight'])
   return total / jnp.maximum(weight, 1e-8), {'accuracy': pair_accuracy(scores, batch['probabilities'], real)}
@@ -201,7 +200,7 @@ def _train(session: Session, name: str, examples: Sequence[Row], steps: int, bar
     for step in range(start + 1, steps + 1):
       some = next(data)
       groups = [Group(example['prompt'], example['replies']) for example in some]
-      rows, _ = shapes.rows(groups, k, config.messages_per_batch)
+      rows = shapes.rows(groups, k, config.messages_per_batch)
       labels = _labels(some, config.messages_per_batch, k)
       batch = shapes.shared() | shard_batch({'rows': rows} | labels)
       trainable, state, values = step_function(trainable, state, decoder, batch)

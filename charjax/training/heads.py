@@ -69,8 +69,8 @@ def read_rewards(trainable: Any, states: Any) -> jax.Array:
 
 
 @jax.jit
-def _mean_states(decoder: Decoder, adapter: Any, prefix: Prefix | None, rows: Rows) -> jax.Array:
-  return mean_states(hidden_states(decoder, rows, adapter=adapter, prefix=prefix), rows)
+def _mean_states(decoder: Decoder, adapter: Any, before: Sequence[Prefix], rows: Rows) -> jax.Array:
+  return mean_states(hidden_states(decoder, rows, adapter=adapter, before=before), rows)
 
 
 def reply_states(
@@ -79,10 +79,10 @@ def reply_states(
   """Mean hidden states of replies after their prompts, [len(replies), D] float32, as `read_rewards` takes them."""
   used, adapter = bind(decoder, trainable)
   found = map_rows(
-    lambda prefix, rows: _mean_states(used, adapter, prefix, rows), used, prompts, replies,
+    lambda before, rows: _mean_states(used, adapter, before, rows), used, prompts, replies,
     adapter=adapter, batch_size=batch_size,
   )  # fmt: skip
-  return np.array([states[span.slot] for states, span in found]).reshape(len(replies), decoder.config.embed_dim)
+  return np.array(found, np.float32).reshape(len(replies), decoder.config.embed_dim)
 
 
 def fit_head(

@@ -1,7 +1,6 @@
 """Losses, as pure functions of arrays. Each returns an unreduced sum and its denominator where it averages.
 
-Letters: M messages, K replies to one message, B rows or replies, R reply tokens, T tokens of a row, N tokens,
-V vocabulary.
+Letters: M messages, K replies to one message, B replies, R reply tokens, N tokens, V vocabulary.
 """
 
 from typing import Any
@@ -71,24 +70,25 @@ def group_advantages(rewards_mk: jax.Array, epsilon: float = 1e-4) -> jax.Array:
 
 
 def policy_gradient(
-  log_probs_bt: jax.Array, sampled_bt: jax.Array, advantages_bt: jax.Array, mask_bt: jax.Array, clip: float
+  log_probs_br: jax.Array, sampled_br: jax.Array, advantages_b: jax.Array, mask_br: jax.Array, clip: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The clipped surrogate (Schulman et al. 2017, eq. 7), negated, summed over tokens.
 
   Args:
-    log_probs_bt: of the policy that is trained.
-    sampled_bt: of the distribution the replies were drawn from.
-    advantages_bt: of the reply that each token belongs to.
-    mask_bt: reply tokens.
+    log_probs_br: of the policy that is trained.
+    sampled_br: of the distribution the replies were drawn from.
+    advantages_b: one a reply.
+    mask_br: real reply tokens.
     clip: the ratio's permitted distance from 1.
 
   Returns:
     sum over tokens, number of tokens, number of tokens whose gradient the clip cuts off.
   """
-  ratio = jnp.exp(jnp.where(mask_bt, log_probs_bt - sampled_bt, 0.0))
-  free, clipped = ratio * advantages_bt, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages_bt
-  loss = jnp.where(mask_bt, -jnp.minimum(free, clipped), 0.0)
-  return loss.sum(), mask_bt.sum(), (mask_bt & (clipped < free)).sum()
+  ratio = jnp.exp(jnp.where(mask_br, log_probs_br - sampled_br, 0.0))
+  advantages = advantages_b[:, None]
+  free, clipped = ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages
+  loss = jnp.where(mask_br, -jnp.minimum(free, clipped), 0.0)
+  return loss.sum(), mask_br.sum(), (mask_br & (clipped < free)).sum()
 
 
 def kl_from_logits(reference_nv: jax.Array, policy_nv: jax.Array) -> jax.Array:
