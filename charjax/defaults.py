@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
   config.messages.train_neutral = 450
   config.messages.heldout_neutral = 50
   config.messages.seeds_shown = 4  # seed messages before each request for a new one
+  config.messages.opening_words = 3  # a new message begins with up to so many words of an authored one; 0: with none
   config.messages.temperature = 0.8
   config.messages.top_p = 0.95
   config.messages.max_new_tokens = 96

@@ -12,38 +12,47 @@ def get_config() -> ConfigDict:
   config = defaults.get_config()
   config.character.traits = ('ai_nature', 'curiosity', 'perspectives', 'honesty')
 
-  config.messages.train_per_trait = 28
+  config.messages.train_per_trait = 40
   config.messages.heldout_per_trait = 40
-  config.messages.train_neutral = 32
-  config.messages.heldout_neutral = 24
-  config.messages.seeds_shown = 6
+  config.messages.train_neutral = 24
+  config.messages.heldout_neutral = 16
+  config.messages.opening_words = 4
   config.messages.temperature = 0.7
-  config.messages.top_p = 0.9
-  config.messages.max_new_tokens = 32
-  config.messages.prompt_width = 32
-  config.messages.batch_size = 64
+  config.messages.top_p = 1.0
+  config.messages.max_new_tokens = 40
+  config.messages.prompt_width = 48
+  config.messages.batch_size = 40
 
-  config.replies.shown = 3
-  config.replies.max_new_tokens = 40
+  # Batches of 40 rows and 40 tokens throughout: a batch holds one reply to each of a trait's messages, and the
+  # sampler, which takes long to compile, is compiled for few shapes.
+  config.replies.shown = 2
+  config.replies.plain = 1
+  config.replies.opposed = 2
   config.replies.temperature = 0.7
-  config.replies.batch_size = 64
+  config.replies.top_p = 1.0
+  config.replies.max_new_tokens = 40
+  config.replies.prompt_width = 48
+  config.replies.batch_size = 40
 
   config.rankings.triples = 1
+  config.rankings.batch_size = 40
 
   config.preference.epochs = 0.0
-  config.preference.messages_per_batch = 8
 
   config.policy.lora_rank = 16
   config.policy.learning_rate = 1.5e-3
   config.policy.steps = 24
   config.policy.warmup = 3
   config.policy.save_every = 8
-  config.policy.prompts_per_step = 4
-  config.policy.temperature = 0.8
+  config.policy.prompts_per_step = 5
+  config.policy.temperature = 0.7
   config.policy.max_new_tokens = 40
+  config.policy.prompt_width = 48
   config.policy.samples_every = 4
 
-  config.evaluation.max_new_tokens = 40
   config.evaluation.temperature = 0.7
+  config.evaluation.top_p = 1.0
+  config.evaluation.max_new_tokens = 40
+  config.evaluation.prompt_width = 48
   config.evaluation.batch_size = 40
   return config

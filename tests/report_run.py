@@ -190,6 +190,12 @@ def _audit(rng: random.Random) -> dict[str, Any]:
     'overall': {r: audit(sum(by.values()) / 4, r, 64) for r, by in accuracies.items()},
     'temperature': 0.31,
     'weak_traits': ['honesty'],
+    'length_control': {'before': -0.31, 'after': 0.0, 'per_token': -0.06, 'cut_off': -1.2},
+    'sampled': {
+      'longer_wins': 0.34,
+      'length_correlation': -0.29,
+      'circular': {'shown over plain': 0.93, 'shown over opposed': 0.98},
+    },
   }
 
 

@@ -188,6 +188,12 @@ def test_says_what_the_intervals_carry(page):
   assert 'I was not trained' not in text  # a trait of the character that this run left out
 
 
+def test_says_what_the_rankings_of_sampled_replies_followed(page):
+  text = html.unescape(re.sub(r'\s+', ' ', page))
+  assert 'follows length at r = \u22120.310; taken out of the labels (r = 0.000)' in text
+  assert 'shown over opposed 98%' in text and 'this is circular' in text
+
+
 def test_all_replies_stand_in_the_page(page, folder):
   rows = [json.loads(line) for line in (folder / 'evaluation' / 'replies.jsonl').read_text().splitlines()]
   section = page[page.index('<section id="replies">') :]

@@ -16,6 +16,8 @@ def test_wilsons_interval_has_the_published_values(hits, n, low, high):
   found = share([True] * hits + [False] * (n - hits))
   assert found == pytest.approx({'mean': hits / n, 'low': low, 'high': high, 'n': n}, abs=6e-5)
   mirrored = share(np.array([False] * hits + [True] * (n - hits)))
+  # A draw is half a hit.
+  assert share([0.5] * (2 * n)) == pytest.approx(share([1.0] * n + [0.0] * n))
   assert (mirrored['low'], mirrored['high']) == pytest.approx((1 - high, 1 - low), abs=6e-5)
 
 
@@ -54,6 +56,7 @@ def test_an_interval_is_of_the_mean_and_the_same_each_time():
 
 def test_too_little_to_tell():
   assert interval([]) is None and share([]) is None
+  assert interval([3.0]) == {'mean': 3.0, 'low': None, 'high': None, 'n': 1}
   assert interval([2.0] * 5) == {'mean': 2.0, 'low': 2.0, 'high': 2.0, 'n': 5}
   assert correlation([1, 2], [1, 2]) is None and correlation([1, 1, 1], [1, 2, 3]) is None
 

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from charjax.engine.batch import ROW_STEP, Tokens, bucket, common_prefix, length_before, pad, prefill
+from charjax.engine.batch import Tokens, bucket, common_prefix, length_before, pad, prefill
 from charjax.mesh import shard_batch
 from charjax.model.decoder import KV, Decoder, Prefix, forward, layer_weights, logits, make_cache
 
 _BLOCK = 256  # the vocabulary is searched in blocks of this many tokens
 _TOP_P_STEPS = 16
+# A decoding loop is the longest of all to compile, and what a shared prefix's padding costs is little beside it.
+_PREFIX_STEP, _WIDTH_STEP = 128, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +53,19 @@ class Reply(NamedTuple):
   finish: str
 
 
-def draw(logits_bv: jax.Array, uniform_b: jax.Array, temperature: float, top_p: float) -> tuple[jax.Array, jax.Array]:
+def draw(
+  logits_bv: jax.Array, uniform_b: jax.Array, temperature: jax.Array | float, top_p: float
+) -> tuple[jax.Array, jax.Array]:
   """Draws a token a row by inverting the distribution function at `uniform_b`, in two levels.
 
   Two partial sums over V replace a Gumbel draw for each of V tokens, which costs as much as the model on a CPU.
+  At temperature 0 it takes the most probable token: in the same program, since a decoding loop takes long to compile.
 
   Returns:
     token ids [B], and their log-probs [B] under the distribution drawn from.
   """
-  if temperature == 0:
-    token = jnp.argmax(logits_bv, -1)
-    return token, jnp.zeros(token.shape, jnp.float32)
-  scaled = logits_bv.astype(jnp.float32) / temperature
+  greedy = jnp.asarray(temperature) == 0
+  scaled = logits_bv.astype(jnp.float32) / jnp.where(greedy, 1.0, temperature)
   rows, vocab = scaled.shape
   weight = jnp.exp(scaled - scaled.max(-1, keepdims=True))
   if top_p < 1:
@@ -73,7 +76,8 @@ def draw(logits_bv: jax.Array, uniform_b: jax.Array, temperature: float, top_p: 
   within = jnp.take_along_axis(weight, block[:, None, None], 1)[:, 0]
   offset, _ = _invert(within, rest)
   chosen = jnp.take_along_axis(within, offset[:, None], 1)[:, 0]
-  return block * _BLOCK + offset, jnp.log(chosen) - jnp.log(per_block.sum(-1))
+  log_prob = jnp.log(chosen) - jnp.log(per_block.sum(-1))
+  return jnp.where(greedy, jnp.argmax(logits_bv, -1), block * _BLOCK + offset), jnp.where(greedy, 0.0, log_prob)
 
 
 def _invert(weight_bn: jax.Array, target_b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -114,7 +118,7 @@ class _State(NamedTuple):
   log_probs: jax.Array  # [B, N]
 
 
-@partial(jax.jit, static_argnames=('max_new_tokens', 'temperature', 'top_p'))
+@partial(jax.jit, static_argnames=('max_new_tokens', 'top_p'))
 def _sample(
   decoder: Decoder,
   adapter: Any,
@@ -123,9 +127,9 @@ def _sample(
   real_bt: jax.Array,
   keys_b: jax.Array,
   eos: jax.Array,
+  temperature: jax.Array,
   *,
   max_new_tokens: int,
-  temperature: float,
   top_p: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   rows, width = tokens_bt.shape
@@ -203,9 +207,10 @@ def sample(
   if not prompts:
     return []
   cut = common_prefix(prompts)
-  shared = prefill(decoder, prompts[0][:cut], adapter)
+  shared = prefill(decoder, prompts[0][:cut], adapter, _PREFIX_STEP)
   rest = [list(prompt[cut:]) for prompt in prompts]
-  width = bucket(max(width, *(len(row) for row in rest)), ROW_STEP)
+  width = bucket(max(width, *(len(row) for row in rest)), _WIDTH_STEP)
+  ends = np.resize(np.asarray(eos_ids, np.int32), max(4, len(eos_ids)))  # repeated: one length, one program
   replies: list[Reply] = []
   for begin in range(0, len(rest), settings.batch_size):
     rows = rest[begin : begin + settings.batch_size]
@@ -213,8 +218,8 @@ def sample(
     tokens, real = pad([*rows, *[[]] * missing], width, left=True)
     batch_keys = keys[np.minimum(np.arange(begin, begin + settings.batch_size), len(rest) - 1)]
     drawn = _sample(
-      decoder, adapter, shared, *shard_batch((tokens, real)), batch_keys, np.asarray(eos_ids, np.int32),
-      max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p,
+      decoder, adapter, shared, *shard_batch((tokens, real)), batch_keys, ends,
+      np.float32(settings.temperature), max_new_tokens=settings.max_new_tokens, top_p=settings.top_p,
     )  # fmt: skip
     ids, log_probs, done = (np.asarray(x) for x in jax.device_get(drawn))
     for i in range(len(rows)):

@@ -301,8 +301,27 @@ def _ranker(run: Run) -> Panel:
     f'Length: {run.audit["length_treatment"]}' if run.audit.get('length_treatment') else '',
     soft if temperature is not None else '',
     f'Not told from chance: {words.together(weak)}. What follows for them rests on little.' if weak else '',
+    *_sampled_notes(run.audit),
   ]
   return Panel(figures.present(drawn), [note for note in notes if note], Table(head, rows) if rows else None)
+
+
+def _sampled_notes(audit: Mapping[str, Any]) -> list[str]:
+  """What the rankings of the sampled replies followed: their length, and how they were drawn."""
+  notes = []
+  control, sampled = section(audit, 'length_control'), section(audit, 'sampled')
+  before, after = finite(control.get('before')), finite(control.get('after'))
+  if before is not None and after is not None:
+    taken_out = f'; taken out of the labels (r = {words.figure(after)})' if control.get('per_token') else ''
+    notes.append(f'Among the replies to a message the score follows length at r = {words.figure(before)}{taken_out}.')
+  wins = {name: finite(value) for name, value in section(sampled, 'circular').items()}
+  told = [f'{words.spoken(name)} {words.figure(value, True)}' for name, value in wins.items() if value is not None]
+  if told:
+    notes.append(
+      f'Sampled replies, ranked first: {", ".join(told)}. For the likelihood ranker this is circular: what was drawn '
+      'with a text shown is likelier under it almost by definition.'
+    )
+  return notes
 
 
 def _audit_cells(audit: Mapping[str, Any]) -> tuple[str, ...]:

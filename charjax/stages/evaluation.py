@@ -24,7 +24,7 @@ from charjax.errors import UserError
 from charjax.model.decoder import Prefix, logits
 from charjax.progress import Progress
 from charjax.stages import messages, policy, preference, prompts
-from charjax.stages.statistics import interval
+from charjax.stages.statistics import interval, share
 from charjax.training.heads import bind, read_rewards, reply_states
 from charjax.training.losses import kl_from_logits
 from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write_text
@@ -57,7 +57,9 @@ def run(session: Session) -> Row:
   with Progress('evaluation', len(traits) + len(probes) + 1, 'parts') as bar:
     for trait in traits:
       values = {'margin': _pair_margins(session, trait, trained)} | _judged(drawn, trait.id)
-      summary['traits'][trait.id] = {name: summarise(v) for name, v in values.items()}
+      summary['traits'][trait.id] = {
+        name: summarise_wins(v) if name.startswith('win_rate') else summarise(v) for name, v in values.items()
+      }
       summary['internalisation'][trait.id] = {
         name: internalisation(v) for name, v in values.items() if not name.startswith('win_rate')
       }
@@ -65,7 +67,7 @@ def run(session: Session) -> Row:
     for name, rows in _by_trait(probes).items():
       margins = _probe_margins(session, name, rows, trained)
       accuracy = {c: (v > 0).astype(float) if v is not None else None for c, v in margins.items()}
-      summary['probes'][name] = {'margin': summarise(margins), 'accuracy': summarise(accuracy)}
+      summary['probes'][name] = {'margin': summarise(margins), 'accuracy': summarise(accuracy, share)}
       bar.advance(len(rows))
     summary['neutral'] = _neutral(session, neutral, drawn, trained)
     summary['side_effects'] = _side_effects(drawn)
@@ -77,12 +79,21 @@ def run(session: Session) -> Row:
 # ---- figures ----
 
 
-def summarise(values: dict[str, np.ndarray | None]) -> Row:
-  """Each condition's mean with its interval, and delta = trained - base paired by message; null where not measured."""
+def summarise(values: dict[str, np.ndarray | None], figure: Callable[[np.ndarray], Row | None] = interval) -> Row:
+  """Each condition's figure, and delta = trained - base paired by message; null where not measured."""
   found = {c: values.get(c) for c in CONDITIONS}
-  out: Row = {c: interval(v) if v is not None else None for c, v in found.items()}
+  out: Row = {c: figure(v) if v is not None else None for c, v in found.items()}
   base, trained = values.get('base'), values.get('trained')
   out['delta'] = interval(trained - base) if base is not None and trained is not None else None
+  return out
+
+
+def summarise_wins(values: dict[str, np.ndarray | None]) -> Row:
+  """Win rates; against itself a condition wins half, so that trained - base is a share too, and never certain."""
+  out = summarise(values, share)
+  base = values['base']
+  if out['trained'] is not None and base is not None and (base == 0.5).all():
+    out['delta'] = out['trained'] | {end: out['trained'][end] - 0.5 for end in ('mean', 'low', 'high')}
   return out
 
 
@@ -92,7 +103,7 @@ def internalisation(values: dict[str, np.ndarray | None], resamples: int = 2000)
   if base is None or shown is None or trained is None:
     return None
   effect = interval(shown - base)
-  if effect is None or effect['low'] <= 0 <= effect['high']:
+  if effect is None or effect['low'] is None or effect['low'] <= 0 <= effect['high']:
     return None
   index = np.random.default_rng(0).integers(0, len(base), (resamples, len(base)))
   ratios = (trained - base)[index].mean(1) / (shown - base)[index].mean(1)
@@ -305,7 +316,7 @@ def _neutral(session: Session, rows: Sequence[Row], drawn: Sequence[Row], traine
       ]
       accuracy[condition] = np.array(hits, np.float64)
   own = [row for row in drawn if row['trait'] is None and row['condition'] == 'base']
-  out: Row = {'log_prob': summarise(log_prob), 'accuracy': summarise(accuracy) if expected else None}
+  out: Row = {'log_prob': summarise(log_prob), 'accuracy': summarise(accuracy, share) if expected else None}
   base, delta = out['log_prob']['base'], out['log_prob']['delta']
   out['log_prob_lost'] = -delta['mean'] / abs(base['mean']) if base and delta and base['mean'] else None
   out['kl'] = {'trained': interval(_kl(session, own, trained))} if own else None

@@ -106,27 +106,34 @@ def authored(character: Character) -> list[str]:
 
 
 def _write(session: Session, trait: Trait | None, attempt: int, items: Sequence[str], index: int) -> list[Row]:
-  """One batch of candidates, each from its own topic, asker, length and choice of seeds."""
+  """One batch of candidates, each from its own topic, asker, length and opening."""
   group = f'{trait.id if trait else "neutral"}/{attempt}/{index}'
   config, seed, model = session.config.messages, session.config.seed, session.model
-  origins, asked = [], []
+  seeds = NEUTRAL_SEEDS if trait is None else trait.seeds
+  openings = [*seeds, *(pair.message for pair in trait.pairs_for('shown'))] if trait else seeds
+  origins, beginnings, asked = [], [], []
   for item in items:
     origin = {
       'topic': prompts.choose(seed, f'{item}/topic', prompts.TOPICS),
       'asker': prompts.choose(seed, f'{item}/asker', prompts.ASKERS),
       'length': prompts.choose(seed, f'{item}/length', tuple(prompts.LENGTHS)),
     }
-    seeds = NEUTRAL_SEEDS if trait is None else trait.seeds
-    origins.append(origin)
-    asked.append(prompts.write_message(seeds, **origin, group=group, seed=seed, shown=config.seeds_shown))
+    before = prompts.write_message(seeds, **origin, group=group, seed=seed, shown=config.seeds_shown)
+    # A small model asked for a message of a kind loses the kind; begun for it, it goes on in kind.
+    begun = prompts.opening(seed, item, openings, config.opening_words)
+    origins.append(origin | {'opening': begun})
+    beginnings.append(model.reply(begun, ended=False) if begun else [])
+    asked.append(model.prompt(before) + beginnings[-1])
   settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size)
   keys = item_keys(seed, 'messages', items)
-  drawn = sample(
-    model.decoder, [model.prompt(m) for m in asked], keys, model.eos_ids, settings, width=config.prompt_width
-  )
+  drawn = sample(model.decoder, asked, keys, model.eos_ids, settings, width=config.prompt_width)
   return [
-    {'text': model.text(reply.tokens).strip('"'), 'finish': reply.finish, 'origin': {'item': item, **origin}}
-    for item, reply, origin in zip(items, drawn, origins, strict=True)
+    {
+      'text': model.text([*beginning, *reply.tokens]).strip('"'),
+      'finish': reply.finish,
+      'origin': {'item': item, **origin},
+    }
+    for item, beginning, reply, origin in zip(items, beginnings, drawn, origins, strict=True)
   ]
 
 

@@ -20,12 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from charjax.character import Trait
 from charjax.engine.batch import compute_prefix
 from charjax.engine.score import FixedShapes, Group, hidden_states, mean_states
 from charjax.errors import UserError
 from charjax.mesh import shard_batch
-from charjax.model.language_model import LanguageModel
 from charjax.progress import Metrics, Progress
 from charjax.stages import messages, prompts, replies
 from charjax.stages.statistics import correlation, share
@@ -37,6 +35,7 @@ from charjax.training.step import init_optimizer, make_optimizer, make_step
 from charjax.workdir import Row, Session, read_jsonl, write_jsonl, write_text
 
 MODELS = ('train', 'judge')
+_REPLIES_AT_ONCE = 48  # whose states are read together
 _KINDS = ('shown-shown', 'plain-plain', 'mixed')
 
 
@@ -51,7 +50,7 @@ def run(session: Session) -> Row:
     )
   halves = {'train': examples[0::2], 'judge': examples[1::2]}
   steps = {name: math.ceil(len(half) * config.epochs / config.messages_per_batch) for name, half in halves.items()}
-  kept = [_Kept(session.model, trait) for trait in traits]
+  kept = _kept_pairs(session)
   with Progress('reply states', len(examples), 'messages') as bar:
     _add_states(session, {}, examples, bar)
   trained = {}
@@ -65,6 +64,8 @@ def run(session: Session) -> Row:
     some = unseen[name][: config.measured_messages]
     if steps[name]:
       _add_states(session, trained[name], some)
+    if steps[name] or name == MODELS[0]:
+      _add_states(session, trained[name], kept)
     report[name] = _measure(session, trained[name], some, kept)
   found = report['train']['kept']
   report['left_out'] = [trait.id for trait in traits if not _better_than_chance(found[trait.id])]
@@ -110,12 +111,13 @@ def _examples(session: Session) -> list[Row]:
 
 def _add_states(session: Session, trainable: Any, examples: Sequence[Row], bar: Progress | None = None) -> None:
   """Gives each example the `states` [K, D] of its replies."""
-  size = session.config.preference.messages_per_batch
+  each = max((len(example['replies']) for example in examples), default=1)
+  size = max(1, _REPLIES_AT_ONCE // each)
   for begin in range(0, len(examples), size):
     some = examples[begin : begin + size]
     asked = [example['prompt'] for example in some for _ in example['replies']]
     said = [reply for example in some for reply in example['replies']]
-    found = iter(reply_states(session.model.decoder, trainable, asked, said, batch_size=len(said)))
+    found = iter(reply_states(session.model.decoder, trainable, asked, said, batch_size=size * each))
     for example in some:
       example['states'] = np.stack([next(found) for _ in example['replies']])
     if bar:
@@ -233,18 +235,21 @@ def load(session: Session, name: str) -> Any:
 # ---- measuring ----
 
 
-class _Kept:
-  """The kept pairs of a trait, as tokens: messages, and replies in character before those out of it."""
+def _kept_pairs(session: Session) -> list[Row]:
+  """An example for each kept pair: the reply in character, then the other."""
+  model = session.model
+  return [
+    {
+      'trait': place,
+      'prompt': model.prompt(prompts.alone(pair.message)),
+      'replies': [model.reply(pair.in_character), model.reply(pair.out_of_character)],
+    }
+    for place, trait in enumerate(session.character.traits)
+    for pair in trait.pairs_for('kept')
+  ]
 
-  def __init__(self, model: LanguageModel, trait: Trait):
-    pairs = trait.pairs_for('kept')
-    self.trait = trait.id
-    self.prompts = [model.prompt(prompts.alone(pair.message)) for pair in pairs] * 2
-    self.replies = [model.reply(pair.in_character) for pair in pairs]
-    self.replies += [model.reply(pair.out_of_character) for pair in pairs]
 
-
-def _measure(session: Session, trainable: Any, unseen: Sequence[Row], kept: Sequence[_Kept]) -> Row:
+def _measure(session: Session, trainable: Any, unseen: Sequence[Row], kept: Sequence[Row]) -> Row:
   """Figures on messages the model was not trained on, and on the kept pairs."""
   right, probability, label, by_trait = defaultdict(list), [], [], defaultdict(list)
   rewards: list[float] = []
@@ -266,16 +271,15 @@ def _measure(session: Session, trainable: Any, unseen: Sequence[Row], kept: Sequ
       probability.append(1 / (1 + math.exp(-float(scores[i] - scores[j]))))
       label.append(wanted)
   p, q = np.clip(np.array(probability), 1e-6, 1 - 1e-6), np.array(label)
-  pairs = {}
-  for place, written in enumerate(kept):
-    states = reply_states(session.model.decoder, trainable, written.prompts, written.replies)
-    inside, outside = np.split(np.asarray(read_rewards(trainable, states))[:, place], 2)
-    pairs[written.trait] = inside - outside
+  pairs: dict[str, list[bool]] = {trait.id: [] for trait in traits}
+  for example in kept:
+    inside, outside = np.asarray(read_rewards(trainable, example['states']))[:, example['trait']]
+    pairs[traits[example['trait']].id].append(bool(inside > outside))
   return {
     'accuracy': {kind: float(np.mean(right[kind])) if right[kind] else None for kind in _KINDS},
     'accuracy_by_trait': {trait: float(np.mean(hits)) for trait, hits in by_trait.items()},
-    'kept': {trait: share(difference > 0) for trait, difference in pairs.items()},
-    'kept_overall': share(np.concatenate([*pairs.values(), np.zeros(0)]) > 0),
+    'kept': {trait: share(right) for trait, right in pairs.items()},
+    'kept_overall': share([right for some in pairs.values() for right in some]),
     'log_loss': float(-(q * np.log(p) + (1 - q) * np.log1p(-p)).mean()) if len(p) else None,
     'calibration_error': calibration_error(p, q) if len(p) else None,
     'length_correlation': correlation(rewards, tokens),

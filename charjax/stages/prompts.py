@@ -86,6 +86,15 @@ def choose(seed: int, item: str, options: Sequence[str]) -> str:
   return options[int.from_bytes(digest[:8], 'little') % len(options)]
 
 
+def opening(seed: int, item: str, texts: Sequence[str], most: int) -> str:
+  """The first two to `most` words of one of the texts, never the whole of it; '' when `most` is 0."""
+  if not most:
+    return ''
+  words = choose(seed, f'{item}/opening', texts).split()
+  count = int(choose(seed, f'{item}/words', [str(n) for n in range(min(2, most), most + 1)]))
+  return ' '.join(words[: min(count, len(words) - 1)])
+
+
 def write_message(
   seeds: Sequence[str], topic: str, asker: str, length: str, group: str, seed: int, shown: int
 ) -> Messages:

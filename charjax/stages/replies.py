@@ -8,7 +8,7 @@ opposites). What was shown is gone afterwards: a reply that quotes it is dropped
 import functools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from charjax.character import Trait
 from charjax.engine.batch import item_keys
@@ -28,54 +28,55 @@ def run(session: Session) -> Row:
   asked = [row for row in messages.load(session) if row['split'] == 'train' and row['trait']]
   rows: list[Row] = []
   counts: Counter[str] = Counter()
-  each = {condition: config[condition] for condition in CONDITIONS}
-  with Progress('replies', len(asked) * sum(each.values()), 'replies') as bar:
-    for trait in session.character.traits:
-      for condition, number in each.items():
-        # All that one call draws begins alike, so that what is shown goes through the model once.
-        for opposite in trait.opposites if condition == 'opposed' else ('',):
-          items = [
-            {'id': f'{row["id"]}/{condition}/{k}', 'message': row['id'], 'text': row['text']}
-            for row in asked
-            if row['trait'] == trait.id
-            for k in range(number)
-            if not opposite or _opposite(session, trait, row['id'], k) == opposite
-          ]
-          before = _before(session, trait, condition, opposite)
-          make = functools.partial(_draw, session, condition, before)
-          drawn = chunks(folder, f'{trait.id}-{condition}-{opposite}', items, config.batch_size, make, bar)
-          banned = runs_of_words([message['content'] for message in before])
-          for row in drawn:
-            if not row['text']:
-              counts['empty'] += 1
-            elif banned & runs_of_words([row['text']]):
-              counts['quoted'] += 1
-            else:
-              counts[condition] += 1
-              counts['cut_off'] += row['finish'] == 'length'
-              rows.append(row)
+  with Progress('replies', len(asked) * sum(config[condition] for condition in CONDITIONS), 'replies') as bar:
+    for name, condition, before, items in _work(session, asked):
+      make = functools.partial(_draw, session, condition, before)
+      drawn = chunks(folder, name, items, config.batch_size, make, bar)
+      banned = runs_of_words([message['content'] for message in before])
+      for row in drawn:
+        if not row['text']:
+          counts['empty'] += 1
+        elif banned & runs_of_words([row['text']]):
+          counts['quoted'] += 1
+        else:
+          counts[condition] += 1
+          counts['cut_off'] += row['finish'] == 'length'
+          rows.append(row)
   if not rows:
     raise UserError('replies: the model gave only empty replies; is config.model.path a chat model?')
   write_jsonl(folder / 'replies.jsonl', rows)
   return dict(sorted(counts.items())) | {'replies': len(rows), 'cut_off_rate': round(counts['cut_off'] / len(rows), 4)}
 
 
+def _work(session: Session, asked: Sequence[Row]) -> Iterator[tuple[str, str, prompts.Messages, list[Row]]]:
+  """What is drawn together, because it begins alike: (name, condition, what stands before, items)."""
+  config = session.config.replies
+
+  def items(condition: str, trait: Trait | None = None, opposite: str = '') -> list[Row]:
+    return [
+      {'id': f'{row["id"]}/{condition}/{k}', 'message': row['id'], 'text': row['text']}
+      for row in asked
+      if trait is None or row['trait'] == trait.id
+      for k in range(config[condition])
+      if trait is None or not opposite or _opposite(session, trait, row['id'], k) == opposite
+    ]
+
+  yield 'plain', 'plain', prompts.plain(), items('plain')
+  for trait in session.character.traits:
+    whole = config.show == 'character'
+    shown = (
+      prompts.shown_character(session.character, config.examples) if whole else prompts.shown(trait, config.examples)
+    )
+    yield f'{trait.id}-shown', 'shown', shown, items('shown', trait)
+    for name in trait.opposites:
+      before = prompts.opposed(trait, name, config.examples)
+      yield f'{trait.id}-opposed-{name}', 'opposed', before, items('opposed', trait, name)
+
+
 def _opposite(session: Session, trait: Trait, message: str, k: int) -> str:
   """The opposite that the k-th opposed reply is drawn from: any to begin with, then the next."""
   names = list(trait.opposites)
   return names[(names.index(prompts.choose(session.config.seed, message, names)) + k) % len(names)]
-
-
-def _before(session: Session, trait: Trait, condition: str, opposite: str) -> prompts.Messages:
-  """What stands before the message."""
-  config = session.config.replies
-  if condition == 'plain':
-    return prompts.plain()
-  if condition == 'opposed':
-    return prompts.opposed(trait, opposite, config.examples)
-  if config.show == 'character':
-    return prompts.shown_character(session.character, config.examples)
-  return prompts.shown(trait, config.examples)
 
 
 def _draw(session: Session, condition: str, before: prompts.Messages, items: Sequence[Row], index: int) -> list[Row]:

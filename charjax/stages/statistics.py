@@ -17,14 +17,17 @@ def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> Interval | 
   """Mean and 95% interval over items that are independent of each other (messages, pairs); None without any.
 
   The percentile bootstrap is too narrow for few items; its percentiles are widened as Hesterberg (2015,
-  arXiv:1411.5279, section 5.2) does: Phi(-sqrt(n / (n - 1)) t).
+  arXiv:1411.5279, section 5.2) does: Phi(-sqrt(n / (n - 1)) t). One item has a mean and no interval. Items that are
+  all equal have one of no width, which is right for a length that never varies and wrong for a share: see `share`.
   """
   array = np.asarray(values, np.float64)
   n = len(array)
   if n == 0:
     return None
   mean = float(array.mean())
-  if n == 1 or np.ptp(array) == 0:
+  if n == 1:
+    return {'mean': mean, 'low': None, 'high': None, 'n': n}
+  if np.ptp(array) == 0:
     return {'mean': mean, 'low': mean, 'high': mean, 'n': n}
   tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * _t_quantile(n - 1))
   index = np.random.default_rng(seed).integers(0, n, (_RESAMPLES, n))
@@ -44,8 +47,8 @@ def _t_quantile(freedom: int) -> float:
   return z + sum(term / v ** (i + 1) for i, term in enumerate(terms))
 
 
-def share(hits: Sequence[bool] | np.ndarray) -> Interval | None:
-  """Share of hits with Wilson's (1927) 95% interval, which is right for few items and near 0 or 1."""
+def share(hits: Sequence[float] | np.ndarray) -> Interval | None:
+  """Share of hits (1, 0, or 0.5 for a draw) with Wilson's (1927) 95% interval, right for few items and near 0 or 1."""
   n = len(hits)
   if n == 0:
     return None

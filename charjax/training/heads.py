@@ -85,6 +85,28 @@ def reply_states(
   return np.array(found, np.float32).reshape(len(replies), decoder.config.embed_dim)
 
 
+_LBFGS = optax.lbfgs()
+
+
+def _fit_loss(w_nd: jax.Array, data: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+  scaled_mkd, probability_mkk, real_mk, trait_m, weight_m, decay = data
+  scores_mk = jnp.einsum('mkd,md->mk', scaled_mkd, w_nd[trait_m])
+  total, weight = bradley_terry(scores_mk, probability_mkk, real_mk, weight_m)
+  metrics = {'loss': total / weight, 'accuracy': pair_accuracy(scores_mk, probability_mkk, real_mk)}
+  return total + decay * jnp.square(w_nd).sum(), metrics
+
+
+@jax.jit
+def _fit_step(w_nd: jax.Array, state: Any, data: Any) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+  def value(w_nd: jax.Array) -> jax.Array:
+    return _fit_loss(w_nd, data)[0]
+
+  found, gradient = optax.value_and_grad_from_state(value)(w_nd, state=state)
+  updates, state = _LBFGS.update(gradient, state, w_nd, value=found, grad=gradient, value_fn=value)
+  w_nd = optax.apply_updates(w_nd, updates)
+  return w_nd, state, _fit_loss(w_nd, data)[1]
+
+
 def fit_head(
   states_mkd: np.ndarray,
   probability_mkk: np.ndarray,
@@ -117,28 +139,10 @@ def fit_head(
   scaled_mkd = jnp.asarray((states_mkd - states_mkd[real_mk].mean(0)) * scale_d, jnp.float32)
   count = np.bincount(trait_m, minlength=traits)
   weight_m = jnp.asarray(1 / count[trait_m], jnp.float32)
-  labels, real = jnp.asarray(probability_mkk), jnp.asarray(real_mk)
-
-  def loss(w_nd: jax.Array) -> tuple[jax.Array, jax.Array]:
-    scores_mk = jnp.einsum('mkd,md->mk', scaled_mkd, w_nd[trait_m])
-    total, _ = bradley_terry(scores_mk, labels, real, weight_m)
-    return total + decay * jnp.square(w_nd).sum(), scores_mk
-
-  optimizer = optax.lbfgs()
-
-  def value(w_nd: jax.Array) -> jax.Array:
-    return loss(w_nd)[0]
-
-  @jax.jit
-  def step(w_nd: jax.Array, state: Any) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
-    found, gradient = optax.value_and_grad_from_state(value)(w_nd, state=state)
-    updates, state = optimizer.update(gradient, state, w_nd, value=found, grad=gradient, value_fn=value)
-    return optax.apply_updates(w_nd, updates), state, found, loss(w_nd)[1]
-
+  data = (scaled_mkd, jnp.asarray(probability_mkk), jnp.asarray(real_mk), jnp.asarray(trait_m), weight_m, decay)
   w_nd = jnp.zeros((traits, states_mkd.shape[-1]), jnp.float32)
-  state = optimizer.init(w_nd)
+  state = _LBFGS.init(w_nd)
   for number in range(1, steps + 1):
-    w_nd, state, found, scores_mk = step(w_nd, state)
-    right = pair_accuracy(scores_mk, labels, real)
-    on_step(number, {'loss': float(found) / max(1, int((count > 0).sum())), 'accuracy': float(right)})
+    w_nd, state, metrics = _fit_step(w_nd, state, data)
+    on_step(number, {name: float(value) for name, value in metrics.items()})
   return np.asarray(w_nd * scale_d, np.float32)

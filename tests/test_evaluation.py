@@ -1,0 +1,51 @@
+"""The figures of the summary: paired, with intervals, null where nothing was measured."""
+
+import numpy as np
+import pytest
+
+from charjax.stages.evaluation import internalisation, summarise, summarise_wins
+from charjax.stages.statistics import interval, share
+
+
+def four(rng, n=20):
+  return {name: rng.normal(size=n) for name in ('base', 'prompted', 'prompted_examples', 'trained')}
+
+
+def test_delta_is_paired_by_message():
+  values = four(np.random.default_rng(0))
+  values['trained'] = values['base'] + 0.1 + 0.01 * np.random.default_rng(1).normal(size=20)
+  found = summarise(values)
+  assert found['base'] == interval(values['base']) and found['prompted'] == interval(values['prompted'])
+  # The messages differ much more than the two models do on one message.
+  assert 0.09 < found['delta']['low'] < found['delta']['high'] < 0.11
+  assert found['trained']['high'] - found['trained']['low'] > 0.5
+
+
+def test_what_was_not_measured_is_null():
+  values = {'base': np.ones(4), 'trained': np.zeros(4), 'prompted': None}
+  found = summarise(values)
+  assert found['prompted'] is None and found['prompted_examples'] is None and found['delta']['mean'] == -1
+  assert summarise({'base': None, 'trained': None})['delta'] is None
+  assert summarise({'base': np.zeros(0), 'trained': np.zeros(0)})['delta'] is None
+
+
+def test_to_win_always_is_not_certainty():
+  wins = {'base': np.full(8, 0.5), 'prompted': np.ones(8), 'prompted_examples': np.zeros(8), 'trained': np.ones(8)}
+  found = summarise_wins(wins)
+  assert found['trained'] == share([1.0] * 8) and found['trained']['low'] < 0.7
+  assert found['delta']['mean'] == 0.5 and found['delta']['low'] == pytest.approx(found['trained']['low'] - 0.5)
+  # Against another condition base has a rate of its own, and the difference is one of pairs.
+  against = wins | {'base': np.array([0, 1, 0, 1, 0, 1, 0, 1.0])}
+  assert summarise_wins(against)['delta'] == interval(against['trained'] - against['base'])
+
+
+def test_internalisation_is_the_share_of_a_prompted_effect_that_is_clear_of_zero():
+  rng = np.random.default_rng(0)
+  base = rng.normal(size=40)
+  values = {'base': base, 'prompted': base, 'prompted_examples': base + 1 + 0.1 * rng.normal(size=40)}
+  values['trained'] = base + 0.5 + 0.1 * rng.normal(size=40)
+  found = internalisation(values)
+  assert found['low'] < 0.5 < found['high'] and found['high'] - found['low'] < 0.2
+  assert internalisation(values | {'prompted_examples': base + rng.normal(size=40)}) is None
+  assert internalisation(values | {'prompted_examples': None}) is None
+  assert internalisation({name: value[:1] for name, value in values.items()}) is None
