@@ -76,18 +76,18 @@ def get_config() -> ConfigDict:
   config.policy.steps = 200
   config.policy.prompts_per_step = 64
   config.policy.replies_per_prompt = 8
+  config.policy.stored_replies = 0  # of the ranked replies to the same message, beside those that are drawn
   config.policy.temperature = 1.0
   config.policy.max_new_tokens = 512
   config.policy.prompt_width = 64
   config.policy.kl = 0.04
   config.policy.clip = 0.2
+  config.policy.discount = 1.0  # of a token's share in the rewards of later ones; 0: it answers for itself alone
   config.policy.neutral_weight = 1.0  # of the exact KL on neutral messages
   config.policy.warmup = 5
   config.policy.weight_decay = 0.0
   config.policy.max_gradient = 1.0
-  config.policy.keep_unproven_traits = (
-    False  # also reward traits whose preference model gets half or less of the kept pairs right
-  )
+  config.policy.keep_unproven_traits = False  # also reward traits that the preference model cannot tell from chance
   config.policy.save_every = 20
   config.policy.samples_every = 10
 

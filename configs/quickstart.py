@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
   config.replies.batch_size = 40
 
   config.rankings.triples = 1
+  config.rankings.messages_per_chunk = 40
   config.rankings.batch_size = 40
 
   config.preference.epochs = 0.0
@@ -45,6 +46,10 @@ def get_config() -> ConfigDict:
   config.policy.warmup = 3
   config.policy.save_every = 8
   config.policy.prompts_per_step = 5
+  config.policy.replies_per_prompt = 4
+  config.policy.stored_replies = 4
+  config.policy.discount = 0.8
+  config.policy.neutral_weight = 2.0
   config.policy.temperature = 0.7
   config.policy.max_new_tokens = 40
   config.policy.prompt_width = 48

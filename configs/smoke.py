@@ -39,7 +39,8 @@ def get_config() -> ConfigDict:
   config.policy.learning_rate = 1e-3
   config.policy.steps = 4
   config.policy.prompts_per_step = 2
-  config.policy.replies_per_prompt = 4
+  config.policy.replies_per_prompt = 3
+  config.policy.stored_replies = 2
   config.policy.max_new_tokens = 16
   config.policy.keep_unproven_traits = True
   config.policy.save_every = 2

@@ -81,23 +81,47 @@ def test_replies_that_are_not_real_give_bradley_terry_no_gradient(bad):
   np.testing.assert_allclose(gradient, [[slope, -slope, 0], [0, 0, 0]], atol=1e-6)
 
 
-@pytest.mark.parametrize('seed', range(3))
-def test_penalised_rewards(seed):
-  rng = np.random.default_rng(seed)
-  rewards, ratios = rng.normal(size=(2, 6))
-  found = losses.penalised_rewards(jnp.asarray(rewards), jnp.asarray(ratios), 0.3)
-  np.testing.assert_allclose(found, [r - 0.3 * ratio for r, ratio in zip(rewards, ratios, strict=True)], rtol=1e-5)
+def token_returns_64(scores, log_ratio, mask, kl, discount):
+  k, r = scores.shape
+  lengths = mask.sum(1)
+  there = [i for i in range(k) if lengths[i]]
+  middle = sum(sum(scores[i, : lengths[i]]) / lengths[i] for i in there) / len(there)
+  out = np.zeros((k, r))
+  for i in range(k):
+    for t in range(lengths[i]):
+      for u in range(lengths[i]):
+        share = 1.0 if discount == 1 else discount ** (u - t) if u >= t else 0.0
+        out[i, t] += share * (scores[i, u] - middle) / lengths[i] - (u >= t) * kl * log_ratio[i, u]
+  return out
 
 
-def test_group_advantages():
-  rewards = np.random.default_rng(0).normal(size=(4, 6)) * 3
-  rewards[3] = 0.7  # replies that are all as good teach nothing
-  expected = []
-  for row in rewards:
-    mean = sum(row) / 6
-    deviation = (sum((r - mean) ** 2 for r in row) / 6) ** 0.5
-    expected.append([(r - mean) / (deviation + 1e-4) for r in row])
-  np.testing.assert_allclose(losses.group_advantages(jnp.asarray(rewards)), expected, rtol=1e-4, atol=1e-5)
+def replies_of_five(rng):
+  scores, log_ratio = rng.normal(size=(2, 5, 6))
+  mask = np.arange(6) < np.array([6, 3, 1, 0, 6])[:, None]  # one reply is not there
+  return scores, log_ratio, mask
+
+
+@pytest.mark.parametrize('discount', [0.0, 0.7, 1.0])
+def test_token_returns(discount):
+  scores, log_ratio, mask = replies_of_five(np.random.default_rng(0))
+  dirty = [np.where(mask, array, np.nan) for array in (scores, log_ratio)]  # what stands in the padding must not matter
+  found = losses.token_returns(*map(jnp.asarray, (*dirty, mask)), 0.3, discount)
+  np.testing.assert_allclose(found, token_returns_64(scores, log_ratio, mask, 0.3, discount), rtol=1e-4, atol=1e-5)
+
+
+def test_token_advantages():
+  returns, _, mask = replies_of_five(np.random.default_rng(1))
+  expected = np.zeros_like(returns)
+  for t in range(6):
+    alive = [i for i in range(5) if mask[i, t]]
+    for i in alive:
+      expected[i, t] = returns[i, t] - sum(returns[j, t] for j in alive) / len(alive)
+  deviation = (sum(expected[mask] ** 2) / mask.sum()) ** 0.5
+  found = losses.token_advantages(jnp.asarray(np.where(mask, returns, np.nan)), jnp.asarray(mask))
+  np.testing.assert_allclose(found, expected / (deviation + 1e-4), rtol=1e-4, atol=1e-5)
+  # Replies that are all as good teach nothing.
+  alike = jnp.full((4, 3), 0.7)
+  np.testing.assert_allclose(losses.token_advantages(alike, jnp.ones((4, 3), bool)), 0, atol=2e-3)
 
 
 def policy_gradient_64(log_probs, sampled, advantages, mask, clip):
@@ -105,15 +129,15 @@ def policy_gradient_64(log_probs, sampled, advantages, mask, clip):
   for b, r in zip(*np.nonzero(mask), strict=True):
     ratio = np.exp(log_probs[b, r] - sampled[b, r])
     clipped = min(max(ratio, 1 - clip), 1 + clip)
-    total -= min(ratio * advantages[b], clipped * advantages[b])
-    cut += (advantages[b] > 0 and ratio > 1 + clip) or (advantages[b] < 0 and ratio < 1 - clip)
+    total -= min(ratio * advantages[b, r], clipped * advantages[b, r])
+    cut += (advantages[b, r] > 0 and ratio > 1 + clip) or (advantages[b, r] < 0 and ratio < 1 - clip)
   return total, mask.sum(), cut
 
 
 @pytest.mark.parametrize('seed', range(3))
 def test_policy_gradient(seed):
   rng = np.random.default_rng(seed)
-  sampled, mask, advantages = rng.normal(size=(8, 6)) - 3, masked(rng, (8, 6)), rng.normal(size=8)
+  sampled, mask, advantages = rng.normal(size=(8, 6)) - 3, masked(rng, (8, 6)), rng.normal(size=(8, 6))
   log_probs = sampled + rng.normal(size=(8, 6)) * 0.3
   found = losses.policy_gradient(*map(jnp.asarray, (log_probs, sampled, advantages, mask)), 0.2)
   expected = policy_gradient_64(log_probs, sampled, advantages, mask, 0.2)
@@ -124,7 +148,7 @@ def test_policy_gradient(seed):
 def test_the_clip_cuts_the_gradient_off_on_one_side_only():
   ratio = np.array([[0.5, 1.0, 1.5]] * 2)
   gradient = jax.grad(
-    lambda x: losses.policy_gradient(x, jnp.zeros((2, 3)), jnp.array([1.0, -1.0]), jnp.ones((2, 3), bool), 0.2)[0]
+    lambda x: losses.policy_gradient(x, jnp.zeros((2, 3)), jnp.array([[1.0], [-1.0]]), jnp.ones((2, 3), bool), 0.2)[0]
   )(jnp.log(ratio))
   # What is good and became likelier already is not pushed on; what is bad and became rarer neither.
   np.testing.assert_allclose(gradient, [[-0.5, -1, 0], [0, 1, 1.5]], atol=1e-6)
@@ -136,7 +160,7 @@ def test_masked_tokens_give_no_gradient_whatever_their_log_probs(bad):
   mask = masked(rng, (4, 5))
   clean = [rng.normal(size=(4, 5)).astype(np.float32) - 2 for _ in range(2)]
   dirty = [np.where(mask, array, bad) for array in clean]
-  advantages = jnp.array([1.0, -1.0, 0.5, 2.0])
+  advantages = jnp.array([[1.0], [-1.0], [0.5], [2.0]])
 
   def surrogate(log_probs, sampled):
     return losses.policy_gradient(log_probs, sampled, advantages, mask, 10.0)[0]
@@ -219,12 +243,13 @@ def test_the_penalised_policy_gradient_is_that_of_reward_less_kl(kl):
 
   log_probs = np.asarray(table_log_probs(table, np), np.float32)
   probability = np.exp(np.where(MASK, log_probs, 0).sum(-1))
-  ratio = np.where(MASK, log_probs - reference, 0).sum(-1)
-  penalised = losses.penalised_rewards(jnp.asarray(rewards), ratio, kl)
+  # Each token's score is its reply's reward, so that their mean is.
+  scores = np.broadcast_to(rewards[:, None], MASK.shape)
+  returns = losses.token_returns(jnp.asarray(scores), log_probs - reference, MASK, kl, 1.0)
 
   def surrogate(table, baseline):
     # The surrogate is linear in the advantage, so that a text's probability can weigh it there.
-    weighted = probability * (penalised - baseline)
+    weighted = probability[:, None] * (returns - baseline)
     return losses.policy_gradient(table_log_probs(table, jnp), log_probs, weighted, MASK, 0.2)[0]
 
   # What all replies have in common must not matter: that is why a group's mean may be taken off.

@@ -17,7 +17,7 @@ Tokens = Sequence[int]
 
 # Lengths are rounded up to buckets counted in these steps: every new bucket is a program to compile, which for a
 # small model takes longer than the padding of a few hundred rows.
-PREFIX_STEP, ROW_STEP, REPLY_STEP = 32, 32, 16
+PREFIX_STEP, ROW_STEP, REPLY_STEP = 128, 32, 16
 
 
 def bucket(length: int, step: int) -> int:
@@ -80,11 +80,13 @@ def length_before(before: Sequence[Prefix], rows: int = 1) -> Any:
 _prefill = jax.jit(compute_prefix)
 
 
-def prefill(decoder: Decoder, tokens: Tokens, adapter: Any = None, step: int = PREFIX_STEP) -> tuple[Prefix, ...]:
-  """What stands before all rows, as `forward` takes it, its length in a bucket; nothing when there are no tokens."""
+def prefill(decoder: Decoder, tokens: Tokens, adapter: Any = None) -> tuple[Prefix, ...]:
+  """What stands before all rows, as `forward` takes it; nothing when there are no tokens."""
   if not tokens:
     return ()
-  padded, _ = pad([tokens], bucket(len(tokens), step))
+  # Nearly all rows are read after the chat template's own opening, which is short.
+  short = PREFIX_STEP // 2
+  padded, _ = pad([tokens], short if len(tokens) <= short else bucket(len(tokens), PREFIX_STEP))
   return (_prefill(decoder, padded, np.array([len(tokens)], np.int32), adapter),)
 
 

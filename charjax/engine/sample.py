@@ -18,8 +18,7 @@ from charjax.model.decoder import KV, Decoder, Prefix, forward, layer_weights, l
 
 _BLOCK = 256  # the vocabulary is searched in blocks of this many tokens
 _TOP_P_STEPS = 16
-# A decoding loop is the longest of all to compile, and what a shared prefix's padding costs is little beside it.
-_PREFIX_STEP, _WIDTH_STEP = 128, 16
+_WIDTH_STEP = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +206,7 @@ def sample(
   if not prompts:
     return []
   cut = common_prefix(prompts)
-  shared = prefill(decoder, prompts[0][:cut], adapter, _PREFIX_STEP)
+  shared = prefill(decoder, prompts[0][:cut], adapter)
   rest = [list(prompt[cut:]) for prompt in prompts]
   width = bucket(max(width, *(len(row) for row in rest)), _WIDTH_STEP)
   ends = np.resize(np.asarray(eos_ids, np.int32), max(4, len(eos_ids)))  # repeated: one length, one program

@@ -6,7 +6,7 @@ Letters: M prompts, P prompt tokens, K replies to a prompt, N = M K replies, T t
 D width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -97,9 +97,9 @@ def reply_mask(rows: Rows) -> Any:
   return np.arange(rows.tokens.shape[1] - 1) < rows.lengths[:, None] - 1
 
 
-def pad_values(values: Iterable[Any], rows: Rows) -> np.ndarray:
-  """One value a token of each reply, as [N, R] float32, 0 in the padding. Every reply must be there."""
-  out = np.zeros((rows.tokens.shape[0], rows.tokens.shape[1] - 1), np.float32)
+def pad_values(values: Sequence[Any], width: int) -> np.ndarray:
+  """One value a token of each reply, as [len(values), width] float32, 0 in the padding."""
+  out = np.zeros((len(values), width), np.float32)
   for row, value in zip(out, values, strict=True):
     row[: len(value)] = value
   return out
@@ -210,18 +210,22 @@ def map_rows(
     for prompt, index in replies_to.items()
     for begin in range(0, len(index), each)
   ]
-  groups.sort(key=lambda group: (max(len(replies[i]) for i in group[1]), len(group[0])))
-  count = max(1, batch_size // each)
+  longest = [max(len(replies[i]) for i in index) for _, index in groups]
+  order = sorted(range(len(groups)), key=longest.__getitem__)
+  # Every shape is a program to compile, which for a small model takes longer than some padding: one width for all
+  # prompts, widths of replies that halve, and batches that are filled alike.
+  prompt_width = bucket(max(len(prompt) for prompt, _ in groups) - 1, ROW_STEP)
+  widest = bucket(1 + max(longest), REPLY_STEP)
+  most = max(1, batch_size // each)
+  count = -(-len(groups) // -(-len(groups) // most))
   out: list[np.ndarray] = [np.zeros(0)] * len(prompts)
   for first in range(0, len(groups), count):
-    some = groups[first : first + count]
-    rows = make_rows(
-      [Group(prompt, [replies[i] for i in index]) for prompt, index in some],
-      each,
-      bucket(max(len(prompt) for prompt, _ in some) - 1, ROW_STEP),
-      bucket(1 + max(len(replies[i]) for _, index in some for i in index), REPLY_STEP),
-      count,
-    )
+    some = [groups[i] for i in order[first : first + count]]
+    width = widest
+    while width // 2 > longest[order[min(first + count, len(order)) - 1]]:
+      width //= 2
+    filled = [Group(prompt, [replies[i] for i in index]) for prompt, index in some]
+    rows = make_rows(filled, each, prompt_width, width, count)
     values = np.asarray(jax.device_get(function(before, shard_batch(rows))))
     for m, (_, index) in enumerate(some):
       for k, i in enumerate(index):

@@ -35,7 +35,7 @@ STAGES: tuple[Stage, ...] = (
   ),
   _stage(
     'policy',
-    reads=('messages', 'preference'),
+    reads=('messages', 'replies', 'preference'),
     products=('fingerprint.json', 'metrics.jsonl', 'samples.jsonl'),
   ),
   _stage(

@@ -69,20 +69,20 @@ def run(session: Session) -> Row:
     report[name] = _measure(session, trained[name], some, kept)
   found = report['train']['kept']
   report['left_out'] = [trait.id for trait in traits if not _better_than_chance(found[trait.id])]
-  report['not_told_from_chance'] = [t.id for t in traits if (found[t.id] or {'low': 0})['low'] <= 0.5]
   write_text(folder / 'report.json', json.dumps(report, indent=2))
   digests = {name: fingerprint(trained[name]) for name in MODELS}
   write_text(folder / 'fingerprint.json', json.dumps(digests, indent=2))
-  for name in report['not_told_from_chance']:
-    out = ', and stays out of the reward unless the config keeps it' if name in report['left_out'] else ''
-    session.log(f'preference: {name} is not told from chance on its kept pairs{out}')
+  for name in report['left_out']:
+    session.log(
+      f'preference: {name} is not told from chance on its kept pairs, and stays out of the reward unless '
+      'config.policy.keep_unproven_traits is set'
+    )
   return {'messages': {name: len(half) for name, half in halves.items()}, 'steps': steps}
 
 
 def _better_than_chance(accuracy: Row | None) -> bool:
-  # The lower bound would ask 13 of 16 pairs of a model that has seen no such pair: traits that are learned in part
-  # would be thrown out. Those not told from chance are named in the report instead.
-  return accuracy is None or accuracy['mean'] > 0.5
+  """Whether the kept pairs say so, 95% sure; a trait without kept pairs has the benefit of the doubt."""
+  return accuracy is None or accuracy['low'] > 0.5
 
 
 def _examples(session: Session) -> list[Row]:

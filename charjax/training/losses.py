@@ -3,8 +3,6 @@
 Letters: M messages, K replies to one message, B replies, R reply tokens, N tokens, V vocabulary.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -54,30 +52,62 @@ def bradley_terry(
   return (mean * weight_m).sum(), weight_m.sum()
 
 
-def penalised_rewards(rewards: Any, log_ratio: Any, kl: float) -> Any:
-  """reward - kl * log(policy / reference) of the whole reply (Ouyang et al. 2022, eq. 2, without the pretraining term).
+def token_returns(
+  scores_kr: jax.Array, log_ratio_kr: jax.Array, mask_kr: jax.Array, kl: float, discount: float
+) -> jax.Array:
+  """What each token of K replies to one prompt answers for, [K, R].
 
-  The penalty stands in the reward, where the policy gradient of it is the gradient of the KL divergence. The
-  usual estimators of KL (k1, k3) put in the loss have another gradient.
+  A reply's reward is the mean of its tokens' scores. At discount 1 each token answers for the whole reward, as in
+  GRPO with outcome rewards; below 1 for sum over u >= t of discount^(u - t) r_u, where r_u is what token u adds to the
+  reward beside the group's average (process rewards, Shao et al. 2024, section 4.1.3, discounted as in Schulman et
+  al. 2016, section 2): biased, since a token answers for its near future only, and far less noisy.
+
+  The penalty kl * log(policy / reference) stands in the reward (Ouyang et al. 2022, eq. 2), where the policy gradient
+  of it is the gradient of the KL divergence; a token answers for what follows, undiscounted. The usual estimators of
+  KL (k1, k3) put in the loss have another gradient.
+
+  Args:
+    scores_kr: of each token.
+    log_ratio_kr: log(policy / reference) of each token.
+    mask_kr: real reply tokens.
+    kl: the weight of the penalty.
+    discount: from 0 (a token answers for itself alone) to 1.
   """
-  return rewards - kl * log_ratio
+  tokens = jnp.maximum(mask_kr.sum(1, keepdims=True), 1)
+  real = mask_kr.any(1)
+  mean = (jnp.where(mask_kr, scores_kr, 0.0).sum(1) / tokens[:, 0]).sum() / jnp.maximum(real.sum(), 1)
+  rewards = jnp.where(mask_kr, (scores_kr - mean) / tokens, 0.0)
+  penalty = jnp.where(mask_kr, kl * log_ratio_kr, 0.0)
+
+  def back(later: jax.Array, reward: jax.Array) -> tuple[jax.Array, jax.Array]:
+    now = reward + discount * later
+    return now, now
+
+  _, discounted_rk = jax.lax.scan(back, jnp.zeros(len(rewards)), rewards.T, reverse=True)
+  earned = jnp.where(discount == 1, rewards.sum(1, keepdims=True), discounted_rk.T)
+  return jnp.where(mask_kr, earned - jnp.cumsum(penalty[:, ::-1], -1)[:, ::-1], 0.0)
 
 
-def group_advantages(rewards_mk: jax.Array, epsilon: float = 1e-4) -> jax.Array:
-  """(r - mean) / (std + epsilon) among the K replies to one prompt: GRPO (Shao et al. 2024, section 4.1.2)."""
-  centred = rewards_mk - rewards_mk.mean(-1, keepdims=True)
-  return centred / (rewards_mk.std(-1, keepdims=True) + epsilon)
+def token_advantages(returns_kr: jax.Array, mask_kr: jax.Array, epsilon: float = 1e-4) -> jax.Array:
+  """Returns beside those of the same place in the group's other replies, over the group's standard deviation, [K, R].
+
+  GRPO (Shao et al. 2024, section 4.1.2), with a mean for each place, since what is still to come differs by place.
+  """
+  there = jnp.where(mask_kr, returns_kr, 0.0).sum(0) / jnp.maximum(mask_kr.sum(0), 1)
+  centred = jnp.where(mask_kr, returns_kr - there, 0.0)
+  deviation = jnp.sqrt(jnp.square(centred).sum() / jnp.maximum(mask_kr.sum(), 1))
+  return centred / (deviation + epsilon)
 
 
 def policy_gradient(
-  log_probs_br: jax.Array, sampled_br: jax.Array, advantages_b: jax.Array, mask_br: jax.Array, clip: float
+  log_probs_br: jax.Array, sampled_br: jax.Array, advantages_br: jax.Array, mask_br: jax.Array, clip: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The clipped surrogate (Schulman et al. 2017, eq. 7), negated, summed over tokens.
 
   Args:
     log_probs_br: of the policy that is trained.
     sampled_br: of the distribution the replies were drawn from.
-    advantages_b: one a reply.
+    advantages_br: of each token.
     mask_br: real reply tokens.
     clip: the ratio's permitted distance from 1.
 
@@ -85,8 +115,7 @@ def policy_gradient(
     sum over tokens, number of tokens, number of tokens whose gradient the clip cuts off.
   """
   ratio = jnp.exp(jnp.where(mask_br, log_probs_br - sampled_br, 0.0))
-  advantages = advantages_b[:, None]
-  free, clipped = ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages
+  free, clipped = ratio * advantages_br, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages_br
   loss = jnp.where(mask_br, -jnp.minimum(free, clipped), 0.0)
   return loss.sum(), mask_br.sum(), (mask_br & (clipped < free)).sum()
 
