@@ -65,6 +65,12 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(array, spec(array.shape, axes, mesh))
 
 
+def batch_parts() -> int:
+  """Into how many parts a batch is split: one without a mesh."""
+  mesh = jax.sharding.get_mesh()
+  return 1 if mesh.empty else int(np.prod([mesh.shape[name] for name in RULES['batch']]))
+
+
 def shardings(tree: Any) -> Any:
   """The NamedSharding of every array of `tree`, from the logical `axes` of its nnx.Param (none: replicated).
 

@@ -41,15 +41,11 @@ def get_config() -> ConfigDict:
   config.preference.epochs = 0.0
 
   config.policy.lora_rank = 16
-  config.policy.learning_rate = 2e-3
+  config.policy.learning_rate = 1.5e-3
   config.policy.steps = 18
   config.policy.warmup = 3
   config.policy.save_every = 8
   config.policy.prompts_per_step = 5
-  config.policy.replies_per_prompt = 4
-  config.policy.stored_replies = 4
-  config.policy.discount = 0.8
-  config.policy.neutral_weight = 10.0
   config.policy.temperature = 0.7
   config.policy.max_new_tokens = 40
   config.policy.prompt_width = 48

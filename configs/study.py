@@ -15,12 +15,12 @@ def get_config() -> ConfigDict:
 
   config.messages.train_per_trait = 200
   config.messages.heldout_per_trait = 80
+  config.messages.opening_words = 4
   config.messages.train_neutral = 200
   config.messages.heldout_neutral = 80
 
   config.replies.max_new_tokens = 96
-  config.preference.lora_rank = 16
-  config.preference.learning_rate = 1e-3
+  config.preference.epochs = 0.0  # what the quickstart measured: heads on the starting weights
 
   config.policy.lora_rank = 16
   config.policy.learning_rate = 2e-4

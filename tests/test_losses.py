@@ -85,13 +85,17 @@ def token_returns_64(scores, log_ratio, mask, kl, discount):
   k, r = scores.shape
   lengths = mask.sum(1)
   there = [i for i in range(k) if lengths[i]]
-  middle = sum(sum(scores[i, : lengths[i]]) / lengths[i] for i in there) / len(there)
+  rewards = {i: sum(scores[i, : lengths[i]]) / lengths[i] for i in there}
+  place = [np.mean([scores[i, u] for i in there if u < lengths[i]]) for u in range(r)]
   out = np.zeros((k, r))
-  for i in range(k):
+  for i in there:
     for t in range(lengths[i]):
-      for u in range(lengths[i]):
-        share = 1.0 if discount == 1 else discount ** (u - t) if u >= t else 0.0
-        out[i, t] += share * (scores[i, u] - middle) / lengths[i] - (u >= t) * kl * log_ratio[i, u]
+      later = range(t, lengths[i])
+      if discount == 1:
+        out[i, t] = rewards[i] - sum(rewards.values()) / len(there)
+      else:
+        out[i, t] = sum(discount ** (u - t) * (scores[i, u] - place[u]) / lengths[i] for u in later)
+      out[i, t] -= sum(kl * log_ratio[i, u] for u in later)
   return out
 
 

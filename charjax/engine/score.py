@@ -25,7 +25,7 @@ from charjax.engine.batch import (
   pad,
   prefill,
 )
-from charjax.mesh import shard_batch
+from charjax.mesh import batch_parts, shard_batch
 from charjax.model.decoder import Decoder, Prefix, forward, logits
 
 _CHUNK = 512  # tokens whose full-vocabulary logits are held at once
@@ -218,6 +218,7 @@ def map_rows(
   widest = bucket(1 + max(longest), REPLY_STEP)
   most = max(1, batch_size // each)
   count = -(-len(groups) // -(-len(groups) // most))
+  count += -count % batch_parts()
   out: list[np.ndarray] = [np.zeros(0)] * len(prompts)
   for first in range(0, len(groups), count):
     some = [groups[i] for i in order[first : first + count]]

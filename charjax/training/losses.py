@@ -58,9 +58,9 @@ def token_returns(
   """What each token of K replies to one prompt answers for, [K, R].
 
   A reply's reward is the mean of its tokens' scores. At discount 1 each token answers for the whole reward, as in
-  GRPO with outcome rewards; below 1 for sum over u >= t of discount^(u - t) r_u, where r_u is what token u adds to the
-  reward beside the group's average (process rewards, Shao et al. 2024, section 4.1.3, discounted as in Schulman et
-  al. 2016, section 2): biased, since a token answers for its near future only, and far less noisy.
+  GRPO with outcome rewards; below 1 for sum over u >= t of discount^(u - t) r_u, where r_u is what token u adds to
+  the reward beside the same place of the other replies (process rewards, Shao et al. 2024, section 4.1.3, discounted
+  as in Schulman et al. 2016, section 2): biased, since a token answers for its near future only, and less noisy.
 
   The penalty kl * log(policy / reference) stands in the reward (Ouyang et al. 2022, eq. 2), where the policy gradient
   of it is the gradient of the KL divergence; a token answers for what follows, undiscounted. The usual estimators of
@@ -73,18 +73,20 @@ def token_returns(
     kl: the weight of the penalty.
     discount: from 0 (a token answers for itself alone) to 1.
   """
+  scores = jnp.where(mask_kr, scores_kr, 0.0)
   tokens = jnp.maximum(mask_kr.sum(1, keepdims=True), 1)
-  real = mask_kr.any(1)
-  mean = (jnp.where(mask_kr, scores_kr, 0.0).sum(1) / tokens[:, 0]).sum() / jnp.maximum(real.sum(), 1)
-  rewards = jnp.where(mask_kr, (scores_kr - mean) / tokens, 0.0)
+  rewards_k = (scores / tokens).sum(1)
+  centred_k = rewards_k - rewards_k.sum() / jnp.maximum(mask_kr.any(1).sum(), 1)
+  place_r = scores.sum(0) / jnp.maximum(mask_kr.sum(0), 1)
+  added = jnp.where(mask_kr, (scores - place_r) / tokens, 0.0)
   penalty = jnp.where(mask_kr, kl * log_ratio_kr, 0.0)
 
   def back(later: jax.Array, reward: jax.Array) -> tuple[jax.Array, jax.Array]:
     now = reward + discount * later
     return now, now
 
-  _, discounted_rk = jax.lax.scan(back, jnp.zeros(len(rewards)), rewards.T, reverse=True)
-  earned = jnp.where(discount == 1, rewards.sum(1, keepdims=True), discounted_rk.T)
+  _, discounted_rk = jax.lax.scan(back, jnp.zeros(len(added)), added.T, reverse=True)
+  earned = jnp.where(discount == 1, centred_k[:, None], discounted_rk.T)
   return jnp.where(mask_kr, earned - jnp.cumsum(penalty[:, ::-1], -1)[:, ::-1], 0.0)
 
 
