@@ -222,8 +222,8 @@ def map_rows(
   out: list[np.ndarray] = [np.zeros(0)] * len(prompts)
   for first in range(0, len(groups), count):
     some = [groups[i] for i in order[first : first + count]]
-    width = widest
-    while width // 2 > longest[order[min(first + count, len(order)) - 1]]:
+    width, needed = widest, 1 + max(1, longest[order[min(first + count, len(order)) - 1]])
+    while width // 2 >= needed:
       width //= 2
     filled = [Group(prompt, [replies[i] for i in index]) for prompt, index in some]
     rows = make_rows(filled, each, prompt_width, width, count)
