@@ -139,11 +139,11 @@ def _answer(run: Run) -> list[str]:
   sentences = [f'Training moved {of} clearly towards the character.']
   sentences.append(words.count_sentence(
     margins, 0.0, 'in-character replies became likelier for', 'the change is not clear of zero for',
-    'they became less likely for',
+    'in-character replies became less likely for',
   ))  # fmt: skip
   judged = words.count_sentence(
-    wins, 0.5, 'a held-out judge prefers the trained model to the base model for', 'it is undecided for',
-    'it prefers the base model for',
+    wins, 0.5, 'a held-out judge prefers the trained model to the base model for', 'the judge is undecided for',
+    'the judge prefers the base model for',
   )  # fmt: skip
   sentences.append(judged)
   sentences.append(_neutral_sentence(run))
