@@ -149,10 +149,8 @@ def _roll_out(
   sampled[fresh] = pad_values([reply.log_probs for reply in drawn], sampled.shape[1])
 
   # One unit of reward is worth the same in each trait.
-  scale = _preference_report(session)['train']['reward_std']
-  places = {trait.id: place for place, trait in enumerate(session.character.traits)}
-  scores = every[np.arange(len(group)), :, [places[item['trait']] for item in group]]
-  scores = scores / np.array([scale[item['trait']] for item in group])[:, None]
+  scores = every[np.arange(len(group)), :, [item['place'] for item in group]]
+  scores = scores / np.array([item['scale'] for item in group])[:, None]
   # That a reply ends is not the trait's: its end counts as its other tokens do.
   ends = (rows.tokens[:, 1:] == eos[0]) & reply_mask(rows)
   before_end = rows._replace(lengths=rows.lengths - ends.any(1))
@@ -192,7 +190,8 @@ def load(session: Session) -> Any:
 
 def _trait_prompts(session: Session) -> tuple[list[Row], list[str]]:
   """Training messages of the traits whose preference model is better than chance, and those traits."""
-  left_out = set() if session.config.policy.keep_unproven_traits else set(_preference_report(session)['left_out'])
+  report = json.loads((session.folder('preference') / 'report.json').read_text())
+  left_out = set() if session.config.policy.keep_unproven_traits else set(report['left_out'])
   weights = {trait.id: trait.weight for trait in session.character.traits if trait.id not in left_out}
   if not weights:
     raise UserError(
@@ -200,6 +199,7 @@ def _trait_prompts(session: Session) -> tuple[list[Row], list[str]]:
       'preference/report.json, or set config.policy.keep_unproven_traits=True'
     )
   stored = _stored_replies(session)
+  places = {trait.id: place for place, trait in enumerate(session.character.traits)}
   rows = [row for row in messages.load(session) if row['split'] == 'train' and row['trait'] in weights]
   asked = [
     {
@@ -208,6 +208,8 @@ def _trait_prompts(session: Session) -> tuple[list[Row], list[str]]:
       'text': row['text'],
       'prompt': session.model.prompt(prompts.alone(row['text'])),
       'weight': weights[row['trait']],
+      'place': places[row['trait']],
+      'scale': report['train']['reward_std'][row['trait']],
       'stored': stored.get(row['id'], []),
     }
     for row in rows
@@ -229,10 +231,6 @@ def _stored_replies(session: Session) -> dict[str, list[list[int]]]:
     turn = int(row['id'].rsplit('/', 1)[1])
     found[row['message']].append((turn, _TURNS.index(row['condition']), tokens))
   return {name: [tokens for *_, tokens in sorted(some)][: config.stored_replies] for name, some in found.items()}
-
-
-def _preference_report(session: Session) -> Row:
-  return json.loads((session.folder('preference') / 'report.json').read_text())
 
 
 def _neutral_replies(session: Session) -> list[Row]:
