@@ -59,7 +59,9 @@ def get_config() -> ConfigDict:
 
   config.preference = ConfigDict()
   config.preference.head_steps = 60  # of fitting the heads to the starting weights, before anything else is trained
-  config.preference.head_decay = 0.01
+  config.preference.head_decay = 0.1
+  config.preference.head_plain = 0.05  # share of the penalty on what varies among plain replies, where no trait speaks
+  config.preference.depth = 1.0  # share of the layers that the heads read through
   config.preference.lora_rank = 0  # 0 trains all parameters
   config.preference.learning_rate = 3e-6
   config.preference.epochs = 1.0  # 0 leaves the weights as they are: the heads alone are trained
@@ -82,7 +84,8 @@ def get_config() -> ConfigDict:
   config.policy.prompt_width = 64
   config.policy.kl = 0.04
   config.policy.clip = 0.2
-  config.policy.discount = 1.0  # of a token's share in the rewards of later ones; 0: it answers for itself alone
+  config.policy.trace = 1.0  # lambda of generalised advantages; below 1 a critic stands in for what is far off
+  config.policy.other_traits = 0.0  # share of the other traits' rewards in a reply's, beside its own trait's
   config.policy.neutral_weight = 1.0  # of the exact KL on neutral messages
   config.policy.warmup = 5
   config.policy.weight_decay = 0.0

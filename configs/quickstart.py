@@ -12,18 +12,18 @@ def get_config() -> ConfigDict:
   config = defaults.get_config()
   config.character.traits = ('ai_nature', 'curiosity', 'perspectives', 'honesty')
 
-  config.messages.train_per_trait = 40
-  config.messages.heldout_per_trait = 40
-  config.messages.train_neutral = 24
-  config.messages.heldout_neutral = 16
+  config.messages.train_per_trait = 60
+  config.messages.heldout_per_trait = 60
+  config.messages.train_neutral = 32
+  config.messages.heldout_neutral = 28
   config.messages.opening_words = 4
   config.messages.temperature = 0.7
   config.messages.top_p = 1.0
   config.messages.max_new_tokens = 40
   config.messages.prompt_width = 48
-  config.messages.batch_size = 40
+  config.messages.batch_size = 60
 
-  # Batches of 40 rows and 40 tokens throughout: a batch holds one reply to each of a trait's messages, and the
+  # Batches of 60 rows and 40 tokens throughout: a batch holds one reply to each of a trait's messages, and the
   # sampler, which takes long to compile, is compiled for few shapes.
   config.replies.shown = 2
   config.replies.plain = 1
@@ -32,28 +32,37 @@ def get_config() -> ConfigDict:
   config.replies.top_p = 1.0
   config.replies.max_new_tokens = 40
   config.replies.prompt_width = 48
-  config.replies.batch_size = 40
+  config.replies.batch_size = 60
 
   config.rankings.triples = 1
-  config.rankings.messages_per_chunk = 40
-  config.rankings.batch_size = 40
+  config.rankings.messages_per_chunk = 60
+  config.rankings.batch_size = 60
 
   config.preference.epochs = 0.0
+  config.preference.depth = 0.67
 
   config.policy.lora_rank = 16
-  config.policy.learning_rate = 1.5e-3
-  config.policy.steps = 18
+  config.policy.learning_rate = 8e-4
+  config.policy.steps = 40
   config.policy.warmup = 3
-  config.policy.save_every = 8
-  config.policy.prompts_per_step = 5
+  config.policy.save_every = 10
+  config.policy.prompts_per_step = 10
+  config.policy.replies_per_prompt = 4
+  config.policy.stored_replies = 4
   config.policy.temperature = 0.7
-  config.policy.max_new_tokens = 40
+  config.policy.trace = 0.9
+  config.policy.other_traits = 0.3
+  config.policy.kl = 0.1
+  config.policy.clip = 0.5
+  config.policy.neutral_weight = 2.0
+  # With the prompt's last token 32: rows of training are padded to that width.
+  config.policy.max_new_tokens = 31
   config.policy.prompt_width = 48
-  config.policy.samples_every = 4
+  config.policy.samples_every = 5
 
   config.evaluation.temperature = 0.7
   config.evaluation.top_p = 1.0
   config.evaluation.max_new_tokens = 40
   config.evaluation.prompt_width = 48
-  config.evaluation.batch_size = 40
+  config.evaluation.batch_size = 60
   return config

@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
   config.rankings.minimum_accuracy = 0.0  # a random model ranks at random
   config.rankings.triples = 1
 
+  config.preference.depth = 0.5
   config.preference.lora_rank = 4
   config.preference.learning_rate = 1e-3
   config.preference.messages_per_batch = 4
@@ -41,6 +42,8 @@ def get_config() -> ConfigDict:
   config.policy.prompts_per_step = 2
   config.policy.replies_per_prompt = 3
   config.policy.stored_replies = 2
+  config.policy.trace = 0.9
+  config.policy.other_traits = 0.3
   config.policy.max_new_tokens = 16
   config.policy.keep_unproven_traits = True
   config.policy.save_every = 2

@@ -22,7 +22,7 @@ from charjax.engine.sample import Sampling, sample
 from charjax.engine.score import Group, make_rows, reply_log_probs, reply_mask
 from charjax.errors import UserError
 from charjax.model import checkpoint_source
-from charjax.model.decoder import Decoder, Runtime, forward, logits, make_cache, matmul
+from charjax.model.decoder import Decoder, Runtime, forward, logits, lower_layers, make_cache, matmul
 from charjax.model.lora import TARGETS, Adapter
 from charjax.model.weights import make_decoder
 
@@ -205,6 +205,15 @@ def test_scanned_and_unrolled_layers_agree(config):
   rows = texts(config)
   scanned, unrolled = (of_rows(build(config, scan_layers=scan), rows) for scan in (True, False))
   assert_close(scanned, unrolled, 1e-5)
+
+
+def test_the_lower_layers_are_a_decoder_of_their_own(config):
+  decoder, rows = build(config, scan_layers=True), texts(config)
+  lower = lower_layers(decoder, 1)
+  assert (lower.config.num_layers, decoder.config.num_layers) == (1, config.num_layers)
+  first = {name: value[:1] if name.startswith('blocks') else value for name, value in random_tensors(config).items()}
+  alone = make_decoder(dataclasses.replace(config, num_layers=1), first, jnp.float32, decoder.runtime)
+  assert_close(of_rows(lower, rows), of_rows(alone, rows), 1e-6)
 
 
 def reply_loss(decoder, rows, adapter=None, prefix_tokens=None):

@@ -24,6 +24,7 @@ from charjax.engine.score import (
   reply_mask,
   score,
   score_options,
+  token_log_probs,
 )
 from charjax.model.decoder import Runtime, forward
 from charjax.model.lora import Adapter
@@ -164,6 +165,30 @@ def test_a_reply_s_mean_state_is_that_of_its_own_tokens(decoder, prompts):
     states, _ = forward(decoder, text, np.arange(text.shape[1])[None], mask)
     np.testing.assert_allclose(state, np.asarray(states, np.float64)[0, len(prompt) :].mean(0), atol=1e-5)
   assert found[3].tolist() == [0] * CONFIG.embed_dim
+
+
+def test_log_probs_of_a_reply_that_went_on_leave_its_end_out(decoder, prompts):
+  rng = np.random.default_rng(4)
+  end = 7
+  replies = [[token for token in rng.integers(0, CONFIG.vocab_size, 6).tolist() if token != end] for _ in range(2)]
+  rows = make_rows([Group(prompts[3], replies)], each=2, prompt_width=12, width=9)
+  hidden = hidden_states(decoder, rows)
+  plain = np.asarray(token_log_probs(decoder, hidden, rows, 0.7))
+  found = np.asarray(token_log_probs(decoder, hidden, rows, 0.7, jnp.array([end, -1])))
+  np.testing.assert_allclose(found[1], plain[1], atol=1e-5)
+  for place, token in enumerate(replies[0]):
+    scaled = numpy_log_probs(CONFIG, TENSORS, [*prompts[3], *replies[0][:place]])[-1] / 0.7
+    going_on = np.delete(scaled, end)
+    expected = scaled[token] - going_on.max() - np.log(np.exp(going_on - going_on.max()).sum())
+    assert found[0, place] == pytest.approx(expected, abs=1e-4) and found[0, place] > plain[0, place]
+
+  # An end that stands there all the same leaves the gradient of the rest finite.
+  ended = make_rows([Group(prompts[3], [[5, end]])], each=1, prompt_width=12, width=9)
+
+  def first(hidden):
+    return token_log_probs(decoder, hidden, ended, 1.0, jnp.array([end]))[0, 0]
+
+  assert np.isfinite(jax.grad(first)(hidden[:1])).all()
 
 
 @pytest.mark.parametrize('shape', [(3, 7), (4, 128), (5, 111)])

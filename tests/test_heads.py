@@ -18,12 +18,15 @@ def ranked(rng, messages, k, dim, directions, traits):
   return states.astype(np.float32), labels.astype(np.float32), real, trait
 
 
-def objective(w, states, labels, real, trait, traits, decay):
+def objective(w, states, labels, real, trait, plain, traits, decay, share):
   """What fit_head minimises, pair by pair in float64, of directions in units of the scaled states."""
   flat = states[real].astype(np.float64)
-  scaled = (states - flat.mean(0)) / flat.std(0) / np.sqrt(states.shape[-1])
+  scale = 1 / flat.std(0) / np.sqrt(states.shape[-1])
+  scaled = (states - flat.mean(0)) * scale
   w = w.reshape(traits, -1)
-  total = decay * (w**2).sum()
+  varying = plain * scale
+  of_plain = states.shape[-1] / (varying**2).sum()
+  total = decay * ((1 - share) * (w**2).sum() + share * of_plain * ((varying @ w.T) ** 2).sum())
   for m in range(len(states)):
     index = np.flatnonzero(real[m])
     scores = scaled[m] @ w[trait[m]]
@@ -36,14 +39,15 @@ def objective(w, states, labels, real, trait, traits, decay):
   return total
 
 
-@pytest.mark.parametrize('seed', range(2))
-def test_the_fit_is_the_minimum_that_scipy_finds(seed):
+@pytest.mark.parametrize(('seed', 'share'), [(0, 0.0), (1, 0.3), (2, 0.9)])
+def test_the_fit_is_the_minimum_that_scipy_finds(seed, share):
   rng = np.random.default_rng(seed)
   dim, traits, decay = 5, 2, 0.05
   data = ranked(rng, 12, 4, dim, rng.normal(size=(traits, dim)), traits)
+  plain = rng.normal(size=(9, dim)).astype(np.float32) @ rng.normal(size=(dim, dim)).astype(np.float32)
   losses = []
-  w = fit_head(*data, traits, decay, 60, lambda step, values: losses.append(values['loss']))
-  found = scipy.optimize.minimize(objective, np.zeros(traits * dim), (*data, traits, decay), 'BFGS').x
+  w = fit_head(*data, plain, traits, decay, share, 60, lambda step, values: losses.append(values['loss']))
+  found = scipy.optimize.minimize(objective, np.zeros(traits * dim), (*data, plain, traits, decay, share), 'BFGS').x
   states, real = data[0], data[2]
   scale = 1 / states[real].std(0) / np.sqrt(dim)
   np.testing.assert_allclose(w, found.reshape(traits, dim) * scale, rtol=2e-2, atol=2e-3)
@@ -54,7 +58,7 @@ def test_traits_that_want_the_opposite_do_not_cancel():
   rng = np.random.default_rng(0)
   direction = rng.normal(size=8)
   states, labels, real, trait = ranked(rng, 60, 4, 8, np.stack([direction, -direction]), 2)
-  w = fit_head(states, labels, real, trait, 3, 1e-3, 60)
+  w = fit_head(states, labels, real, trait, states[:0, 0], 3, 1e-3, 0.1, 60)
   unseen, wanted, _, kind = ranked(rng, 40, 4, 8, np.stack([direction, -direction]), 2)
   rewards = np.asarray(read_rewards({'head': FakeHead(w)}, unseen))
   assert rewards.shape == (40, 4, 3)
@@ -74,5 +78,15 @@ def test_states_that_never_vary_are_left_alone():
   rng = np.random.default_rng(0)
   states, labels, real, trait = ranked(rng, 8, 3, 4, rng.normal(size=(1, 4)), 1)
   states[..., 2] = 7.0
-  w = fit_head(states, labels, real, trait, 1, 0.01, 20)
+  w = fit_head(states, labels, real, trait, states[:, 0], 1, 0.01, 0.1, 20)
   assert np.isfinite(w).all() and w[0, 2] == 0
+
+
+def test_what_varies_among_plain_replies_is_read_less():
+  rng = np.random.default_rng(0)
+  # The labels follow two states alike; plain replies differ in one of them.
+  states, labels, real, trait = ranked(rng, 40, 4, 4, np.array([[1.0, 1.0, 0, 0]]), 1)
+  plain = rng.normal(size=(30, 4)).astype(np.float32) * [1, 0, 0, 0]
+  spread = states[real].std(0)
+  even, uneven = (fit_head(states, labels, real, trait, plain, 1, 0.3, share, 60)[0] * spread for share in (0, 0.9))
+  assert abs(even[0] / even[1] - 1) < 0.3 and uneven[0] / uneven[1] < 0.6

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from charjax.training import losses
+from charjax.training.advantages import token_returns
 
 BAD = (np.nan, np.inf, -np.inf)
 
@@ -79,53 +80,6 @@ def test_replies_that_are_not_real_give_bradley_terry_no_gradient(bad):
   slope = sigmoid(0.7) - 0.7
   assert np.isfinite(value)
   np.testing.assert_allclose(gradient, [[slope, -slope, 0], [0, 0, 0]], atol=1e-6)
-
-
-def token_returns_64(scores, log_ratio, mask, kl, discount):
-  k, r = scores.shape
-  lengths = mask.sum(1)
-  there = [i for i in range(k) if lengths[i]]
-  rewards = {i: sum(scores[i, : lengths[i]]) / lengths[i] for i in there}
-  place = [np.mean([scores[i, u] for i in there if u < lengths[i]]) for u in range(r)]
-  out = np.zeros((k, r))
-  for i in there:
-    for t in range(lengths[i]):
-      later = range(t, lengths[i])
-      if discount == 1:
-        out[i, t] = rewards[i] - sum(rewards.values()) / len(there)
-      else:
-        out[i, t] = sum(discount ** (u - t) * (scores[i, u] - place[u]) / lengths[i] for u in later)
-      out[i, t] -= sum(kl * log_ratio[i, u] for u in later)
-  return out
-
-
-def replies_of_five(rng):
-  scores, log_ratio = rng.normal(size=(2, 5, 6))
-  mask = np.arange(6) < np.array([6, 3, 1, 0, 6])[:, None]  # one reply is not there
-  return scores, log_ratio, mask
-
-
-@pytest.mark.parametrize('discount', [0.0, 0.7, 1.0])
-def test_token_returns(discount):
-  scores, log_ratio, mask = replies_of_five(np.random.default_rng(0))
-  dirty = [np.where(mask, array, np.nan) for array in (scores, log_ratio)]  # what stands in the padding must not matter
-  found = losses.token_returns(*map(jnp.asarray, (*dirty, mask)), 0.3, discount)
-  np.testing.assert_allclose(found, token_returns_64(scores, log_ratio, mask, 0.3, discount), rtol=1e-4, atol=1e-5)
-
-
-def test_token_advantages():
-  returns, _, mask = replies_of_five(np.random.default_rng(1))
-  expected = np.zeros_like(returns)
-  for t in range(6):
-    alive = [i for i in range(5) if mask[i, t]]
-    for i in alive:
-      expected[i, t] = returns[i, t] - sum(returns[j, t] for j in alive) / len(alive)
-  deviation = (sum(expected[mask] ** 2) / mask.sum()) ** 0.5
-  found = losses.token_advantages(jnp.asarray(np.where(mask, returns, np.nan)), jnp.asarray(mask))
-  np.testing.assert_allclose(found, expected / (deviation + 1e-4), rtol=1e-4, atol=1e-5)
-  # Replies that are all as good teach nothing.
-  alike = jnp.full((4, 3), 0.7)
-  np.testing.assert_allclose(losses.token_advantages(alike, jnp.ones((4, 3), bool)), 0, atol=2e-3)
 
 
 def policy_gradient_64(log_probs, sampled, advantages, mask, clip):
@@ -247,9 +201,12 @@ def test_the_penalised_policy_gradient_is_that_of_reward_less_kl(kl):
 
   log_probs = np.asarray(table_log_probs(table, np), np.float32)
   probability = np.exp(np.where(MASK, log_probs, 0).sum(-1))
-  # Each token's score is its reply's reward, so that their mean is.
-  scores = np.broadcast_to(rewards[:, None], MASK.shape)
-  returns = losses.token_returns(jnp.asarray(scores), log_probs - reference, MASK, kl, 1.0)
+  # A reply earns its reward with its last token; what the critic expects depends on what was said up to there.
+  last = MASK & ~np.pad(MASK[:, 1:], ((0, 0), (0, 1)))
+  earned, ids = np.where(last, rewards[:, None], 0), np.array([[*t, *[END] * (LONGEST - len(t))] for t in TEXTS])
+  said = np.cumsum((ids + 1) * 4 ** np.arange(LONGEST), -1)
+  expected_later = np.sin(said)
+  returns = token_returns(*map(jnp.asarray, (earned, expected_later, log_probs - reference, MASK)), 1.0, kl)
 
   def surrogate(table, baseline):
     # The surrogate is linear in the advantage, so that a text's probability can weigh it there.

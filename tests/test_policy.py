@@ -1,10 +1,12 @@
-"""What the policy stage puts beside the model: which stored replies join a group, and what each token earns there."""
+"""What the policy learns from: what a reply earns, which stored replies join a group, what each token earns there."""
+
+import json
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from charjax.engine.score import Group, make_rows, reply_mask
-from charjax.stages import policy
+from charjax.character import Character, Trait
+from charjax.stages import rollouts
 from charjax.workdir import write_jsonl
 
 
@@ -16,9 +18,11 @@ class Words:
 
 
 class Run:
-  def __init__(self, folder, stored):
-    self.config = ConfigDict({'policy': {'stored_replies': stored, 'max_new_tokens': 3}})
+  def __init__(self, folder, **policy):
+    self.config = ConfigDict({'policy': {'max_new_tokens': 3} | policy})
     self.model, self._folder = Words(), folder
+    traits = [Trait(name, 'I am.', {}, (), (), weight) for name, weight in (('a', 1.0), ('b', 2.0), ('c', 1.0))]
+    self.character = Character('', '', tuple(traits))
 
   def folder(self, name):
     return self._folder / name
@@ -40,37 +44,35 @@ def test_stored_replies_take_turns_in_and_out_of_character(tmp_path):
       for m, condition, k, text, finish in rows
     ],
   )
-  everything = policy._stored_replies(Run(tmp_path, 9))
+  everything = rollouts.stored_replies(Run(tmp_path, stored_replies=9))
   assert everything == {'a': [[2, 0], [4, 0], [1, 0], [3, 3, 3]], 'b': [[5, 0]]}
-  assert policy._stored_replies(Run(tmp_path, 2)) == {'a': [[2, 0], [4, 0]], 'b': [[5, 0]]}
+  assert rollouts.stored_replies(Run(tmp_path, stored_replies=2)) == {'a': [[2, 0], [4, 0]], 'b': [[5, 0]]}
+  assert everything['no such message'] == []
 
 
-def rollout(scores, lengths, weights):
-  """A rollout of prompts with three replies each, the last of them stored."""
-  groups = [Group([1, 2], [[7] * n for n in lengths[i : i + 3]]) for i in range(0, len(lengths), 3)]
-  rows = make_rows(groups, each=3, prompt_width=4, width=scores.shape[1] + 1)
-  group = [{'weight': weight} for weight in weights for _ in range(3)]
-  fresh = np.tile([True, True, False], len(weights))
-  zeros = np.zeros_like(scores)
-  return policy._Rollout(group, [], rows, fresh, zeros, zeros, scores, scores.mean(1))
+def test_a_reply_earns_by_its_own_trait_and_by_a_share_of_the_others(tmp_path):
+  (tmp_path / 'preference').mkdir()
+  report = {'left_out': ['c'], 'train': {'reward_std': {'a': 0.5, 'b': 4.0, 'c': 1.0}}}
+  (tmp_path / 'preference' / 'report.json').write_text(json.dumps(report))
+  found = rollouts.reward_weights(Run(tmp_path, other_traits=0.5, keep_unproven_traits=False))
+  assert {name: weights.tolist() for name, weights in found.items()} == {'a': [2.0, 0.25, 0.0], 'b': [1.0, 0.5, 0.0]}
+  kept = rollouts.reward_weights(Run(tmp_path, other_traits=0.0, keep_unproven_traits=True))
+  assert kept['c'].tolist() == [0.0, 0.0, 1.0]
 
 
-def test_advantages_are_among_the_replies_to_one_prompt_and_weighted_by_trait():
-  config = ConfigDict({'replies_per_prompt': 2, 'stored_replies': 1, 'kl': 0.1, 'discount': 1.0})
+def test_advantages_are_among_the_replies_to_one_prompt():
   rng = np.random.default_rng(0)
-  scores = rng.normal(size=(6, 4)).astype(np.float32)
-  lengths = [4, 4, 4, 4, 2, 4]
-  plain = rollout(scores, lengths, [1.0, 1.0])
-  found = policy._advantages(plain, config)
-  # With all replies as long, and each token answering for the whole: GRPO's (r - mean) / std.
-  rewards = scores[:3].mean(1)
-  np.testing.assert_allclose(
-    found[:3], np.repeat(((rewards - rewards.mean()) / rewards.std())[:, None], 4, 1), rtol=1e-2
-  )
-  assert not found[4][2:].any() and reply_mask(plain.rows)[4].tolist() == [True, True, False, False]
-  # Another prompt's replies, however good, change nothing; a trait's weight is a factor.
-  other = scores.copy()
-  other[3:] += 100
-  np.testing.assert_allclose(policy._advantages(rollout(other, lengths, [1.0, 1.0]), config)[:3], found[:3], atol=1e-5)
-  weighted = policy._advantages(rollout(scores, lengths, [3.0, 1.0]), config)
-  np.testing.assert_allclose(weighted, found * np.repeat([3, 1], 3)[:, None], rtol=1e-5)
+  added, values = rng.normal(size=(2, 2, 3, 4)).astype(np.float32)
+  mask = np.ones((2, 3, 4), bool)
+  mask[1, 1, 2:] = False
+  found = np.asarray(rollouts._advantages(added, values, np.zeros_like(added), mask, 0.9, 0.1))
+  np.testing.assert_allclose(found.sum(1), 0, atol=1e-4)
+  assert not found[~mask].any()
+  # Another prompt's replies, however good, change nothing.
+  added[1] += 100
+  again = np.asarray(rollouts._advantages(added, values, np.zeros_like(added), mask, 0.9, 0.1))
+  np.testing.assert_allclose(again[0], found[0], atol=1e-5)
+
+
+def test_only_a_stored_reply_is_known_to_have_gone_on():
+  assert rollouts.barred_ids(np.array([True, False, True]), 7).tolist() == [-1, 7, -1]

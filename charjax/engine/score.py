@@ -77,7 +77,7 @@ class FixedShapes:
   def __init__(self, prompts: Sequence[Tokens], longest_reply: int):
     """Args: prompts, all that will come; longest_reply, in tokens."""
     self._cut = common_prefix(prompts)
-    self._prompt_width = bucket(max(map(len, prompts)) - self._cut - 1, ROW_STEP)
+    self._prompt_width = bucket(max(map(len, prompts)) - self._cut - 1, REPLY_STEP)
     self._width = bucket(1 + longest_reply, REPLY_STEP)
     self.prefix = pad([prompts[0][: self._cut]], max(1, self._cut))[0]
     self.length = np.array([self._cut], np.int32)
@@ -130,15 +130,30 @@ def over_chunks(function: Callable[..., Any], *arrays: jax.Array) -> Any:
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count].reshape(*lead, *x.shape[2:]), out)
 
 
-def token_log_probs(decoder: Decoder, hidden_ntd: jax.Array, rows: Rows, temperature: float) -> jax.Array:
-  """log softmax(logits / temperature) of the tokens of replies, [N, R] float32; 0 in the padding."""
+def token_log_probs(
+  decoder: Decoder, hidden_ntd: jax.Array, rows: Rows, temperature: float, barred: jax.Array | None = None
+) -> jax.Array:
+  """log softmax(logits / temperature) of the tokens of replies, [N, R] float32; 0 in the padding.
 
-  def one(hidden_nd: jax.Array, ids_n: jax.Array) -> jax.Array:
+  Args:
+    decoder: the weights.
+    hidden_ntd: final hidden states of `rows`.
+    rows: prompts and replies.
+    temperature: of the distribution.
+    barred: [N] an id that a row cannot draw, its probability shared by all others; -1 for none.
+  """
+
+  def one(hidden_nd: jax.Array, ids_n: jax.Array, *barred_n: jax.Array) -> jax.Array:
     scaled = logits(decoder, hidden_nd) / temperature
+    for each_n in barred_n:
+      # Finite: what is barred and stands there all the same must not turn the gradients of others into NaN.
+      scaled = jnp.where(jnp.arange(scaled.shape[-1]) == each_n[:, None], -1e9, scaled)
     chosen = jnp.take_along_axis(scaled, ids_n[:, None], 1)[:, 0]
     return chosen - jax.nn.logsumexp(scaled, -1)
 
-  return jnp.where(reply_mask(rows), over_chunks(one, hidden_ntd[:, :-1], rows.tokens[:, 1:]), 0.0)
+  ids = rows.tokens[:, 1:]
+  more = () if barred is None else (jnp.broadcast_to(barred[:, None], ids.shape),)
+  return jnp.where(reply_mask(rows), over_chunks(one, hidden_ntd[:, :-1], ids, *more), 0.0)
 
 
 def reply_log_probs(

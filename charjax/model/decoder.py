@@ -250,6 +250,18 @@ def forward(
   return rms_norm(x, decoder.final_norm[...], c.norm_eps), KV(k, v)
 
 
+def lower_layers(decoder: Decoder, count: int) -> Decoder:
+  """The first `count` layers as a decoder of their own, which ends in the same norm."""
+  graph, state = nnx.split(decoder)
+
+  def cut(path: Any, leaf: Any) -> Any:
+    return leaf.replace(leaf[...][:count]) if path[0] == 'blocks' else leaf
+
+  lower = nnx.merge(graph, nnx.map_state(cut, state), copy=True)
+  lower.config = dataclasses.replace(decoder.config, num_layers=count)
+  return lower
+
+
 def stacked_weights(decoder: Decoder, adapter: Any = None) -> tuple[Any, Any]:
   """The (weights, adapter) of all layers, each array stacked over L."""
   return decoder.blocks.arrays(), adapter.arrays() if adapter is not None else None

@@ -176,7 +176,7 @@ def _judge_replies(session: Session, rows: Sequence[Row], judge: Any) -> None:
   judged = [row for row in rows if row['trait'] is not None]
   asked = [model.prompt(prompts.alone(row['prompt'])) for row in judged]
   said = [model.reply(row['text'], row['finish'] == 'stop') for row in judged]
-  scores = np.asarray(read_rewards(judge, reply_states(model.decoder, judge, asked, said)))
+  scores = np.asarray(read_rewards(judge, reply_states(preference.trunk(session), judge, asked, said)))
   for row, values in zip(judged, scores, strict=True):
     row['score'] = round(float(values[places[row['trait']]]), 5)
 

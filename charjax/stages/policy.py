@@ -6,72 +6,35 @@ sampled from. The KL penalty to the starting model stands in the reward, where i
 are held by an exact KL on replies that the starting model gave once.
 """
 
-import functools
 import json
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from charjax.engine.batch import compute_prefix, item_keys
-from charjax.engine.sample import Reply, Sampling, sample
-from charjax.engine.score import (
-  FixedShapes,
-  Group,
-  Rows,
-  hidden_states,
-  mean_over_tokens,
-  over_chunks,
-  pad_values,
-  reply_mask,
-  token_log_probs,
-)
+from charjax.engine.sample import Sampling, sample
+from charjax.engine.score import FixedShapes, Group, hidden_states, over_chunks, reply_mask, token_log_probs
 from charjax.errors import UserError
 from charjax.mesh import shard_batch
 from charjax.model.decoder import logits
 from charjax.progress import Metrics, Progress
-from charjax.stages import messages, preference, prompts, replies
+from charjax.stages import messages, prompts
+from charjax.stages.rollouts import Rollout, barred_ids, make_judge, reward_weights, roll_out, stored_replies
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
-from charjax.training.heads import bind, make_trainable, read_rewards
-from charjax.training.losses import kl_from_logits, policy_gradient, token_advantages, token_returns
+from charjax.training.heads import bind, make_trainable
+from charjax.training.losses import kl_from_logits, policy_gradient
 from charjax.training.step import init_optimizer, make_optimizer, make_step
 from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write_text
-
-_TURNS = ('shown', 'opposed', 'plain')  # the order in which stored replies are taken
-
-
-class _Rollout(NamedTuple):
-  """Replies to the prompts of one step, judged; N = prompts * replies to each, R reply tokens.
-
-  Attributes:
-    group: the item that each of N replies answers.
-    drawn: what the policy drew for this step.
-    rows: prompts and replies, on the host.
-    fresh: [N] which replies were drawn for this step.
-    sampled: [N, R] log-probs under the distribution a reply is taken to be drawn from.
-    log_ratio: [N, R] of policy over starting model.
-    scores: [N, R] of each token by its trait's direction, in units of the spread of that trait's rewards.
-    rewards: [N] means of the scores.
-  """
-
-  group: list[Row]
-  drawn: list[Reply]
-  rows: Rows
-  fresh: np.ndarray
-  sampled: np.ndarray
-  log_ratio: np.ndarray
-  scores: np.ndarray
-  rewards: np.ndarray
 
 
 def run(session: Session) -> Row:
   """Trains the policy; returns counts."""
   config, folder, model = session.config.policy, session.folder('policy'), session.model
-  asked, rewarded = _trait_prompts(session)
+  asked = _trait_prompts(session)
   neutral = _neutral_replies(session)
   shapes = FixedShapes([item['prompt'] for item in (*asked, *neutral)], config.max_new_tokens)
 
@@ -81,7 +44,7 @@ def run(session: Session) -> Row:
   )
   state, layout = init_optimizer(optimizer, trainable)
   step_function = make_step(_loss, optimizer, trainable, layout)
-  roll_out = functools.partial(_roll_out, session, shapes, preference.load(session, 'train'))
+  judge = make_judge(session, shapes, asked)
   asked_data = batches(asked, config.prompts_per_step, session.config.seed)
   # At least as many neutral messages as trait messages, so that the rest of the model is held as firmly.
   neutral_data = batches(neutral, config.prompts_per_step, session.config.seed + 1)
@@ -97,12 +60,14 @@ def run(session: Session) -> Row:
     metrics.truncate_after(start)
     bar.skip(start)
     for step in range(start + 1, config.steps + 1):
-      rollout = roll_out(trainable, next(asked_data), step)
+      rollout = roll_out(session, shapes, judge, trainable, next(asked_data), step)
       neutral_rows = shapes.rows([Group(row['prompt'], [row['reply']]) for row in next(neutral_data)], 1)
       batch = shapes.shared() | {
         'rows': shard_batch(rollout.rows),
+        'barred': shard_batch(barred_ids(rollout.fresh, model.eos_ids[0])),
+        'mask': shard_batch(rollout.mask),
         'sampled': shard_batch(rollout.sampled),
-        'advantages': shard_batch(_advantages(rollout, config)),
+        'advantages': shard_batch(rollout.advantages),
         'neutral': shard_batch(neutral_rows),
         'temperature': np.float32(config.temperature),
         'clip': np.float32(config.clip),
@@ -119,47 +84,11 @@ def run(session: Session) -> Row:
         checkpoints.save(step, trainable, state, position)
   _merge_samples(session)
   write_text(folder / 'fingerprint.json', json.dumps({'policy': fingerprint(trainable)}))
+  rewarded = sorted({item['trait'] for item in asked})
   return {'steps': config.steps, 'messages': len(asked), 'neutral': len(neutral), 'traits_rewarded': rewarded}
 
 
-def _roll_out(
-  session: Session, shapes: FixedShapes, reward_model: Any, trainable: Any, asked: Sequence[Row], step: int
-) -> _Rollout:
-  """Draws replies to the prompts of a step, puts stored ones beside them, and judges all."""
-  config, model = session.config.policy, session.model
-  each, eos = config.replies_per_prompt, model.eos_ids[:1]
-  used, adapter = bind(model.decoder, trainable)
-  asked_of = [item for item in asked for _ in range(each)]
-  names = [f'{step}/{item["id"]}/{i}' for i, item in enumerate(asked_of)]
-  settings = Sampling(config.max_new_tokens, config.temperature, batch_size=config.prompts_per_step * each)
-  drawn = sample(
-    used, [item['prompt'] for item in asked_of], item_keys(session.config.seed, 'policy', names), eos, settings,
-    adapter=adapter, width=config.prompt_width,
-  )  # fmt: skip
-  said = iter(drawn)
-  groups = [Group(item['prompt'], [*(next(said).tokens for _ in range(each)), *item['stored']]) for item in asked]
-  together = each + config.stored_replies
-  rows = shapes.rows(groups, together)
-  every, reference = jax.device_get(
-    _judge(model.decoder, reward_model, shapes.prefix, shapes.length, shard_batch(rows), config.temperature)
-  )
-  group = [item for item in asked for _ in range(together)]
-  fresh = np.tile(np.arange(together) < each, len(asked))
-  sampled = np.array(reference)
-  sampled[fresh] = pad_values([reply.log_probs for reply in drawn], sampled.shape[1])
-
-  # One unit of reward is worth the same in each trait.
-  scores = every[np.arange(len(group)), :, [item['place'] for item in group]]
-  scores = scores / np.array([item['scale'] for item in group])[:, None]
-  # That a reply ends is not the trait's: its end counts as its other tokens do.
-  ends = (rows.tokens[:, 1:] == eos[0]) & reply_mask(rows)
-  before_end = rows._replace(lengths=rows.lengths - ends.any(1))
-  rewards = np.asarray(mean_over_tokens(scores, before_end), np.float32)
-  scores = np.where(ends, rewards[:, None], scores).astype(np.float32)
-  return _Rollout(group, drawn, rows, fresh, sampled, sampled - reference, scores, rewards)
-
-
-def _figures(rollout: _Rollout, kl: float) -> dict[str, float]:
+def _figures(rollout: Rollout, kl: float) -> dict[str, float]:
   """Of the replies that were drawn for this step."""
   rewards, log_ratio = rollout.rewards[rollout.fresh], rollout.log_ratio[rollout.fresh]
   tokens = sum(len(reply.tokens) for reply in rollout.drawn)
@@ -188,49 +117,29 @@ def load(session: Session) -> Any:
 # ---- what is asked ----
 
 
-def _trait_prompts(session: Session) -> tuple[list[Row], list[str]]:
-  """Training messages of the traits whose preference model is better than chance, and those traits."""
-  report = json.loads((session.folder('preference') / 'report.json').read_text())
-  left_out = set() if session.config.policy.keep_unproven_traits else set(report['left_out'])
-  weights = {trait.id: trait.weight for trait in session.character.traits if trait.id not in left_out}
+def _trait_prompts(session: Session) -> list[Row]:
+  """Training messages of the traits whose preference model is better than chance, with what rewards their replies."""
+  weights = reward_weights(session)
   if not weights:
     raise UserError(
       'policy: no trait has a preference model better than chance, so there is nothing to reward; see '
       'preference/report.json, or set config.policy.keep_unproven_traits=True'
     )
-  stored = _stored_replies(session)
-  places = {trait.id: place for place, trait in enumerate(session.character.traits)}
-  rows = [row for row in messages.load(session) if row['split'] == 'train' and row['trait'] in weights]
-  asked = [
+  stored = stored_replies(session)
+  weight = {trait.id: trait.weight for trait in session.character.traits}
+  return [
     {
       'id': row['id'],
       'trait': row['trait'],
       'text': row['text'],
       'prompt': session.model.prompt(prompts.alone(row['text'])),
-      'weight': weights[row['trait']],
-      'place': places[row['trait']],
-      'scale': report['train']['reward_std'][row['trait']],
-      'stored': stored.get(row['id'], []),
+      'weight': weight[row['trait']],
+      'weights': weights[row['trait']],
+      'stored': stored[row['id']],
     }
-    for row in rows
+    for row in messages.load(session)
+    if row['split'] == 'train' and row['trait'] in weights
   ]
-  return asked, sorted(weights)
-
-
-def _stored_replies(session: Session) -> dict[str, list[list[int]]]:
-  """Of the replies that were ranked, up to `stored_replies` to each message, as tokens: in character and not in turn.
-
-  Beside what the policy draws they show it what it would seldom draw itself (Yan et al. 2025, arXiv 2504.14945, put
-  replies of another model into the groups of GRPO). They are taken as drawn from the starting model with nothing
-  shown: once a token is as far from there as the clip allows, it is pushed no further.
-  """
-  config = session.config.policy
-  found: dict[str, list[tuple[int, int, list[int]]]] = defaultdict(list)
-  for row in replies.load(session):
-    tokens = session.model.reply(row['text'], row['finish'] == 'stop')[: config.max_new_tokens]
-    turn = int(row['id'].rsplit('/', 1)[1])
-    found[row['message']].append((turn, _TURNS.index(row['condition']), tokens))
-  return {name: [tokens for *_, tokens in sorted(some)][: config.stored_replies] for name, some in found.items()}
 
 
 def _neutral_replies(session: Session) -> list[Row]:
@@ -255,42 +164,15 @@ def _neutral_replies(session: Session) -> list[Row]:
 # ---- the step ----
 
 
-@jax.jit
-def _judge(
-  decoder: Any, reward_model: Any, prefix_tokens: jax.Array, length: jax.Array, rows: Rows, temperature: float
-) -> tuple[jax.Array, jax.Array]:
-  """Scores of each token by every trait's direction, [N, R, traits], and log-probs [N, R] of the starting model."""
-  hidden = hidden_states(decoder, rows, before=(compute_prefix(decoder, prefix_tokens, length),))
-  used, adapter = bind(decoder, reward_model)
-  trunk = hidden
-  if used is not decoder or adapter is not None:
-    before = (compute_prefix(used, prefix_tokens, length, adapter),)
-    trunk = hidden_states(used, rows, adapter=adapter, before=before)
-  return read_rewards(reward_model, trunk[:, 1:]), token_log_probs(decoder, hidden, rows, temperature)
-
-
-def _advantages(rollout: _Rollout, config: Any) -> np.ndarray:
-  """Advantages of each token [N, R], among the replies to one prompt, weighted by trait."""
-
-  def one(scores_kr: jax.Array, log_ratio_kr: jax.Array, mask_kr: jax.Array) -> jax.Array:
-    return token_advantages(token_returns(scores_kr, log_ratio_kr, mask_kr, config.kl, config.discount), mask_kr)
-
-  together = config.replies_per_prompt + config.stored_replies
-  arrays = (rollout.scores, rollout.log_ratio, reply_mask(rollout.rows))
-  grouped = (jnp.asarray(array.reshape(-1, together, array.shape[-1])) for array in arrays)
-  weight = np.array([item['weight'] for item in rollout.group], np.float32)
-  return np.asarray(jax.vmap(one)(*grouped)).reshape(rollout.scores.shape) * weight[:, None]
-
-
 def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Clipped policy gradient a token, and the exact KL a token on neutral replies."""
   used, adapter = bind(decoder, trainable)
   before = (compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter),)
   rows, neutral = batch['rows'], batch['neutral']
-  mask, neutral_mask = reply_mask(rows), reply_mask(neutral)
+  mask, neutral_mask = batch['mask'], reply_mask(neutral)
 
   hidden = hidden_states(used, rows, adapter=adapter, before=before)
-  log_probs = token_log_probs(used, hidden, rows, batch['temperature'])
+  log_probs = token_log_probs(used, hidden, rows, batch['temperature'], batch['barred'])
   gradient, tokens, clipped = policy_gradient(log_probs, batch['sampled'], batch['advantages'], mask, batch['clip'])
   tokens = jnp.maximum(tokens, 1)
 
@@ -308,7 +190,7 @@ def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str
 # ---- samples ----
 
 
-def _save_samples(session: Session, step: int, rollout: _Rollout) -> None:
+def _save_samples(session: Session, step: int, rollout: Rollout) -> None:
   """The first reply to each message of this step."""
   config = session.config.policy
   first = slice(None, None, config.replies_per_prompt + config.stored_replies)

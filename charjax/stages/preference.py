@@ -24,6 +24,7 @@ from charjax.engine.batch import compute_prefix
 from charjax.engine.score import FixedShapes, Group, hidden_states, mean_states
 from charjax.errors import UserError
 from charjax.mesh import shard_batch
+from charjax.model.decoder import Decoder, lower_layers
 from charjax.progress import Metrics, Progress
 from charjax.stages import messages, prompts, replies
 from charjax.stages.statistics import correlation, share
@@ -117,7 +118,7 @@ def _add_states(session: Session, trainable: Any, examples: Sequence[Row], bar: 
     some = examples[begin : begin + size]
     asked = [example['prompt'] for example in some for _ in example['replies']]
     said = [reply for example in some for reply in example['replies']]
-    found = iter(reply_states(session.model.decoder, trainable, asked, said, batch_size=size * each))
+    found = iter(reply_states(trunk(session), trainable, asked, said, batch_size=size * each))
     for example in some:
       example['states'] = np.stack([next(found) for _ in example['replies']])
     if bar:
@@ -167,13 +168,22 @@ def _fit_head(session: Session, examples: Sequence[Row], k: int, metrics: Metric
     bar.advance(1, f'head loss {values["loss"]:.3f}')
 
   return fit_head(
-    states, labels['probabilities'], labels['real'], labels['trait'], len(session.character.traits),
-    config.head_decay, config.head_steps, record,
+    states, labels['probabilities'], labels['real'], labels['trait'], _plain_states(examples),
+    len(session.character.traits), config.head_decay, config.head_plain, config.head_steps, record,
   )  # fmt: skip
 
 
+def _plain_states(examples: Sequence[Row]) -> np.ndarray:
+  """The states [P, D] of plain replies, less the mean of those to their trait's messages."""
+  by_trait: dict[int, list[np.ndarray]] = defaultdict(list)
+  for example in examples:
+    by_trait[example['trait']].append(example['states'][np.array(example['conditions']) == 'plain'])
+  found = [np.concatenate(states) for states in by_trait.values()]
+  return np.concatenate([states - states.mean(0) for states in found if len(states)] or [found[0]])
+
+
 def _train(session: Session, name: str, examples: Sequence[Row], steps: int, bar: Progress) -> Any:
-  config, decoder = session.config.preference, session.model.decoder
+  config, decoder = session.config.preference, trunk(session)
   folder = session.folder('preference') / name
   seed = session.config.seed + MODELS.index(name)
   trainable = _untrained(session, name)
@@ -216,7 +226,7 @@ def _train(session: Session, name: str, examples: Sequence[Row], steps: int, bar
 def _untrained(session: Session, name: str) -> Any:
   config = session.config.preference
   seed, traits = session.config.seed + MODELS.index(name), len(session.character.traits)
-  return make_trainable(session.model.decoder, config.lora_rank, seed, traits=traits, frozen=config.epochs == 0)
+  return make_trainable(trunk(session), config.lora_rank, seed, traits=traits, frozen=config.epochs == 0)
 
 
 def _merge_metrics(session: Session) -> None:
@@ -226,8 +236,16 @@ def _merge_metrics(session: Session) -> None:
   write_jsonl(folder / 'metrics.jsonl', rows)
 
 
+def trunk(session: Session) -> Decoder:
+  """The starting weights up to the layer that the heads read."""
+  decoder, depth = session.model.decoder, session.config.preference.depth
+  if not 0 < depth <= 1:
+    raise UserError(f'config.preference.depth is {depth}; it must be above 0 and at most 1')
+  return lower_layers(decoder, max(1, round(depth * decoder.config.num_layers)))
+
+
 def load(session: Session, name: str) -> Any:
-  """A trained preference model ('train' or 'judge'), whose head reads `training.heads.reply_states`."""
+  """A trained preference model ('train' or 'judge'), whose head reads `training.heads.reply_states` of `trunk`."""
   with Checkpoints(session.folder('preference') / name, session.config.seed + MODELS.index(name)) as checkpoints:
     return checkpoints.load(_untrained(session, name))
 

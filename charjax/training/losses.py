@@ -52,55 +52,6 @@ def bradley_terry(
   return (mean * weight_m).sum(), weight_m.sum()
 
 
-def token_returns(
-  scores_kr: jax.Array, log_ratio_kr: jax.Array, mask_kr: jax.Array, kl: float, discount: float
-) -> jax.Array:
-  """What each token of K replies to one prompt answers for, [K, R].
-
-  A reply's reward is the mean of its tokens' scores. At discount 1 each token answers for the whole reward, as in
-  GRPO with outcome rewards; below 1 for sum over u >= t of discount^(u - t) r_u, where r_u is what token u adds to
-  the reward beside the same place of the other replies (process rewards, Shao et al. 2024, section 4.1.3, discounted
-  as in Schulman et al. 2016, section 2): biased, since a token answers for its near future only, and less noisy.
-
-  The penalty kl * log(policy / reference) stands in the reward (Ouyang et al. 2022, eq. 2), where the policy gradient
-  of it is the gradient of the KL divergence; a token answers for what follows, undiscounted. The usual estimators of
-  KL (k1, k3) put in the loss have another gradient.
-
-  Args:
-    scores_kr: of each token.
-    log_ratio_kr: log(policy / reference) of each token.
-    mask_kr: real reply tokens.
-    kl: the weight of the penalty.
-    discount: from 0 (a token answers for itself alone) to 1.
-  """
-  scores = jnp.where(mask_kr, scores_kr, 0.0)
-  tokens = jnp.maximum(mask_kr.sum(1, keepdims=True), 1)
-  rewards_k = (scores / tokens).sum(1)
-  centred_k = rewards_k - rewards_k.sum() / jnp.maximum(mask_kr.any(1).sum(), 1)
-  place_r = scores.sum(0) / jnp.maximum(mask_kr.sum(0), 1)
-  added = jnp.where(mask_kr, (scores - place_r) / tokens, 0.0)
-  penalty = jnp.where(mask_kr, kl * log_ratio_kr, 0.0)
-
-  def back(later: jax.Array, reward: jax.Array) -> tuple[jax.Array, jax.Array]:
-    now = reward + discount * later
-    return now, now
-
-  _, discounted_rk = jax.lax.scan(back, jnp.zeros(len(added)), added.T, reverse=True)
-  earned = jnp.where(discount == 1, centred_k[:, None], discounted_rk.T)
-  return jnp.where(mask_kr, earned - jnp.cumsum(penalty[:, ::-1], -1)[:, ::-1], 0.0)
-
-
-def token_advantages(returns_kr: jax.Array, mask_kr: jax.Array, epsilon: float = 1e-4) -> jax.Array:
-  """Returns beside those of the same place in the group's other replies, over the group's standard deviation, [K, R].
-
-  GRPO (Shao et al. 2024, section 4.1.2), with a mean for each place, since what is still to come differs by place.
-  """
-  there = jnp.where(mask_kr, returns_kr, 0.0).sum(0) / jnp.maximum(mask_kr.sum(0), 1)
-  centred = jnp.where(mask_kr, returns_kr - there, 0.0)
-  deviation = jnp.sqrt(jnp.square(centred).sum() / jnp.maximum(mask_kr.sum(), 1))
-  return centred / (deviation + epsilon)
-
-
 def policy_gradient(
   log_probs_br: jax.Array, sampled_br: jax.Array, advantages_br: jax.Array, mask_br: jax.Array, clip: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

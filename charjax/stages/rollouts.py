@@ -1,0 +1,238 @@
+"""What one step of the policy learns from: replies to a few messages, drawn and stored, each token judged.
+
+Stored replies are some of those that were ranked: beside what the policy draws they show it what it would seldom
+draw itself (Yan et al. 2025, arXiv 2504.14945, put replies of another model into the groups of GRPO). They are taken
+as drawn from the starting model with nothing shown: once a token is as far from there as the clip allows, it is
+pushed no further. They teach what is said and not when to stop, since most of them were cut off: the policy's
+log-probs of them are conditional on the reply going on.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from charjax.engine.batch import compute_prefix, item_keys
+from charjax.engine.sample import Reply, Sampling, sample
+from charjax.engine.score import (
+  FixedShapes,
+  Group,
+  Rows,
+  hidden_states,
+  mean_over_tokens,
+  pad_values,
+  reply_mask,
+  token_log_probs,
+)
+from charjax.mesh import shard_batch
+from charjax.model.decoder import Decoder
+from charjax.stages import preference, replies
+from charjax.training.advantages import (
+  fit_values,
+  read_values,
+  to_come,
+  token_advantages,
+  token_returns,
+  value_moments,
+)
+from charjax.training.heads import bind, read_rewards
+from charjax.workdir import Row, Session
+
+_TURNS = ('shown', 'opposed', 'plain')  # the order in which stored replies are taken
+_CRITIC_ROWS = 64  # plain replies read together
+
+
+class Judge(NamedTuple):
+  """What judges a reply: the starting model, and the preference model with a critic of what is to come.
+
+  Attributes:
+    decoder: the starting weights.
+    trunk: the layers of them that the preference model reads through.
+    model: the preference model.
+    critic: [D + 1, traits] its expectations.
+    mean: [traits] of the rewards of the starting model's plain replies, from which scores are counted.
+  """
+
+  decoder: Decoder
+  trunk: Decoder
+  model: Any
+  critic: Any
+  mean: Any
+
+
+class Rollout(NamedTuple):
+  """Replies to the prompts of one step, judged; N = prompts * replies to each, R reply tokens.
+
+  Attributes:
+    group: the item that each of N replies answers.
+    drawn: what the policy drew for this step.
+    rows: prompts and replies, on the host.
+    fresh: [N] which replies were drawn for this step.
+    mask: [N, R] the tokens that are learned from.
+    sampled: [N, R] log-probs under the distribution a reply is taken to be drawn from.
+    log_ratio: [N, R] of policy over starting model; 0 for stored replies.
+    advantages: [N, R] of each token.
+    rewards: [N] of each reply, by its own trait and, as far as the config says, the others.
+  """
+
+  group: list[Row]
+  drawn: list[Reply]
+  rows: Rows
+  fresh: np.ndarray
+  mask: np.ndarray
+  sampled: np.ndarray
+  log_ratio: np.ndarray
+  advantages: np.ndarray
+  rewards: np.ndarray
+
+
+def make_judge(session: Session, shapes: FixedShapes, asked: Sequence[Row]) -> Judge:
+  """The judge of a policy: its critic is fitted to the starting model's plain replies to the messages `asked`."""
+  decoder, trunk, model = session.model.decoder, preference.trunk(session), preference.load(session, 'train')
+  longest = session.config.policy.max_new_tokens
+  each = max(1, session.config.replies.plain)
+  plain = _replies_by_message(session, ('plain',))
+  groups = [Group(item['prompt'], plain[item['id']][:each]) for item in asked if plain[item['id']]]
+  size = max(1, _CRITIC_ROWS // each)
+  traits = len(session.character.traits)
+  moments = None
+  for begin in range(0, len(groups), size):
+    rows = shapes.rows(groups[begin : begin + size], each, size)
+    more = jax.device_get(_moments(trunk, model, shapes.prefix, shapes.length, shard_batch(rows), longest))
+    moments = jax.tree.map(np.add, moments, more) if moments else more
+  if moments is None:
+    return Judge(decoder, trunk, model, np.zeros((trunk.config.embed_dim + 1, traits), np.float32), np.zeros(traits))
+  return Judge(decoder, trunk, model, *fit_values(*moments))
+
+
+def _trunk_states(trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows) -> jax.Array:
+  used, adapter = bind(trunk, model)
+  before = (compute_prefix(used, prefix, length, adapter),)
+  return hidden_states(used, rows, adapter=adapter, before=before)[:, 1:]
+
+
+@partial(jax.jit, static_argnames=('longest',))
+def _moments(trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows, longest: int) -> Any:
+  states, mask = _trunk_states(trunk, model, prefix, length, rows), reply_mask(rows)
+  return value_moments(states, read_rewards(model, states), mask, to_come(mask.shape[1], longest))
+
+
+@partial(jax.jit, static_argnames=('longest',))
+def _judge(
+  judge: Judge, prefix: jax.Array, length: jax.Array, rows: Rows, barred: jax.Array, temperature: float, longest: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Scores of each token by every trait, what the critic expects to follow, both [N, R, traits]; and log-probs [N, R]
+  of the starting model."""
+  hidden = hidden_states(judge.decoder, rows, before=(compute_prefix(judge.decoder, prefix, length),))
+  states = _trunk_states(judge.trunk, judge.model, prefix, length, rows)
+  values = read_values(judge.critic, states, to_come(states.shape[1], longest))
+  log_probs = token_log_probs(judge.decoder, hidden, rows, temperature, barred)
+  return read_rewards(judge.model, states) - judge.mean, values, log_probs
+
+
+def roll_out(
+  session: Session, shapes: FixedShapes, judge: Judge, trainable: Any, asked: Sequence[Row], step: int
+) -> Rollout:
+  """Draws replies to the prompts of a step, puts stored ones beside them, and judges all."""
+  config, model = session.config.policy, session.model
+  each, eos = config.replies_per_prompt, model.eos_ids[:1]
+  used, adapter = bind(model.decoder, trainable)
+  asked_of = [item for item in asked for _ in range(each)]
+  names = [f'{step}/{item["id"]}/{i}' for i, item in enumerate(asked_of)]
+  settings = Sampling(config.max_new_tokens, config.temperature, batch_size=config.prompts_per_step * each)
+  drawn = sample(
+    used, [item['prompt'] for item in asked_of], item_keys(session.config.seed, 'policy', names), eos, settings,
+    adapter=adapter, width=config.prompt_width,
+  )  # fmt: skip
+  said = iter(drawn)
+  groups = [Group(item['prompt'], [*(next(said).tokens for _ in range(each)), *item['stored']]) for item in asked]
+  together = each + config.stored_replies
+  rows = shapes.rows(groups, together)
+  group = [item for item in asked for _ in range(together)]
+  fresh = np.tile(np.arange(together) < each, len(asked))
+  scores, values, reference = jax.device_get(
+    _judge(
+      judge, shapes.prefix, shapes.length, shard_batch(rows), shard_batch(barred_ids(fresh, eos[0])),
+      config.temperature, config.max_new_tokens,
+    )
+  )  # fmt: skip
+
+  ends = (rows.tokens[:, 1:] == eos[0]) & reply_mask(rows)
+  mask = reply_mask(rows) & ~(ends & ~fresh[:, None])
+  sampled = np.where(mask, reference, 0.0)
+  sampled[fresh] = pad_values([reply.log_probs for reply in drawn], sampled.shape[1])
+  log_ratio = np.where(mask & fresh[:, None], sampled - reference, 0.0)
+
+  weights = np.array([item['weights'] for item in group], np.float32)
+  scores, values = (np.einsum('nrc,nc->nr', array, weights) for array in (scores, values))
+  # That a reply ends is not the trait's: its end counts as its other tokens do.
+  before_end = rows._replace(lengths=rows.lengths - ends.any(1))
+  rewards = np.asarray(mean_over_tokens(scores, before_end), np.float32)
+  tokens = np.maximum(reply_mask(rows).sum(1, keepdims=True), 1)
+  added = np.where(ends, rewards[:, None], scores) / tokens
+  grouped = (array.reshape(len(asked), together, -1) for array in (added, values, log_ratio, mask))
+  advantages = np.asarray(_advantages(*grouped, config.trace, config.kl)).reshape(mask.shape)
+  advantages = advantages * np.array([item['weight'] for item in group], np.float32)[:, None]
+  return Rollout(group, drawn, rows, fresh, mask, sampled, log_ratio, advantages, rewards)
+
+
+def barred_ids(fresh: np.ndarray, eos: int) -> np.ndarray:
+  """For `engine.score.token_log_probs`: what a stored reply could not have drawn, since it went on."""
+  return np.where(fresh, -1, eos).astype(np.int32)
+
+
+@jax.jit
+def _advantages(
+  added: jax.Array, values: jax.Array, log_ratio: jax.Array, mask: jax.Array, trace: float, kl: float
+) -> jax.Array:
+  """Advantages of each token [M, K, R], among the K replies to each of M prompts."""
+
+  def one(added: jax.Array, values: jax.Array, log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
+    return token_advantages(token_returns(added, values, log_ratio, mask, trace, kl), mask)
+
+  return jax.vmap(one)(added, values, log_ratio, mask)
+
+
+# ---- what is rewarded, and what is stored ----
+
+
+def reward_weights(session: Session) -> dict[str, np.ndarray]:
+  """For each trait that is rewarded, what its messages' replies earn by each trait's direction, [traits].
+
+  One unit is worth the same in each trait. A reply answers for its message's own trait, and by `other_traits` for the
+  rest of the character: else what speaks for one trait at the expense of another would be learned from its messages
+  and lost on the other's.
+  """
+  config = session.config.policy
+  report = json.loads((session.folder('preference') / 'report.json').read_text())
+  left_out = set() if config.keep_unproven_traits else set(report['left_out'])
+  traits = session.character.traits
+  unit = [0.0 if trait.id in left_out else trait.weight / report['train']['reward_std'][trait.id] for trait in traits]
+  shares = np.where(np.eye(len(traits), dtype=bool), 1.0, config.other_traits)
+  return {
+    trait.id: (shares[place] * unit).astype(np.float32)
+    for place, trait in enumerate(traits)
+    if trait.id not in left_out
+  }
+
+
+def stored_replies(session: Session) -> dict[str, list[list[int]]]:
+  """Of the ranked replies, up to `stored_replies` to each message, as tokens: in character and not in turn."""
+  config = session.config.policy
+  found = _replies_by_message(session, _TURNS)
+  return {name: some[: config.stored_replies] for name, some in found.items()}
+
+
+def _replies_by_message(session: Session, conditions: Sequence[str]) -> dict[str, list[list[int]]]:
+  """Tokens of the ranked replies of some conditions to each message, the conditions in turn."""
+  longest = session.config.policy.max_new_tokens
+  found: dict[str, list[tuple[int, int, list[int]]]] = defaultdict(list)
+  for row in replies.load(session):
+    if row['condition'] in conditions:
+      tokens = session.model.reply(row['text'], row['finish'] == 'stop')[:longest]
+      found[row['message']].append((int(row['id'].rsplit('/', 1)[1]), conditions.index(row['condition']), tokens))
+  return defaultdict(list, {name: [tokens for *_, tokens in sorted(some)] for name, some in found.items()})

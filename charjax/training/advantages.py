@@ -1,0 +1,110 @@
+"""What each token of a reply is worth: generalised advantages within a group, and the linear critic they lean on.
+
+Letters: N replies, K replies to one prompt, R reply tokens, C traits, D width.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_RIDGE = 1.0  # of a critic's weights, in units of what the states vary by
+
+
+def token_returns(
+  rewards_kr: jax.Array,
+  values_kr: jax.Array,
+  log_ratio_kr: jax.Array,
+  mask_kr: jax.Array,
+  trace: float,
+  kl: float,
+) -> jax.Array:
+  """What each token of K replies to one prompt answers for, up to what its place has in common, [K, R].
+
+  Generalised advantages (Schulman et al. 2016, eq. 16) without discount: sum over u >= t of trace^(u - t) d_u, with
+  d_u = r_u + v_u - v_(u-1). At trace 1 a token answers for all rewards that follow it, as in GRPO with process
+  rewards (Shao et al. 2024, section 4.1.3), less what the critic expected before it; below 1 the critic stands in
+  for what is far off: less noise, and a bias where it is wrong.
+
+  The penalty kl * log(policy / reference) stands in the reward (Ouyang et al. 2022, eq. 2), where the policy gradient
+  of it is the gradient of the KL divergence; a token answers for all of it that follows, whatever the trace. The
+  usual estimators of KL (k1, k3) put in the loss have another gradient.
+
+  Args:
+    rewards_kr: what each token adds to the reply's reward.
+    values_kr: what the critic expects to follow each token; it is taken as 0 after a reply's last.
+    log_ratio_kr: log(policy / reference) of each token.
+    mask_kr: real reply tokens.
+    trace: from 0 (the next step alone) to 1.
+    kl: the weight of the penalty.
+  """
+  followed = jnp.pad(mask_kr[:, 1:], ((0, 0), (0, 1)))
+  values = jnp.where(followed, values_kr, 0.0)
+  surprise = jnp.where(mask_kr, rewards_kr, 0.0) + values - jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
+
+  def back(later: jax.Array, now: jax.Array) -> tuple[jax.Array, jax.Array]:
+    total = now + trace * later
+    return total, total
+
+  _, earned_rk = jax.lax.scan(back, jnp.zeros(len(surprise)), surprise.T, reverse=True)
+  penalty = jnp.where(mask_kr, kl * log_ratio_kr, 0.0)
+  return jnp.where(mask_kr, earned_rk.T - jnp.cumsum(penalty[:, ::-1], -1)[:, ::-1], 0.0)
+
+
+def token_advantages(returns_kr: jax.Array, mask_kr: jax.Array, epsilon: float = 1e-4) -> jax.Array:
+  """Returns beside those of the same place in the group's other replies, over the group's standard deviation, [K, R].
+
+  GRPO (Shao et al. 2024, section 4.1.2), with a mean for each place, since what is still to come differs by place.
+  """
+  there = jnp.where(mask_kr, returns_kr, 0.0).sum(0) / jnp.maximum(mask_kr.sum(0), 1)
+  centred = jnp.where(mask_kr, returns_kr - there, 0.0)
+  deviation = jnp.sqrt(jnp.square(centred).sum() / jnp.maximum(mask_kr.sum(), 1))
+  return centred / (deviation + epsilon)
+
+
+# ---- the critic ----
+
+
+def to_come(tokens: int, longest: int) -> np.ndarray:
+  """The share of a reply of `longest` tokens that may still follow each of its first `tokens` tokens, [R]."""
+  return np.maximum(1 - np.arange(1, tokens + 1) / longest, 0).astype(np.float32)
+
+
+def value_moments(states_nrd: jax.Array, scores_nrc: jax.Array, mask_nr: jax.Array, share_r: Any) -> Any:
+  """Sums over replies from which `fit_values` finds a critic; a reply's reward is the mean of its tokens' scores.
+
+  Returns:
+    X'X [D + 1, D + 1] and X'Y [D + 1, C + 1] over all tokens, with X a token's state and a constant, times the share
+    of the reply that may follow, and Y what does follow: of the rewards, and of the reply itself. Then the sum of
+    the rewards [C] and the number of replies.
+  """
+  states = jnp.concatenate([states_nrd, jnp.ones((*states_nrd.shape[:2], 1))], -1)
+  x = jnp.where(mask_nr[..., None], states * share_r[:, None], 0.0).reshape(-1, states.shape[-1])
+  tokens_n = jnp.maximum(mask_nr.sum(1), 1)[:, None, None]
+  added = jnp.concatenate([scores_nrc, jnp.ones((*mask_nr.shape, 1))], -1)
+  added = jnp.where(mask_nr[..., None], added / tokens_n, 0.0)
+  follow = jnp.cumsum(added[:, ::-1], 1)[:, ::-1] - added
+  return x.T @ x, x.T @ follow.reshape(len(x), -1), added[..., :-1].sum((0, 1)), mask_nr.any(1).sum()
+
+
+def fit_values(
+  gram: np.ndarray, moment: np.ndarray, rewards: np.ndarray, replies: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """The critic's weights [D + 1, C] and the mean reward [C] that scores are to be counted from.
+
+  Ridge regression that leaves the constant free, of scores less their mean: counted from elsewhere, a reply that
+  ends would seem to give up, or to be spared, what the critic expected to follow.
+  """
+  gram, moment = gram.astype(np.float64), moment.astype(np.float64)
+  mean = np.asarray(rewards, np.float64) / max(float(replies), 1.0)
+  around_mean = np.maximum(np.diag(gram) - gram[-1] ** 2 / np.maximum(gram[-1, -1], 1e-12), 1e-9)
+  around_mean[-1] = 0 if gram[-1, -1] > 0 else 1
+  centred = moment[:, :-1] - moment[:, -1:] * mean
+  weights = np.linalg.solve(gram + _RIDGE * np.diag(around_mean), centred)
+  return weights.astype(np.float32), mean.astype(np.float32)
+
+
+def read_values(weights: jax.Array, states_nrd: jax.Array, share_r: Any) -> jax.Array:
+  """The rewards that the critic expects to follow each token, [N, R, C]."""
+  return (states_nrd @ weights[:-1] + weights[-1]) * share_r[:, None]
