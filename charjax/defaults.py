@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from charjax.errors import UserError
+
 
 def get_config() -> ConfigDict:
   """The defaults of the recipe."""
@@ -85,7 +87,7 @@ def get_config() -> ConfigDict:
   config.policy.kl = 0.04
   config.policy.clip = 0.2
   config.policy.trace = 1.0  # lambda of generalised advantages; below 1 a critic stands in for what is far off
-  config.policy.other_traits = 0.0  # share of the other traits' rewards in a reply's, beside its own trait's
+  config.policy.other_traits = 0.0  # what a reply earns by the rest of the character, beside 1 by its own trait
   config.policy.neutral_weight = 1.0  # of the exact KL on neutral messages
   config.policy.warmup = 5
   config.policy.weight_decay = 0.0
@@ -104,3 +106,28 @@ def get_config() -> ConfigDict:
   config.evaluation.probes = ''  # JSON Lines: trait, message, consistent, inconsistent
   config.evaluation.neutral = ''  # JSON Lines: message, reference, expect (regex or null)
   return config
+
+
+def check(config: ConfigDict) -> None:
+  """What the types of fields cannot say.
+
+  Raises:
+    UserError: naming the field and what it may be.
+  """
+  policy, preference, replies = config.policy, config.preference, config.replies
+  if not 0 < preference.depth <= 1:
+    raise UserError(f'config.preference.depth is {preference.depth}; it must be above 0 and at most 1')
+  if not 0 <= preference.head_plain < 1:
+    raise UserError(f'config.preference.head_plain is {preference.head_plain}; it must be at least 0 and below 1')
+  if not 0 <= policy.trace <= 1:
+    raise UserError(f'config.policy.trace is {policy.trace}; it must be from 0 to 1')
+  if policy.trace < 1 and replies.plain < 1:
+    raise UserError(
+      f'config.policy.trace is {policy.trace}, whose critic learns from plain replies; set config.replies.plain to 1 '
+      'or more, or the trace to 1'
+    )
+  if policy.max_new_tokens > replies.max_new_tokens and (policy.trace < 1 or policy.stored_replies):
+    raise UserError(
+      f'config.policy.max_new_tokens is {policy.max_new_tokens}, and the ranked replies that the policy learns from '
+      f'have at most {replies.max_new_tokens} tokens; lower it, or raise config.replies.max_new_tokens'
+    )

@@ -22,6 +22,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from charjax import character as characters
+from charjax import defaults
 from charjax import workdir as workdirs
 from charjax.errors import UserError
 from charjax.stages import STAGES
@@ -143,8 +144,6 @@ def _read_config(spec: str, changes: Sequence[str]) -> ml_collections.ConfigDict
   Raises:
     UserError: the file fails, or a field is unknown or has the wrong type.
   """
-  from charjax import defaults
-
   match = re.fullmatch(r'(.+?\.py)(?:[:,](.*))?', spec, re.DOTALL)
   if not match:
     raise UserError(f'--config={spec}: not a Python file; give FILE.py')
@@ -270,6 +269,7 @@ def _prepare(config: ml_collections.ConfigDict, workdir: epath.Path) -> workdirs
   Raises:
     UserError: naming the first thing that is.
   """
+  defaults.check(config)
   character = characters.select(characters.load(config.character.path), config.character.traits)
   _model_is_there(config.model.path)
   if config.evaluation.probes or config.evaluation.neutral:

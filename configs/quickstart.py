@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
   config.policy.stored_replies = 4
   config.policy.temperature = 0.7
   config.policy.trace = 0.9
-  config.policy.other_traits = 0.3
+  config.policy.other_traits = 0.6
   config.policy.kl = 0.1
   config.policy.clip = 0.5
   config.policy.neutral_weight = 2.0

@@ -20,11 +20,15 @@ def get_config() -> ConfigDict:
   config.messages.heldout_neutral = 80
 
   config.replies.max_new_tokens = 96
-  config.preference.epochs = 0.0  # what the quickstart measured: heads on the starting weights
+  # What the quickstart measured: heads on the starting weights, at two thirds of their depth.
+  config.preference.epochs = 0.0
+  config.preference.depth = 0.67
 
   config.policy.lora_rank = 16
   config.policy.learning_rate = 2e-4
   config.policy.temperature = 0.8
+  config.policy.trace = 0.9
+  config.policy.other_traits = 0.6
   config.policy.steps = 200
   config.policy.prompts_per_step = 16
   config.policy.max_new_tokens = 96

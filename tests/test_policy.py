@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from charjax.character import Character, Trait
@@ -50,28 +51,41 @@ def test_stored_replies_take_turns_in_and_out_of_character(tmp_path):
   assert everything['no such message'] == []
 
 
-def test_a_reply_earns_by_its_own_trait_and_by_a_share_of_the_others(tmp_path):
+def test_a_reply_earns_by_its_own_trait_and_by_a_share_of_the_rest(tmp_path):
   (tmp_path / 'preference').mkdir()
   report = {'left_out': ['c'], 'train': {'reward_std': {'a': 0.5, 'b': 4.0, 'c': 1.0}}}
   (tmp_path / 'preference' / 'report.json').write_text(json.dumps(report))
-  found = rollouts.reward_weights(Run(tmp_path, other_traits=0.5, keep_unproven_traits=False))
-  assert {name: weights.tolist() for name, weights in found.items()} == {'a': [2.0, 0.25, 0.0], 'b': [1.0, 0.5, 0.0]}
-  kept = rollouts.reward_weights(Run(tmp_path, other_traits=0.0, keep_unproven_traits=True))
-  assert kept['c'].tolist() == [0.0, 0.0, 1.0]
+  found = rollouts.earnings(Run(tmp_path, other_traits=0.5, keep_unproven_traits=False))
+  assert {name: earns.tolist() for name, earns in found.items()} == {'a': [2.0, 0.125, 0.0], 'b': [1.0, 0.25, 0.0]}
+  everything = rollouts.earnings(Run(tmp_path, other_traits=0.6, keep_unproven_traits=True))
+  # Of weights 1, 2, 1: the rest of trait a is two parts b and one part c.
+  np.testing.assert_allclose(everything['a'], [2.0, 0.4 / 4, 0.2], rtol=1e-6)
+  assert rollouts.earnings(Run(tmp_path, other_traits=0.0, keep_unproven_traits=True))['c'].tolist() == [0, 0, 1]
+
+
+SHARE = np.array([0.75, 0.5, 0.25, 0], np.float32)
 
 
 def test_advantages_are_among_the_replies_to_one_prompt():
   rng = np.random.default_rng(0)
-  added, values = rng.normal(size=(2, 2, 3, 4)).astype(np.float32)
+  scores, values = rng.normal(size=(2, 2, 3, 4)).astype(np.float32)
   mask = np.ones((2, 3, 4), bool)
   mask[1, 1, 2:] = False
-  found = np.asarray(rollouts._advantages(added, values, np.zeros_like(added), mask, 0.9, 0.1))
+  found = np.asarray(rollouts._advantages(scores, values, np.zeros_like(scores), mask, SHARE, 0.9, 0.1))
   np.testing.assert_allclose(found.sum(1), 0, atol=1e-4)
   assert not found[~mask].any()
   # Another prompt's replies, however good, change nothing.
-  added[1] += 100
-  again = np.asarray(rollouts._advantages(added, values, np.zeros_like(added), mask, 0.9, 0.1))
+  scores[1] += 100
+  again = np.asarray(rollouts._advantages(scores, values, np.zeros_like(scores), mask, SHARE, 0.9, 0.1))
   np.testing.assert_allclose(again[0], found[0], atol=1e-5)
+
+
+@pytest.mark.parametrize('trace', [0.5, 1.0])
+def test_of_replies_that_are_as_good_a_token_none_is_better_for_its_length(trace):
+  scores, mask = np.full((1, 2, 4), 3.0, np.float32), np.arange(4) < np.array([2, 4])[:, None]
+  values = 3.0 * SHARE * np.ones_like(scores)  # a critic that expects just that
+  found = np.asarray(rollouts._advantages(scores, values, np.zeros_like(scores), mask[None], SHARE, trace, 0.1))
+  np.testing.assert_allclose(found, 0, atol=1e-3)
 
 
 def test_only_a_stored_reply_is_known_to_have_gone_on():

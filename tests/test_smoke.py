@@ -83,6 +83,13 @@ def test_summary_has_its_form(finished):
   assert {'neutral', 'side_effects', 'internalisation', 'probes'} <= set(summary)
 
 
+def test_what_was_drawn_and_stored_is_scored_under_its_own_distribution(finished):
+  workdir, _ = finished
+  first = json.loads((workdir / 'policy' / 'metrics.jsonl').read_text().splitlines()[0])
+  # Before the first update the policy is the starting model: one program must say of each token what the others do.
+  assert first['logprob_gap'] < 1e-4 and abs(first['kl']) < 1e-4
+
+
 def test_messages_are_split_by_message(finished):
   workdir, _ = finished
   rows = [json.loads(line) for line in (workdir / 'messages' / 'messages.jsonl').read_text().splitlines()]

@@ -22,7 +22,7 @@ from charjax.mesh import shard_batch
 from charjax.model.decoder import logits
 from charjax.progress import Metrics, Progress
 from charjax.stages import messages, prompts
-from charjax.stages.rollouts import Rollout, barred_ids, make_judge, reward_weights, roll_out, stored_replies
+from charjax.stages.rollouts import Rollout, barred_ids, earnings, make_judge, roll_out, stored_replies
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
 from charjax.training.heads import bind, make_trainable
@@ -119,8 +119,8 @@ def load(session: Session) -> Any:
 
 def _trait_prompts(session: Session) -> list[Row]:
   """Training messages of the traits whose preference model is better than chance, with what rewards their replies."""
-  weights = reward_weights(session)
-  if not weights:
+  earns = earnings(session)
+  if not earns:
     raise UserError(
       'policy: no trait has a preference model better than chance, so there is nothing to reward; see '
       'preference/report.json, or set config.policy.keep_unproven_traits=True'
@@ -134,11 +134,11 @@ def _trait_prompts(session: Session) -> list[Row]:
       'text': row['text'],
       'prompt': session.model.prompt(prompts.alone(row['text'])),
       'weight': weight[row['trait']],
-      'weights': weights[row['trait']],
+      'earns': earns[row['trait']],
       'stored': stored[row['id']],
     }
     for row in messages.load(session)
-    if row['split'] == 'train' and row['trait'] in weights
+    if row['split'] == 'train' and row['trait'] in earns
   ]
 
 

@@ -1,7 +1,8 @@
 """preference: two preference models are trained on the rankings; neither ever sees the text of a trait.
 
-A preference model is a trunk (the starting weights, trained on or left as they are) and a head with a direction for
-each trait. The head is fitted to the trunk as it is; then both are trained, for as many epochs as the config says.
+A preference model is a trunk (the lower layers of the starting weights, trained on or left as they are) and a head
+with a direction for each trait. The head is fitted to the trunk as it is; then both are trained, for as many epochs as
+the config says.
 
 Reads the character's pairs (to measure only), messages/, replies/ and rankings/; writes Orbax checkpoints of the
 model that rewards the policy (`train`) and of the held-out judge (`judge`), which see disjoint messages, and
@@ -51,9 +52,9 @@ def run(session: Session) -> Row:
     )
   halves = {'train': examples[0::2], 'judge': examples[1::2]}
   steps = {name: math.ceil(len(half) * config.epochs / config.messages_per_batch) for name, half in halves.items()}
-  kept = _kept_pairs(session)
+  kept, lower = _kept_pairs(session), trunk(session)
   with Progress('reply states', len(examples), 'messages') as bar:
-    _add_states(session, {}, examples, bar)
+    _add_states(lower, {}, examples, bar)
   trained = {}
   with Progress('preference', config.head_steps * 2 + sum(steps.values()), 'steps') as bar:
     for name in MODELS:
@@ -64,9 +65,9 @@ def run(session: Session) -> Row:
   for name in MODELS:
     some = unseen[name][: config.measured_messages]
     if steps[name]:
-      _add_states(session, trained[name], some)
+      _add_states(lower, trained[name], some)
     if steps[name] or name == MODELS[0]:
-      _add_states(session, trained[name], kept)
+      _add_states(lower, trained[name], kept)
     report[name] = _measure(session, trained[name], some, kept)
   found = report['train']['kept']
   report['left_out'] = [trait.id for trait in traits if not _better_than_chance(found[trait.id])]
@@ -110,7 +111,7 @@ def _examples(session: Session) -> list[Row]:
   return examples
 
 
-def _add_states(session: Session, trainable: Any, examples: Sequence[Row], bar: Progress | None = None) -> None:
+def _add_states(lower: Decoder, trainable: Any, examples: Sequence[Row], bar: Progress | None = None) -> None:
   """Gives each example the `states` [K, D] of its replies."""
   each = max((len(example['replies']) for example in examples), default=1)
   size = max(1, _REPLIES_AT_ONCE // each)
@@ -118,7 +119,7 @@ def _add_states(session: Session, trainable: Any, examples: Sequence[Row], bar: 
     some = examples[begin : begin + size]
     asked = [example['prompt'] for example in some for _ in example['replies']]
     said = [reply for example in some for reply in example['replies']]
-    found = iter(reply_states(trunk(session), trainable, asked, said, batch_size=size * each))
+    found = iter(reply_states(lower, trainable, asked, said, batch_size=size * each))
     for example in some:
       example['states'] = np.stack([next(found) for _ in example['replies']])
     if bar:
@@ -239,8 +240,6 @@ def _merge_metrics(session: Session) -> None:
 def trunk(session: Session) -> Decoder:
   """The starting weights up to the layer that the heads read."""
   decoder, depth = session.model.decoder, session.config.preference.depth
-  if not 0 < depth <= 1:
-    raise UserError(f'config.preference.depth is {depth}; it must be above 0 and at most 1')
   return lower_layers(decoder, max(1, round(depth * decoder.config.num_layers)))
 
 

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from charjax.engine.batch import compute_prefix, item_keys
@@ -60,8 +61,8 @@ class Judge(NamedTuple):
   decoder: Decoder
   trunk: Decoder
   model: Any
-  critic: Any
-  mean: Any
+  critic: np.ndarray
+  mean: np.ndarray
 
 
 class Rollout(NamedTuple):
@@ -93,45 +94,52 @@ class Rollout(NamedTuple):
 def make_judge(session: Session, shapes: FixedShapes, asked: Sequence[Row]) -> Judge:
   """The judge of a policy: its critic is fitted to the starting model's plain replies to the messages `asked`."""
   decoder, trunk, model = session.model.decoder, preference.trunk(session), preference.load(session, 'train')
-  longest = session.config.policy.max_new_tokens
+  longest, eos = session.config.policy.max_new_tokens, session.model.eos_ids[0]
   each = max(1, session.config.replies.plain)
   plain = _replies_by_message(session, ('plain',))
   groups = [Group(item['prompt'], plain[item['id']][:each]) for item in asked if plain[item['id']]]
   size = max(1, _CRITIC_ROWS // each)
-  traits = len(session.character.traits)
   moments = None
-  for begin in range(0, len(groups), size):
+  for begin in range(0, max(1, len(groups)), size):
     rows = shapes.rows(groups[begin : begin + size], each, size)
-    more = jax.device_get(_moments(trunk, model, shapes.prefix, shapes.length, shard_batch(rows), longest))
+    more = jax.device_get(_moments(trunk, model, shapes.prefix, shapes.length, shard_batch(rows), eos, longest))
     moments = jax.tree.map(np.add, moments, more) if moments else more
-  if moments is None:
-    return Judge(decoder, trunk, model, np.zeros((trunk.config.embed_dim + 1, traits), np.float32), np.zeros(traits))
   return Judge(decoder, trunk, model, *fit_values(*moments))
 
 
-def _trunk_states(trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows) -> jax.Array:
+def _token_scores(
+  trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows, eos: int
+) -> tuple[jax.Array, jax.Array]:
+  """States [N, R, D] of each token and its scores [N, R, traits]."""
   used, adapter = bind(trunk, model)
   before = (compute_prefix(used, prefix, length, adapter),)
-  return hidden_states(used, rows, adapter=adapter, before=before)[:, 1:]
+  states = hidden_states(used, rows, adapter=adapter, before=before)[:, 1:]
+  scores = read_rewards(model, states)
+  # That a reply ends is not the trait's: its end counts as its other tokens do.
+  ends = (rows.tokens[:, 1:] == eos) & reply_mask(rows)
+  others = mean_over_tokens(scores, rows._replace(lengths=rows.lengths - ends.any(1)))
+  return states, jnp.where(ends[..., None], others[:, None], scores)
 
 
 @partial(jax.jit, static_argnames=('longest',))
-def _moments(trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows, longest: int) -> Any:
-  states, mask = _trunk_states(trunk, model, prefix, length, rows), reply_mask(rows)
-  return value_moments(states, read_rewards(model, states), mask, to_come(mask.shape[1], longest))
+def _moments(
+  trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows, eos: int, longest: int
+) -> Any:
+  mask = reply_mask(rows)
+  return value_moments(*_token_scores(trunk, model, prefix, length, rows, eos), mask, to_come(mask.shape[1], longest))
 
 
 @partial(jax.jit, static_argnames=('longest',))
 def _judge(
-  judge: Judge, prefix: jax.Array, length: jax.Array, rows: Rows, barred: jax.Array, temperature: float, longest: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  judge: Judge, prefix: jax.Array, length: jax.Array, rows: Rows, barred: jax.Array, eos: int, temperature: float,
+  longest: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
   """Scores of each token by every trait, what the critic expects to follow, both [N, R, traits]; and log-probs [N, R]
   of the starting model."""
   hidden = hidden_states(judge.decoder, rows, before=(compute_prefix(judge.decoder, prefix, length),))
-  states = _trunk_states(judge.trunk, judge.model, prefix, length, rows)
+  states, scores = _token_scores(judge.trunk, judge.model, prefix, length, rows, eos)
   values = read_values(judge.critic, states, to_come(states.shape[1], longest))
-  log_probs = token_log_probs(judge.decoder, hidden, rows, temperature, barred)
-  return read_rewards(judge.model, states) - judge.mean, values, log_probs
+  return scores - judge.mean, values, token_log_probs(judge.decoder, hidden, rows, temperature, barred)
 
 
 def roll_out(
@@ -156,7 +164,7 @@ def roll_out(
   fresh = np.tile(np.arange(together) < each, len(asked))
   scores, values, reference = jax.device_get(
     _judge(
-      judge, shapes.prefix, shapes.length, shard_batch(rows), shard_batch(barred_ids(fresh, eos[0])),
+      judge, shapes.prefix, shapes.length, shard_batch(rows), shard_batch(barred_ids(fresh, eos[0])), eos[0],
       config.temperature, config.max_new_tokens,
     )
   )  # fmt: skip
@@ -167,15 +175,12 @@ def roll_out(
   sampled[fresh] = pad_values([reply.log_probs for reply in drawn], sampled.shape[1])
   log_ratio = np.where(mask & fresh[:, None], sampled - reference, 0.0)
 
-  weights = np.array([item['weights'] for item in group], np.float32)
-  scores, values = (np.einsum('nrc,nc->nr', array, weights) for array in (scores, values))
-  # That a reply ends is not the trait's: its end counts as its other tokens do.
-  before_end = rows._replace(lengths=rows.lengths - ends.any(1))
-  rewards = np.asarray(mean_over_tokens(scores, before_end), np.float32)
-  tokens = np.maximum(reply_mask(rows).sum(1, keepdims=True), 1)
-  added = np.where(ends, rewards[:, None], scores) / tokens
-  grouped = (array.reshape(len(asked), together, -1) for array in (added, values, log_ratio, mask))
-  advantages = np.asarray(_advantages(*grouped, config.trace, config.kl)).reshape(mask.shape)
+  earns = np.array([item['earns'] for item in group], np.float32)
+  scores, values = (np.einsum('nrc,nc->nr', array, earns) for array in (scores, values))
+  rewards = np.asarray(mean_over_tokens(scores, rows), np.float32)
+  grouped = (array.reshape(len(asked), together, -1) for array in (scores, values, log_ratio, mask))
+  share = to_come(mask.shape[1], config.max_new_tokens)
+  advantages = np.asarray(_advantages(*grouped, share, config.trace, config.kl)).reshape(mask.shape)
   advantages = advantages * np.array([item['weight'] for item in group], np.float32)[:, None]
   return Rollout(group, drawn, rows, fresh, mask, sampled, log_ratio, advantages, rewards)
 
@@ -187,44 +192,53 @@ def barred_ids(fresh: np.ndarray, eos: int) -> np.ndarray:
 
 @jax.jit
 def _advantages(
-  added: jax.Array, values: jax.Array, log_ratio: jax.Array, mask: jax.Array, trace: float, kl: float
+  scores: jax.Array, values: jax.Array, log_ratio: jax.Array, mask: jax.Array, share: jax.Array, trace: float, kl: float
 ) -> jax.Array:
   """Advantages of each token [M, K, R], among the K replies to each of M prompts."""
 
-  def one(added: jax.Array, values: jax.Array, log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
-    return token_advantages(token_returns(added, values, log_ratio, mask, trace, kl), mask)
+  def one(scores: jax.Array, values: jax.Array, log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
+    tokens = jnp.maximum(mask.sum(1, keepdims=True), 1)
+    rewards = (jnp.where(mask, scores, 0.0) / tokens).sum(1)
+    # Counted from what these replies earn on average: else those that end sooner would seem to forgo, or to be
+    # spared, what all of them earn a token.
+    level = rewards.sum() / jnp.maximum(mask.any(1).sum(), 1)
+    returns = token_returns((scores - level) / tokens, values - level * share, log_ratio, mask, trace, kl)
+    return token_advantages(returns, mask)
 
-  return jax.vmap(one)(added, values, log_ratio, mask)
+  return jax.vmap(one)(scores, values, log_ratio, mask)
 
 
 # ---- what is rewarded, and what is stored ----
 
 
-def reward_weights(session: Session) -> dict[str, np.ndarray]:
-  """For each trait that is rewarded, what its messages' replies earn by each trait's direction, [traits].
+def earnings(session: Session) -> dict[str, np.ndarray]:
+  """For each trait that is rewarded, what a reply to one of its messages earns by each trait's direction, [traits].
 
-  One unit is worth the same in each trait. A reply answers for its message's own trait, and by `other_traits` for the
-  rest of the character: else what speaks for one trait at the expense of another would be learned from its messages
-  and lost on the other's.
+  Rewards are in units of each trait's spread. A reply earns by its message's own trait, and by a share `other_traits`
+  by the rest of the character (the mean of the others by their weights): else what speaks for one trait at the
+  expense of another would be learned from its messages and lost on the other's.
   """
   config = session.config.policy
   report = json.loads((session.folder('preference') / 'report.json').read_text())
   left_out = set() if config.keep_unproven_traits else set(report['left_out'])
   traits = session.character.traits
-  unit = [0.0 if trait.id in left_out else trait.weight / report['train']['reward_std'][trait.id] for trait in traits]
-  shares = np.where(np.eye(len(traits), dtype=bool), 1.0, config.other_traits)
-  return {
-    trait.id: (shares[place] * unit).astype(np.float32)
-    for place, trait in enumerate(traits)
-    if trait.id not in left_out
-  }
+  spread = np.array([report['train']['reward_std'][trait.id] for trait in traits])
+  weight = np.array([0.0 if trait.id in left_out else trait.weight for trait in traits])
+  found = {}
+  for place, trait in enumerate(traits):
+    if trait.id not in left_out:
+      others = np.where(np.arange(len(traits)) == place, 0.0, weight)
+      share = config.other_traits * others / max(others.sum(), 1e-8)
+      share[place] = 1.0
+      found[trait.id] = (share / spread).astype(np.float32)
+  return found
 
 
 def stored_replies(session: Session) -> dict[str, list[list[int]]]:
   """Of the ranked replies, up to `stored_replies` to each message, as tokens: in character and not in turn."""
-  config = session.config.policy
-  found = _replies_by_message(session, _TURNS)
-  return {name: some[: config.stored_replies] for name, some in found.items()}
+  most = session.config.policy.stored_replies
+  found = _replies_by_message(session, _TURNS if most else ())
+  return defaultdict(list, {name: some[:most] for name, some in found.items()})
 
 
 def _replies_by_message(session: Session, conditions: Sequence[str]) -> dict[str, list[list[int]]]:

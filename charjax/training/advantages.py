@@ -85,7 +85,8 @@ def value_moments(states_nrd: jax.Array, scores_nrc: jax.Array, mask_nr: jax.Arr
   added = jnp.concatenate([scores_nrc, jnp.ones((*mask_nr.shape, 1))], -1)
   added = jnp.where(mask_nr[..., None], added / tokens_n, 0.0)
   follow = jnp.cumsum(added[:, ::-1], 1)[:, ::-1] - added
-  return x.T @ x, x.T @ follow.reshape(len(x), -1), added[..., :-1].sum((0, 1)), mask_nr.any(1).sum()
+  gram, moment = (jnp.matmul(x.T, y, precision='highest') for y in (x, follow.reshape(len(x), -1)))
+  return gram, moment, added[..., :-1].sum((0, 1)), mask_nr.any(1).sum()
 
 
 def fit_values(
@@ -98,7 +99,9 @@ def fit_values(
   """
   gram, moment = gram.astype(np.float64), moment.astype(np.float64)
   mean = np.asarray(rewards, np.float64) / max(float(replies), 1.0)
-  around_mean = np.maximum(np.diag(gram) - gram[-1] ** 2 / np.maximum(gram[-1, -1], 1e-12), 1e-9)
+  diagonal = np.diag(gram)
+  # The floor keeps a state that never varies, and no replies at all, solvable.
+  around_mean = np.maximum(diagonal - gram[-1] ** 2 / max(gram[-1, -1], 1e-12), 1e-6 * diagonal + 1e-12)
   around_mean[-1] = 0 if gram[-1, -1] > 0 else 1
   centred = moment[:, :-1] - moment[:, -1:] * mean
   weights = np.linalg.solve(gram + _RIDGE * np.diag(around_mean), centred)
