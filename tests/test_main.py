@@ -105,6 +105,11 @@ def test_a_mistake_ends_in_one_line(tmp_path, config, capsys, arguments, expecte
     ('--config.character.path={tmp}/none.toml', 'cannot read this character'),
     ("--config.character.traits=('humility',)", 'humility'),
     ('--config.evaluation.probes={tmp}/none.jsonl', 'none.jsonl'),
+    ('--config.preference.depth=1.5', 'preference.depth is 1.5; it must be above 0 and at most 1'),
+    ('--config.preference.head_plain=1.0', 'preference.head_plain is 1.0; it must be at least 0 and below 1'),
+    ('--config.policy.trace=-0.5', 'policy.trace is -0.5; it must be from 0 to 1'),
+    ('--config.replies.plain=0', 'whose critic learns from plain replies; set config.replies.plain to 1'),
+    ('--config.policy.max_new_tokens=600', 'policy.max_new_tokens is 600, and the ranked replies'),
   ],
 )
 def test_a_wrong_setting_ends_in_one_line(tmp_path, config, capsys, change, expected):

@@ -99,7 +99,7 @@ def make_judge(session: Session, shapes: FixedShapes, asked: Sequence[Row]) -> J
   plain = _replies_by_message(session, ('plain',))
   groups = [Group(item['prompt'], plain[item['id']][:each]) for item in asked if plain[item['id']]]
   size = max(1, _CRITIC_ROWS // each)
-  moments = None
+  moments: Any = None
   for begin in range(0, max(1, len(groups)), size):
     rows = shapes.rows(groups[begin : begin + size], each, size)
     more = jax.device_get(_moments(trunk, model, shapes.prefix, shapes.length, shard_batch(rows), eos, longest))

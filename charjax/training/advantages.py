@@ -108,6 +108,6 @@ def fit_values(
   return weights.astype(np.float32), mean.astype(np.float32)
 
 
-def read_values(weights: jax.Array, states_nrd: jax.Array, share_r: Any) -> jax.Array:
+def read_values(weights: Any, states_nrd: jax.Array, share_r: Any) -> jax.Array:
   """The rewards that the critic expects to follow each token, [N, R, C]."""
   return (states_nrd @ weights[:-1] + weights[-1]) * share_r[:, None]
