@@ -42,23 +42,23 @@ def get_config() -> ConfigDict:
   config.preference.depth = 0.67
 
   config.policy.lora_rank = 16
-  config.policy.learning_rate = 8e-4
-  config.policy.steps = 40
+  config.policy.learning_rate = 1.5e-3
+  config.policy.steps = 36
   config.policy.warmup = 3
-  config.policy.save_every = 10
+  config.policy.save_every = 12
   config.policy.prompts_per_step = 10
   config.policy.replies_per_prompt = 4
   config.policy.stored_replies = 4
   config.policy.temperature = 0.7
   config.policy.trace = 0.9
   config.policy.other_traits = 0.6
-  config.policy.kl = 0.1
+  config.policy.kl = 0.05
   config.policy.clip = 0.5
   config.policy.neutral_weight = 2.0
   # With the prompt's last token 32: rows of training are padded to that width.
   config.policy.max_new_tokens = 31
   config.policy.prompt_width = 48
-  config.policy.samples_every = 5
+  config.policy.samples_every = 6
 
   config.evaluation.temperature = 0.7
   config.evaluation.top_p = 1.0
