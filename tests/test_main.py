@@ -17,8 +17,8 @@ from charjax import defaults
 def get_config(name='plain'):
   config = defaults.get_config()
   config.model.path = 'random'
-  config.policy.trace = 0.9
   config.seed = 7
+  config.policy.trace = 0.9
   if name == 'seeded':
     config.seed = 8
   return config

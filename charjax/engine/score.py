@@ -146,7 +146,6 @@ def token_log_probs(
   def one(hidden_nd: jax.Array, ids_n: jax.Array, *barred_n: jax.Array) -> jax.Array:
     scaled = logits(decoder, hidden_nd) / temperature
     for each_n in barred_n:
-      # Finite: what is barred and stands there all the same must not turn the gradients of others into NaN.
       scaled = jnp.where(jnp.arange(scaled.shape[-1]) == each_n[:, None], -1e9, scaled)
     chosen = jnp.take_along_axis(scaled, ids_n[:, None], 1)[:, 0]
     return chosen - jax.nn.logsumexp(scaled, -1)
