@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
   config.preference = ConfigDict()
   config.preference.head_steps = 60  # of fitting the heads to the starting weights, before anything else is trained
   config.preference.head_decay = 0.1
-  config.preference.head_plain = 0.1  # share of the penalty on what varies among plain replies, where no trait speaks
+  config.preference.head_plain = 0.05  # share of the penalty on what varies among plain replies, where no trait speaks
   config.preference.depth = 1.0  # share of the layers that the heads read through
   config.preference.lora_rank = 0  # 0 trains all parameters
   config.preference.learning_rate = 3e-6
