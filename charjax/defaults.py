@@ -80,14 +80,15 @@ def get_config() -> ConfigDict:
   config.policy.steps = 200
   config.policy.prompts_per_step = 64
   config.policy.replies_per_prompt = 8
-  config.policy.stored_replies = 0  # of the ranked replies to the same message, beside those that are drawn
+  # Of the ranked replies to the same message, beside those that are drawn: shown, opposed and plain in turn.
+  config.policy.stored_replies = 0
   config.policy.temperature = 1.0
   config.policy.max_new_tokens = 512
   config.policy.prompt_width = 64
   config.policy.kl = 0.04
   config.policy.clip = 0.2
   config.policy.trace = 1.0  # lambda of generalised advantages; below 1 a critic stands in for what is far off
-  config.policy.other_traits = 0.0  # what a reply earns by the rest of the character, beside 1 by its own trait
+  config.policy.other_traits = 0.0  # what a reply earns by all other traits together, beside 1 by its own
   config.policy.neutral_weight = 1.0  # of the exact KL on neutral messages
   config.policy.warmup = 5
   config.policy.weight_decay = 0.0
@@ -108,13 +109,46 @@ def get_config() -> ConfigDict:
   return config
 
 
+_LEAST = {
+  'messages': {'train_per_trait': 1, 'heldout_per_trait': 0, 'train_neutral': 1, 'heldout_neutral': 0, 'batch_size': 1},
+  'replies': {'shown': 0, 'plain': 0, 'opposed': 0, 'batch_size': 1, 'max_new_tokens': 1},
+  'rankings': {'messages_per_chunk': 1, 'batch_size': 1},
+  'preference': {'epochs': 0, 'messages_per_batch': 1, 'save_every': 1},
+  'policy': {
+    'steps': 1, 'prompts_per_step': 1, 'replies_per_prompt': 1, 'stored_replies': 0, 'max_new_tokens': 1, 'kl': 0,
+    'other_traits': 0, 'neutral_weight': 0, 'save_every': 1, 'samples_every': 1,
+  },
+  'evaluation': {'batch_size': 1, 'max_new_tokens': 1},
+}  # fmt: skip
+_CHOICES = {
+  'replies.show': ('trait', 'character'),
+  'rankings.ranker': ('auto', 'likelihood', 'pairwise', 'pointwise'),
+}
+
+
 def check(config: ConfigDict) -> None:
   """What the types of fields cannot say.
 
   Raises:
     UserError: naming the field and what it may be.
   """
+  for section, fields in _LEAST.items():
+    for field, least in fields.items():
+      if config[section][field] < least:
+        raise UserError(f'config.{section}.{field} is {config[section][field]}; it must be at least {least}')
+  for name, choices in _CHOICES.items():
+    section, field = name.split('.')
+    if config[section][field] not in choices:
+      raise UserError(f'config.{name} is {config[section][field]!r}; choose from {", ".join(choices)}')
   policy, preference, replies = config.policy, config.preference, config.replies
+  if policy.replies_per_prompt + policy.stored_replies < 2:
+    raise UserError(
+      'config.policy.replies_per_prompt is 1, and a reply is judged beside others to the same message; set it to 2 or '
+      'more, or config.policy.stored_replies to 1'
+    )
+  ranked = replies.shown + replies.plain + replies.opposed
+  if policy.stored_replies > ranked:
+    raise UserError(f'config.policy.stored_replies is {policy.stored_replies}, and only {ranked} a message are ranked')
   if not 0 < preference.depth <= 1:
     raise UserError(f'config.preference.depth is {preference.depth}; it must be above 0 and at most 1')
   if not 0 <= preference.head_plain < 1:

@@ -110,6 +110,12 @@ def test_a_mistake_ends_in_one_line(tmp_path, config, capsys, arguments, expecte
     ('--config.preference.head_plain=1.0', 'preference.head_plain is 1.0; it must be at least 0 and below 1'),
     ('--config.policy.trace=-0.5', 'policy.trace is -0.5; it must be from 0 to 1'),
     ('--config.replies.plain=0', 'whose critic learns from plain replies; set config.replies.plain to 1'),
+    ('--config.messages.train_neutral=0', 'messages.train_neutral is 0; it must be at least 1'),
+    ('--config.policy.kl=-1.0', 'policy.kl is -1.0; it must be at least 0'),
+    ('--config.replies.show=all', "replies.show is 'all'; choose from trait, character"),
+    ('--config.rankings.ranker=best', "rankings.ranker is 'best'; choose from auto"),
+    ('--config.policy.replies_per_prompt=1', 'a reply is judged beside others to the same message'),
+    ('--config.policy.stored_replies=99', 'policy.stored_replies is 99, and only 7 a message are ranked'),
     ('--config.policy.max_new_tokens=600', 'policy.max_new_tokens is 600, and the ranked replies'),
   ],
 )

@@ -184,7 +184,7 @@ def test_says_what_the_intervals_carry(page):
   text = html.unescape(re.sub(r'\s+', ' ', page))
   assert 'Training moved 3 of 4 traits clearly towards the character.' in text
   assert 'the change is not clear of zero for honesty' in text
-  assert 'the ranker hardly sees this trait' in text and 'left out of the reward' in text
+  assert 'not told from chance on its choosing pairs' in text and 'left out of the reward' in text
   assert 'I was not trained' not in text  # a trait of the character that this run left out
 
 

@@ -215,7 +215,8 @@ def test_a_stage_without_what_it_reads_is_refused(tmp_path):
 
 # A stage of five chunks that says so as each begins, and takes its time over the third.
 _PROGRAM = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without one
 sys.path.insert(0, {tests!r})
 from test_workdir import Stage, make_session, workdirs
 slow, count = sys.argv[2] == 'slow', int(sys.argv[3])

@@ -24,12 +24,15 @@ _POLICY_CURVES = {
   'reward': ('Reward', 'preference-model score'),
   'kl': ('Distance from the starting model', 'nats per token'),
   'neutral_kl': ('Distance on neutral messages', 'nats per token'),
+  'penalised_reward': ('Reward less the KL penalty', 'preference-model score'),
   'length': ('Length of a sampled reply', 'tokens'),
+  'ended': ('Replies that ended', 'share of replies'),
   'entropy': ('Entropy of the policy', 'nats per token'),
   'loss': ('Loss', 'loss'),
   'clip_fraction': ('Clipped ratios', 'share of tokens'),
   'logprob_gap': ('Sampler against trainer', 'log-prob gap, nats per token'),
   'grad_norm': ('Gradient norm', 'norm'),
+  'skipped': ('Steps left out, not finite', 'share of steps'),
 }
 _PREFERENCE_CURVES = {
   'loss': ('Loss', 'nats per pair'),
@@ -207,7 +210,7 @@ def _traits(run: Run, groups: Sequence['Group']) -> list[TraitView]:
       opposites={str(key): str(text) for key, text in section(trait, 'opposites').items()},
       verdict=words.verdict(margin['delta']),
       warnings=[
-        *(['the ranker hardly sees this trait'] if name in weak else []),
+        *(['not told from chance on its choosing pairs'] if name in weak else []),
         *(['left out of the reward'] if name in left_out else []),
       ],
       sentences=[sentence for sentence in sentences if sentence],
@@ -300,7 +303,9 @@ def _ranker(run: Run) -> Panel:
     f'Used: {words.spoken(used)}. {run.audit.get("why", "")}' if used else '',
     f'Length: {run.audit["length_treatment"]}' if run.audit.get('length_treatment') else '',
     soft if temperature is not None else '',
-    f'Not told from chance: {words.together(weak)}. What follows for them rests on little.' if weak else '',
+    f'Not told from chance on the choosing pairs: {words.together(weak)}. What follows for them rests on less.'
+    if weak
+    else '',
     *_sampled_notes(run.audit),
   ]
   return Panel(figures.present(drawn), [note for note in notes if note], Table(head, rows) if rows else None)

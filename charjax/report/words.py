@@ -38,6 +38,9 @@ MEASURES = {
     'score, in logits',
     'What a preference model that the policy was not trained against thinks of the replies.',
   ),
+  'cut_off': Measure(
+    'Cut off', 'share of replies', 'How often a reply was still going on at its last token.', share=True
+  ),
   'win_rate': Measure(
     'Win rate against base',
     'share of messages',
@@ -191,12 +194,12 @@ def share_sentence(delta: Estimate | None, internalisation: Mapping[str, Any]) -
   share = estimate(internalisation['margin'])
   if share is None:
     return (
-      'Showing the statement in the prompt has itself no effect on the margin that is clear of zero, '
+      'Showing the statement and worked examples has itself no effect on the margin that is clear of zero, '
       'so no share of it is given.'
     )
   between = interval(share, share=True)
   between = f' ({between})' if between else ''
-  return f'That is {percent(share.mean)}{between} of the effect of showing the statement in the prompt.'
+  return f'That is {percent(share.mean)}{between} of the effect of showing the statement and worked examples.'
 
 
 def count_sentence(

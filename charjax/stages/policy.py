@@ -147,8 +147,6 @@ def _neutral_replies(session: Session) -> list[Row]:
   """The starting model's own replies to the neutral training messages, drawn once."""
   config, model = session.config.policy, session.model
   rows = [row for row in messages.load(session) if row['split'] == 'train' and row['trait'] is None]
-  if not rows:
-    raise UserError('policy: there are no neutral training messages; set config.messages.train_neutral above 0')
 
   def make(items: Sequence[Row], _: int) -> list[Row]:
     asked = [model.prompt(prompts.alone(item['text'])) for item in items]
