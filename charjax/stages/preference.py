@@ -58,7 +58,7 @@ def run(session: Session) -> Row:
   trained = {}
   with Progress('preference', config.head_steps * 2 + sum(steps.values()), 'steps') as bar:
     for name in MODELS:
-      trained[name] = _train(session, name, halves[name], steps[name], bar)
+      trained[name] = _train(session, lower, name, halves[name], steps[name], bar)
   _merge_metrics(session)
   unseen = {'train': halves['judge'], 'judge': halves['train']}
   report: Row = {}
@@ -183,11 +183,11 @@ def _plain_states(examples: Sequence[Row]) -> np.ndarray:
   return np.concatenate([states - states.mean(0) for states in found if len(states)] or [found[0]])
 
 
-def _train(session: Session, name: str, examples: Sequence[Row], steps: int, bar: Progress) -> Any:
-  config, decoder = session.config.preference, trunk(session)
+def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row], steps: int, bar: Progress) -> Any:
+  config = session.config.preference
   folder = session.folder('preference') / name
   seed = session.config.seed + MODELS.index(name)
-  trainable = _untrained(session, name)
+  trainable = _untrained(session, lower, name)
   optimizer = make_optimizer(
     config.learning_rate, min(config.warmup, steps // 4), steps, config.weight_decay, config.max_gradient
   )
@@ -216,7 +216,7 @@ def _train(session: Session, name: str, examples: Sequence[Row], steps: int, bar
       rows = shapes.rows(groups, k, config.messages_per_batch)
       labels = _labels(some, config.messages_per_batch, k)
       batch = shapes.shared() | shard_batch({'rows': rows} | labels)
-      trainable, state, values = step_function(trainable, state, decoder, batch)
+      trainable, state, values = step_function(trainable, state, lower, batch)
       metrics.write(config.head_steps + step, jax.device_get(values))
       bar.advance(1, f'{name} loss {float(values["loss"]):.3f}')
       if step == steps or step % config.save_every == 0:
@@ -224,10 +224,10 @@ def _train(session: Session, name: str, examples: Sequence[Row], steps: int, bar
   return trainable
 
 
-def _untrained(session: Session, name: str) -> Any:
+def _untrained(session: Session, lower: Decoder, name: str) -> Any:
   config = session.config.preference
   seed, traits = session.config.seed + MODELS.index(name), len(session.character.traits)
-  return make_trainable(trunk(session), config.lora_rank, seed, traits=traits, frozen=config.epochs == 0)
+  return make_trainable(lower, config.lora_rank, seed, traits=traits, frozen=config.epochs == 0)
 
 
 def _merge_metrics(session: Session) -> None:
@@ -246,7 +246,7 @@ def trunk(session: Session) -> Decoder:
 def load(session: Session, name: str) -> Any:
   """A trained preference model ('train' or 'judge'), whose head reads `training.heads.reply_states` of `trunk`."""
   with Checkpoints(session.folder('preference') / name, session.config.seed + MODELS.index(name)) as checkpoints:
-    return checkpoints.load(_untrained(session, name))
+    return checkpoints.load(_untrained(session, trunk(session), name))
 
 
 # ---- measuring ----

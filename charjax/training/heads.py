@@ -89,9 +89,14 @@ def reply_states(
 _LBFGS = optax.lbfgs()
 
 
+def _own_scores(v_nd: jax.Array, scaled_mkd: jax.Array, trait_m: jax.Array) -> jax.Array:
+  """What each message's own direction says of its replies, [M, K]."""
+  return jnp.einsum('mkd,md->mk', scaled_mkd, v_nd[trait_m])
+
+
 def _fit_loss(v_nd: jax.Array, data: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
   scaled_mkd, probability_mkk, real_mk, trait_m, weight_m, decay = data
-  scores_mk = jnp.einsum('mkd,md->mk', scaled_mkd, v_nd[trait_m])
+  scores_mk = _own_scores(v_nd, scaled_mkd, trait_m)
   total, weight = bradley_terry(scores_mk, probability_mkk, real_mk, weight_m)
   metrics = {'loss': total / weight, 'accuracy': pair_accuracy(scores_mk, probability_mkk, real_mk)}
   return total + decay * jnp.square(v_nd).sum(), metrics
@@ -112,7 +117,7 @@ def _fit_step(v_nd: jax.Array, state: Any, data: Any) -> tuple[jax.Array, Any, d
 def _best_lengths(v_nd: jax.Array, data: Any, traits: int) -> jax.Array:
   """The factor [N] of each direction with the least loss on its own messages; convex, so that a grid is enough."""
   scaled_mkd, probability_mkk, real_mk, trait_m, weight_m, _ = data
-  scores_mk = jnp.einsum('mkd,md->mk', scaled_mkd, v_nd[trait_m])
+  scores_mk = _own_scores(v_nd, scaled_mkd, trait_m)
   factors = jnp.geomspace(0.1, 1000, 161)
 
   def loss(factor: jax.Array, trait: jax.Array) -> jax.Array:
