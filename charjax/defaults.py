@@ -80,8 +80,11 @@ def get_config() -> ConfigDict:
   config.policy.steps = 200
   config.policy.prompts_per_step = 64
   config.policy.replies_per_prompt = 8
-  # Of the ranked replies to the same message, beside those that are drawn: shown, opposed and plain in turn.
-  config.policy.stored_replies = 0
+  # Of the ranked replies to the same message, preferred among each other: shown, opposed and plain in turn.
+  config.policy.ranked_replies = 0
+  config.policy.ranked_weight = 1.0  # of that preference loss, beside the policy gradient on drawn replies
+  config.policy.ranked_beta = 0.1  # of that preference loss; the lower, the further the policy goes for it
+  config.policy.ranked_temperature = 1.0  # of the log-probs in it; above 1 what the model finds unlikely counts more
   config.policy.temperature = 1.0
   config.policy.max_new_tokens = 512
   config.policy.prompt_width = 64
@@ -99,6 +102,7 @@ def get_config() -> ConfigDict:
 
   config.evaluation = ConfigDict()
   config.evaluation.examples = 4
+  config.evaluation.samples = 1  # replies to a message by the starting and by the trained model; one where prompted
   config.evaluation.temperature = 0.8
   config.evaluation.top_p = 0.95
   config.evaluation.max_new_tokens = 512
@@ -115,10 +119,11 @@ _LEAST = {
   'rankings': {'messages_per_chunk': 1, 'batch_size': 1},
   'preference': {'epochs': 0, 'messages_per_batch': 1, 'save_every': 1},
   'policy': {
-    'steps': 1, 'prompts_per_step': 1, 'replies_per_prompt': 1, 'stored_replies': 0, 'max_new_tokens': 1, 'kl': 0,
+    'steps': 1, 'prompts_per_step': 1, 'replies_per_prompt': 2, 'ranked_replies': 0, 'ranked_weight': 0,
+    'ranked_beta': 0, 'max_new_tokens': 1, 'kl': 0,
     'other_traits': 0, 'neutral_weight': 0, 'save_every': 1, 'samples_every': 1,
   },
-  'evaluation': {'batch_size': 1, 'max_new_tokens': 1},
+  'evaluation': {'samples': 1, 'batch_size': 1, 'max_new_tokens': 1},
 }  # fmt: skip
 _CHOICES = {
   'replies.show': ('trait', 'character'),
@@ -141,14 +146,12 @@ def check(config: ConfigDict) -> None:
     if config[section][field] not in choices:
       raise UserError(f'config.{name} is {config[section][field]!r}; choose from {", ".join(choices)}')
   policy, preference, replies = config.policy, config.preference, config.replies
-  if policy.replies_per_prompt + policy.stored_replies < 2:
-    raise UserError(
-      'config.policy.replies_per_prompt is 1, and a reply is judged beside others to the same message; set it to 2 or '
-      'more, or config.policy.stored_replies to 1'
-    )
   ranked = replies.shown + replies.plain + replies.opposed
-  if policy.stored_replies > ranked:
-    raise UserError(f'config.policy.stored_replies is {policy.stored_replies}, and only {ranked} a message are ranked')
+  if policy.ranked_replies == 1 or policy.ranked_replies > ranked:
+    raise UserError(
+      f'config.policy.ranked_replies is {policy.ranked_replies}; set it to 0, or from 2 to the {ranked} that '
+      'are ranked to a message'
+    )
   if not 0 < preference.depth <= 1:
     raise UserError(f'config.preference.depth is {preference.depth}; it must be above 0 and at most 1')
   if not 0 <= preference.head_plain < 1:
@@ -160,7 +163,7 @@ def check(config: ConfigDict) -> None:
       f'config.policy.trace is {policy.trace}, whose critic learns from plain replies; set config.replies.plain to 1 '
       'or more, or the trace to 1'
     )
-  if policy.max_new_tokens > replies.max_new_tokens and (policy.trace < 1 or policy.stored_replies):
+  if policy.max_new_tokens > replies.max_new_tokens and (policy.trace < 1 or policy.ranked_replies):
     raise UserError(
       f'config.policy.max_new_tokens is {policy.max_new_tokens}, and the ranked replies that the policy learns from '
       f'have at most {replies.max_new_tokens} tokens; lower it, or raise config.replies.max_new_tokens'

@@ -25,9 +25,9 @@ def get_config() -> ConfigDict:
 
   # Batches of 60 rows and 40 tokens, but for the policy: a batch holds one reply to each of a trait's messages, and the
   # sampler, which takes long to compile, is compiled for few shapes.
-  config.replies.shown = 2
+  config.replies.shown = 3
   config.replies.plain = 1
-  config.replies.opposed = 2
+  config.replies.opposed = 3
   config.replies.temperature = 0.7
   config.replies.top_p = 1.0
   config.replies.max_new_tokens = 40
@@ -42,24 +42,28 @@ def get_config() -> ConfigDict:
   config.preference.depth = 0.67
 
   config.policy.lora_rank = 16
-  config.policy.learning_rate = 1.5e-3
-  config.policy.steps = 36
+  config.policy.learning_rate = 1.3e-3
+  config.policy.steps = 32
   config.policy.warmup = 3
-  config.policy.save_every = 12
+  config.policy.save_every = 8
   config.policy.prompts_per_step = 10
   config.policy.replies_per_prompt = 4
-  config.policy.stored_replies = 4
+  config.policy.ranked_replies = 6
+  config.policy.ranked_weight = 2.0
+  config.policy.ranked_beta = 0.15
+  config.policy.ranked_temperature = 2.0
   config.policy.temperature = 0.7
   config.policy.trace = 0.9
-  config.policy.other_traits = 0.6
-  config.policy.kl = 0.05
+  config.policy.other_traits = 0.4
+  config.policy.kl = 0.04
   config.policy.clip = 0.5
-  config.policy.neutral_weight = 2.0
+  config.policy.neutral_weight = 2.5
   # With the prompt's last token 32: rows of training are padded to that width.
   config.policy.max_new_tokens = 31
   config.policy.prompt_width = 48
   config.policy.samples_every = 6
 
+  config.evaluation.samples = 3
   config.evaluation.temperature = 0.7
   config.evaluation.top_p = 1.0
   config.evaluation.max_new_tokens = 40

@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
   config.policy.steps = 4
   config.policy.prompts_per_step = 2
   config.policy.replies_per_prompt = 3
-  config.policy.stored_replies = 2
+  config.policy.ranked_replies = 3
   config.policy.trace = 0.9
   config.policy.other_traits = 0.3
   config.policy.max_new_tokens = 16
@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
   config.policy.save_every = 2
   config.policy.samples_every = 2
 
+  config.evaluation.samples = 2
   config.evaluation.max_new_tokens = 16
   config.evaluation.batch_size = 32
   return config

@@ -183,6 +183,15 @@ def test_log_probs_of_a_reply_that_went_on_leave_its_end_out(decoder, prompts):
     assert found[0, place] == pytest.approx(expected, abs=1e-4) and found[0, place] > plain[0, place]
 
 
+def test_each_row_has_a_temperature_of_its_own(decoder, prompts):
+  rows = make_rows([Group(prompts[3], [[5, 6], [7, 8, 9]])], each=2, prompt_width=12, width=9)
+  hidden = hidden_states(decoder, rows)
+  found = token_log_probs(decoder, hidden, rows, jnp.array([0.7, 2.0]))
+  for row, temperature in enumerate((0.7, 2.0)):
+    np.testing.assert_allclose(found[row], token_log_probs(decoder, hidden, rows, temperature)[row], atol=1e-6)
+  assert np.abs(found[0, :2] - token_log_probs(decoder, hidden, rows, 2.0)[0, :2]).min() > 1e-3
+
+
 @pytest.mark.parametrize('shape', [(3, 7), (4, 128), (5, 111)])
 def test_chunks_are_put_together_again(shape):
   x = np.random.default_rng(0).normal(size=(*shape, 2)).astype(np.float32)

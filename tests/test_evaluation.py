@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from charjax.stages.evaluation import internalisation, summarise, summarise_wins
+from charjax.stages.evaluation import CONDITIONS, _judged, internalisation, summarise, summarise_wins
 from charjax.stages.statistics import interval, share
 
 
@@ -49,3 +49,22 @@ def test_internalisation_is_the_share_of_a_prompted_effect_that_is_clear_of_zero
   assert internalisation(values | {'prompted_examples': base + rng.normal(size=40)}) is None
   assert internalisation(values | {'prompted_examples': None}) is None
   assert internalisation({name: value[:1] for name, value in values.items()}) is None
+
+
+def test_every_reply_of_one_condition_meets_every_reply_of_the_other():
+  scores = {
+    'base': [[1, 2], [5, 5]],
+    'trained': [[3, 2], [0, 9]],
+    'prompted': [[2], [6]],
+    'prompted_examples': [[9], [9]],
+  }
+  rows = [
+    {'trait': trait, 'message': m, 'condition': c, 'score': score + (trait == 'b')}
+    for trait in 'ab' for c in CONDITIONS for m, some in enumerate(scores[c]) for score in some
+  ]  # fmt: skip
+  found = _judged(rows, 'a')
+  assert found['judge']['trained'].tolist() == [2.5, 4.5] and found['judge']['prompted'].tolist() == [2, 6]
+  # 3 beats both, 2 beats one and draws with the other; then 0 loses to both and 9 beats both.
+  assert found['win_rate']['trained'].tolist() == [0.875, 0.5]
+  assert found['win_rate']['base'].tolist() == [0.5, 0.5]
+  assert found['win_rate_vs_prompted']['trained'].tolist() == [0.75, 0.5]

@@ -1,13 +1,18 @@
-"""What the policy learns from: what a reply earns, which stored replies join a group, what each token earns there."""
+"""What the policy learns from: what a reply earns, which ranked replies it learns to prefer, what a token earns."""
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from llama_reference import numpy_log_probs, random_tensors, tiny_config
 from ml_collections import ConfigDict
 
 from charjax.character import Character, Trait
-from charjax.stages import rollouts
+from charjax.engine.score import FixedShapes, Group, reply_mask
+from charjax.model.decoder import Runtime
+from charjax.model.weights import make_decoder
+from charjax.stages import policy, rollouts
 from charjax.workdir import write_jsonl
 
 
@@ -29,7 +34,7 @@ class Run:
     return self._folder / name
 
 
-def test_stored_replies_take_turns_in_and_out_of_character(tmp_path):
+def test_ranked_replies_take_turns_in_and_out_of_character(tmp_path):
   rows = [
     ('a', 'plain', 0, '1', 'stop'),
     ('a', 'shown', 0, '2', 'stop'),
@@ -45,9 +50,9 @@ def test_stored_replies_take_turns_in_and_out_of_character(tmp_path):
       for m, condition, k, text, finish in rows
     ],
   )
-  everything = rollouts.stored_replies(Run(tmp_path, stored_replies=9))
+  everything = rollouts.ranked_replies(Run(tmp_path, ranked_replies=9))
   assert everything == {'a': [[2, 0], [4, 0], [1, 0], [3, 3, 3]], 'b': [[5, 0]]}
-  assert rollouts.stored_replies(Run(tmp_path, stored_replies=2)) == {'a': [[2, 0], [4, 0]], 'b': [[5, 0]]}
+  assert rollouts.ranked_replies(Run(tmp_path, ranked_replies=2)) == {'a': [[2, 0], [4, 0]], 'b': [[5, 0]]}
   assert everything['no such message'] == []
 
 
@@ -88,5 +93,52 @@ def test_of_replies_that_are_as_good_a_token_none_is_better_for_its_length(trace
   np.testing.assert_allclose(found, 0, atol=1e-3)
 
 
-def test_only_a_stored_reply_is_known_to_have_gone_on():
-  assert rollouts.barred_ids(np.array([True, False, True]), 7).tolist() == [-1, 7, -1]
+END = 7
+
+
+def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
+  config = tiny_config(vocab_size=60)
+  start, now = random_tensors(config, seed=0), random_tensors(config, seed=1)
+  decoders = [make_decoder(config, tensors, jnp.float32, Runtime(scan_layers=True)) for tensors in (start, now)]
+  rng = np.random.default_rng(0)
+  prompts = [[1, 2, *rng.integers(8, 60, n).tolist()] for n in (3, 5)]
+  # To each message one drawn reply, then three ranked ones, of which the second message lacks one.
+  replies = [[rng.integers(8, 60, n).tolist() for n in lengths] for lengths in ((4, 5, 3, 6), (3, 6, 4))]
+  shapes = FixedShapes(prompts, 6)
+  rows = shapes.rows([Group(prompt, some) for prompt, some in zip(prompts, replies, strict=True)], 4)
+  fresh = np.array([True, False, False, False] * 2)
+  mask, temperature = reply_mask(rows), np.where(fresh, 0.7, 2.0).astype(np.float32)
+
+  def going_on(tensors, prompt, reply):
+    total = 0.0
+    for place, token in enumerate(reply):
+      scaled = numpy_log_probs(config, tensors, [*prompt, *reply[:place]])[-1] / 2.0
+      scaled[END] = -np.inf
+      total += scaled[token] - np.log(np.exp(scaled - scaled.max()).sum()) - scaled.max()
+    return total
+
+  gained = np.array([
+    [going_on(now, prompt, r) - going_on(start, prompt, r) for r in some[1:]] + [0.0] * (4 - len(some))
+    for prompt, some in zip(prompts, replies, strict=True)
+  ])  # fmt: skip
+  preferred, weight = rng.uniform(0.1, 0.9, (2, 3, 3)).astype(np.float32), np.array([1.0, 3.0], np.float32)
+  expected = []
+  for m, pairs in enumerate(([(0, 1), (0, 2), (1, 2)], [(0, 1)])):
+    chance = [1 / (1 + np.exp(-0.3 * (gained[m, i] - gained[m, j]))) for i, j in pairs]
+    labels = [preferred[m, i, j] for i, j in pairs]
+    expected.append(-np.mean([p * np.log(c) + (1 - p) * np.log(1 - c) for p, c in zip(labels, chance, strict=True)]))
+
+  barred = np.where(fresh, -1, END).astype(np.int32)
+  hidden = policy.hidden_states(
+    decoders[0], rows, before=(policy.compute_prefix(decoders[0], shapes.prefix, shapes.length),)
+  )
+  batch = shapes.shared() | {
+    'rows': rows, 'neutral': shapes.rows([Group(prompts[0], [[9, 10]])], 1), 'fresh': fresh, 'mask': mask,
+    'temperature': temperature, 'barred': barred, 'advantages': np.zeros(mask.shape, np.float32),
+    'before': policy.token_log_probs(decoders[0], hidden, rows, temperature, barred),
+    'ranked': np.array([[True] * 3, [True, True, False]]), 'preferred': preferred, 'weight': weight,
+    'clip': 0.2, 'ranked_weight': 2.0, 'ranked_beta': 0.3, 'neutral_weight': 0.0,
+  }  # fmt: skip
+  loss, metrics = policy._loss({'decoder': decoders[1]}, decoders[0], batch)
+  assert float(metrics['ranked_loss']) == pytest.approx(np.average(expected, weights=weight), rel=1e-3)
+  assert float(loss) == pytest.approx(2 * float(metrics['ranked_loss']), rel=1e-5)

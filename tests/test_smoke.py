@@ -1,6 +1,7 @@
 """The whole loop through the command line, in real processes, on the tiny random model of configs/smoke.py."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -83,11 +84,13 @@ def test_summary_has_its_form(finished):
   assert {'neutral', 'side_effects', 'internalisation', 'probes'} <= set(summary)
 
 
-def test_what_was_drawn_and_stored_is_scored_under_its_own_distribution(finished):
+def test_what_was_drawn_and_ranked_is_scored_under_its_own_distribution(finished):
   workdir, _ = finished
   first = json.loads((workdir / 'policy' / 'metrics.jsonl').read_text().splitlines()[0])
   # Before the first update the policy is the starting model: one program must say of each token what the others do.
   assert first['logprob_gap'] < 1e-4 and abs(first['kl']) < 1e-4
+  # And finds no ranked reply likelier than it was.
+  assert first['ranked_loss'] == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_messages_are_split_by_message(finished):

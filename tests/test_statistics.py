@@ -21,6 +21,18 @@ def test_wilsons_interval_has_the_published_values(hits, n, low, high):
   assert (mirrored['low'], mirrored['high']) == pytest.approx((1 - high, 1 - low), abs=6e-5)
 
 
+def test_hits_that_are_shares_of_several_tries_make_the_interval_narrower():
+  rng = np.random.default_rng(0)
+  chances = rng.uniform(0.3, 0.9, 60)  # of each message
+  means = [share(rng.binomial(9, chances) / 9)['mean'] for _ in range(2000)]
+  found = share(rng.binomial(9, chances) / 9)
+  # As wide as a resampling of messages: wider than the luck of the draw alone, narrower than 60 single tries.
+  single = share((rng.uniform(size=60) < chances).astype(float))
+  half = (found['high'] - found['low']) / 2
+  assert 1.96 * np.std(means) < half < 0.7 * (single['high'] - single['low']) / 2
+  assert half == pytest.approx(1.96 * np.sqrt(np.var(rng.binomial(9, chances) / 9) / 60), rel=0.15)
+
+
 @pytest.mark.parametrize(
   ('freedom', 'expected', 'tolerance'),
   [(3, 3.182, 0.03), (5, 2.571, 3e-3), (10, 2.2281, 3e-4), (15, 2.1314, 1e-4), (39, 2.0227, 1e-4), (120, 1.9799, 1e-4)],

@@ -131,7 +131,7 @@ def over_chunks(function: Callable[..., Any], *arrays: jax.Array) -> Any:
 
 
 def token_log_probs(
-  decoder: Decoder, hidden_ntd: jax.Array, rows: Rows, temperature: float, barred: jax.Array | None = None
+  decoder: Decoder, hidden_ntd: jax.Array, rows: Rows, temperature: Any, barred: jax.Array | None = None
 ) -> jax.Array:
   """log softmax(logits / temperature) of the tokens of replies, [N, R] float32; 0 in the padding.
 
@@ -139,20 +139,21 @@ def token_log_probs(
     decoder: the weights.
     hidden_ntd: final hidden states of `rows`.
     rows: prompts and replies.
-    temperature: of the distribution.
+    temperature: of the distribution; one for all, or one for each row [N].
     barred: [N] an id that a row cannot draw, its probability shared by all others; -1 for none.
   """
 
-  def one(hidden_nd: jax.Array, ids_n: jax.Array, *barred_n: jax.Array) -> jax.Array:
-    scaled = logits(decoder, hidden_nd) / temperature
+  def one(hidden_nd: jax.Array, ids_n: jax.Array, temperature_n: jax.Array, *barred_n: jax.Array) -> jax.Array:
+    scaled = logits(decoder, hidden_nd) / temperature_n[:, None]
     for each_n in barred_n:
       scaled = jnp.where(jnp.arange(scaled.shape[-1]) == each_n[:, None], -1e9, scaled)
     chosen = jnp.take_along_axis(scaled, ids_n[:, None], 1)[:, 0]
     return chosen - jax.nn.logsumexp(scaled, -1)
 
   ids = rows.tokens[:, 1:]
-  more = () if barred is None else (jnp.broadcast_to(barred[:, None], ids.shape),)
-  return jnp.where(reply_mask(rows), over_chunks(one, hidden_ntd[:, :-1], ids, *more), 0.0)
+  by_row = [jnp.asarray(temperature, jnp.float32), *([] if barred is None else [barred])]
+  by_token = [jnp.broadcast_to(each.reshape(-1, 1), ids.shape) for each in by_row]
+  return jnp.where(reply_mask(rows), over_chunks(one, hidden_ntd[:, :-1], ids, *by_token), 0.0)
 
 
 def reply_log_probs(

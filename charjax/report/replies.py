@@ -53,9 +53,14 @@ class Timeline:
 
 
 def exchanges(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Exchange]]:
-  """Rows of evaluation/replies.jsonl by trait ('' for neutral), messages in the order of the file."""
+  """Rows of evaluation/replies.jsonl by trait ('' for neutral), messages in the order of the file.
+
+  Of several replies to a message in one condition the first is shown: the best would flatter.
+  """
   found: dict[str, dict[str, tuple[str, list[Reply]]]] = {}
   for row in rows:
+    if row.get('sample'):
+      continue
     by_message = found.setdefault(str(row.get('trait') or ''), {})
     _, replies = by_message.setdefault(str(row.get('message')), (str(row.get('prompt', '')), []))
     replies.append(Reply(str(row.get('condition')), str(row.get('text', '')), finite(row.get('score'))))

@@ -122,7 +122,8 @@ def _before(session: Session, trait: Trait | None, condition: str) -> prompts.Me
 
 
 def _draw_replies(session: Session, held: Sequence[Row], trained: Any) -> list[Row]:
-  """A reply to each held-out message in each condition; to neutral messages there is nothing to show."""
+  """Replies to the held-out messages in each condition: `samples` by the starting and the trained model, which are
+  shown nothing, and one where something is shown. Neutral messages have one each, and nothing to show."""
   config, model, folder = session.config.evaluation, session.model, session.folder('evaluation')
   settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size)
   rows: list[Row] = []
@@ -135,7 +136,7 @@ def _draw_replies(session: Session, held: Sequence[Row], trained: Any) -> list[R
       decoder,
       [model.prompt([*before, prompts.user(item['text'])]) for item in items],
       # The same key in every condition: what differs is the model, not the luck of the draw.
-      item_keys(session.config.seed, 'evaluation', [item['id'] for item in items]),
+      item_keys(session.config.seed, 'evaluation', [f'{item["id"]}/{item["sample"]}' for item in items]),
       model.eos_ids,
       settings,
       adapter=adapter,
@@ -147,6 +148,7 @@ def _draw_replies(session: Session, held: Sequence[Row], trained: Any) -> list[R
         'trait': item['trait'],
         'prompt': item['text'],
         'condition': condition,
+        'sample': item['sample'],
         'text': model.text(reply.tokens),
         'tokens': len(reply.tokens),
         'finish': reply.finish,
@@ -154,16 +156,16 @@ def _draw_replies(session: Session, held: Sequence[Row], trained: Any) -> list[R
       for item, reply in zip(items, drawn, strict=True)
     ]
 
-  # To neutral messages there is nothing to show.
-  total = 2 * len(held) + 2 * sum(row['trait'] is not None for row in held)
-  with Progress('evaluation replies', total, 'replies') as bar:
+  alone = [row | {'sample': i} for row in held for i in range(config.samples if row['trait'] else 1)]
+  first = [row for row in alone if row['trait'] and row['sample'] == 0]
+  with Progress('evaluation replies', 2 * len(alone) + 2 * len(first), 'replies') as bar:
     # Messages of all traits fill batches together where nothing is shown; else a batch shares what is shown.
     for condition in ('base', 'trained'):
       work = functools.partial(make, condition, None)
-      rows += chunks(folder, condition, held, config.batch_size, work, bar)
+      rows += chunks(folder, condition, alone, config.batch_size, work, bar)
     for condition in ('prompted', 'prompted_examples'):
       for trait in session.character.traits:
-        items = [row for row in held if row['trait'] == trait.id]
+        items = [row for row in first if row['trait'] == trait.id]
         work = functools.partial(make, condition, trait)
         rows += chunks(folder, f'{condition}-{trait.id}', items, config.batch_size, work, bar)
   return rows
@@ -182,15 +184,30 @@ def _judge_replies(session: Session, rows: Sequence[Row], judge: Any) -> None:
 
 
 def _judged(rows: Sequence[Row], trait: str) -> dict[str, dict[str, np.ndarray | None]]:
-  """Judge's scores, and win rates of each condition over base and over prompted, by message."""
-  scores: Values = {
-    c: np.array([row['score'] for row in rows if row['trait'] == trait and row['condition'] == c]) for c in CONDITIONS
+  """Judge's scores, and win rates of each condition over base and over prompted, by message.
+
+  Of several replies to a message the mean counts, and every reply of one condition meets every reply of the other.
+  """
+  mine = [row for row in rows if row['trait'] == trait]
+  scores = {
+    c: _by_message([row for row in mine if row['condition'] == c], lambda row: row['score']) for c in CONDITIONS
   }
 
   def wins(against: str) -> dict[str, np.ndarray | None]:
-    return {c: (scores[c] > scores[against]) + 0.5 * (scores[c] == scores[against]) for c in CONDITIONS}
+    found: dict[str, np.ndarray | None] = {}
+    for c in CONDITIONS:
+      one, other = scores[c][:, :, None], scores[against][:, None, :]
+      found[c] = ((one > other) + 0.5 * (one == other)).mean((1, 2))
+    return found
 
-  return {'judge': dict(scores), 'win_rate': wins('base'), 'win_rate_vs_prompted': wins('prompted')}
+  judged: dict[str, np.ndarray | None] = {c: values.mean(1) for c, values in scores.items()}
+  return {'judge': judged, 'win_rate': wins('base'), 'win_rate_vs_prompted': wins('prompted')}
+
+
+def _by_message(rows: Sequence[Row], value: Callable[[Row], float]) -> np.ndarray:
+  """Values [messages, samples] of the replies of one condition, in the order they stand in."""
+  messages_there = len({row['message'] for row in rows})
+  return np.array([float(value(row)) for row in rows]).reshape(messages_there, -1 if rows else 1)
 
 
 # ---- written pairs and probes ----
@@ -362,7 +379,6 @@ def _side_effects(rows: Sequence[Row]) -> Row:
   """On the held-out trait messages, in every condition."""
   out = {}
   for name, measure in _SIDE_EFFECTS.items():
-    out[name] = summarise(
-      {c: np.array([float(measure(row)) for row in rows if row['condition'] == c and row['trait']]) for c in CONDITIONS}
-    )
+    by_condition = {c: [row for row in rows if row['condition'] == c and row['trait']] for c in CONDITIONS}
+    out[name] = summarise({c: _by_message(some, measure).mean(1) for c, some in by_condition.items()})
   return out

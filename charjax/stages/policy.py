@@ -23,11 +23,11 @@ from charjax.mesh import shard_batch
 from charjax.model.decoder import logits
 from charjax.progress import Metrics, Progress
 from charjax.stages import messages, prompts
-from charjax.stages.rollouts import Rollout, barred_ids, earnings, make_judge, roll_out, stored_replies
+from charjax.stages.rollouts import Rollout, earnings, make_judge, ranked_replies, roll_out
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
 from charjax.training.heads import bind, make_trainable
-from charjax.training.losses import kl_from_logits, policy_gradient
+from charjax.training.losses import bradley_terry, kl_from_logits, pair_accuracy, policy_gradient
 from charjax.training.step import init_optimizer, make_optimizer, make_step
 from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write_text
 
@@ -61,17 +61,24 @@ def run(session: Session) -> Row:
     metrics.truncate_after(start)
     bar.skip(start)
     for step in range(start + 1, config.steps + 1):
-      rollout = roll_out(session, shapes, judge, trainable, next(asked_data), step)
+      asked_now = next(asked_data)
+      rollout = roll_out(session, shapes, judge, trainable, asked_now, step)
       neutral_rows = shapes.rows([Group(row['prompt'], [row['reply']]) for row in next(neutral_data)], 1)
       batch = shapes.shared() | {
         'rows': shard_batch(rollout.rows),
-        'barred': shard_batch(barred_ids(rollout.fresh, model.eos_ids[0])),
+        'temperature': shard_batch(rollout.temperature),
+        'barred': shard_batch(rollout.barred),
         'mask': shard_batch(rollout.mask),
-        'sampled': shard_batch(rollout.sampled),
+        'fresh': shard_batch(rollout.fresh),
+        'before': shard_batch(rollout.before),
         'advantages': shard_batch(rollout.advantages),
+        'ranked': shard_batch(rollout.ranked),
+        'preferred': shard_batch(rollout.preferred),
+        'weight': shard_batch(np.array([item['weight'] for item in asked_now], np.float32)),
         'neutral': shard_batch(neutral_rows),
-        'temperature': np.float32(config.temperature),
         'clip': np.float32(config.clip),
+        'ranked_weight': np.float32(config.ranked_weight),
+        'ranked_beta': np.float32(config.ranked_beta),
         'neutral_weight': np.float32(config.neutral_weight),
       }
       trainable, state, values = step_function(trainable, state, model.decoder, batch)
@@ -99,7 +106,7 @@ def _figures(rollout: Rollout, kl: float) -> dict[str, float]:
     'kl': float(log_ratio.sum() / tokens),
     'length': tokens / len(rollout.drawn),
     'ended': float(np.mean([reply.finish == 'stop' for reply in rollout.drawn])),
-    'entropy': float(-rollout.sampled[rollout.fresh].sum() / tokens),
+    'entropy': float(-rollout.before[rollout.fresh].sum() / tokens),
   }
 
 
@@ -126,7 +133,7 @@ def _trait_prompts(session: Session) -> list[Row]:
       'policy: no trait has a preference model better than chance, so there is nothing to reward; see '
       'preference/report.json, or set config.policy.keep_unproven_traits=True'
     )
-  stored = stored_replies(session)
+  ranked = ranked_replies(session)
   weight = {trait.id: trait.weight for trait in session.character.traits}
   return [
     {
@@ -136,7 +143,7 @@ def _trait_prompts(session: Session) -> list[Row]:
       'prompt': session.model.prompt(prompts.alone(row['text'])),
       'weight': weight[row['trait']],
       'earns': earns[row['trait']],
-      'stored': stored[row['id']],
+      'ranked': ranked[row['id']],
     }
     for row in messages.load(session)
     if row['split'] == 'train' and row['trait'] in earns
@@ -164,26 +171,40 @@ def _neutral_replies(session: Session) -> list[Row]:
 
 
 def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Clipped policy gradient a token, and the exact KL a token on neutral replies."""
+  """Clipped policy gradient a token, preference among ranked replies, and the exact KL a token on neutral replies."""
   used, adapter = bind(decoder, trainable)
-  before = (compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter),)
-  rows, neutral = batch['rows'], batch['neutral']
-  mask, neutral_mask = batch['mask'], reply_mask(neutral)
+  prefix = (compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter),)
+  rows, neutral, before = batch['rows'], batch['neutral'], batch['before']
+  mask, fresh, neutral_mask = batch['mask'], batch['mask'] & batch['fresh'][:, None], reply_mask(neutral)
 
-  hidden = hidden_states(used, rows, adapter=adapter, before=before)
+  hidden = hidden_states(used, rows, adapter=adapter, before=prefix)
   log_probs = token_log_probs(used, hidden, rows, batch['temperature'], batch['barred'])
-  gradient, tokens, clipped = policy_gradient(log_probs, batch['sampled'], batch['advantages'], mask, batch['clip'])
+  gradient, tokens, clipped = policy_gradient(log_probs, before, batch['advantages'], fresh, batch['clip'])
   tokens = jnp.maximum(tokens, 1)
+
+  # DPO (Rafailov et al. 2023, eq. 7) on soft labels, over all pairs; ranked replies stand behind the drawn ones.
+  ranked, preferred = batch['ranked'], batch['preferred']
+  gained = jnp.where(mask, log_probs - before, 0.0).sum(1).reshape(len(ranked), -1)
+  gained = gained[:, gained.shape[1] - ranked.shape[1] :]
+  preference, weight = bradley_terry(batch['ranked_beta'] * gained, preferred, ranked, batch['weight'])
+  preference = preference / jnp.maximum(weight, 1e-8)
 
   start = (compute_prefix(decoder, batch['prefix'], batch['prefix_length']),)
   reference = jax.lax.stop_gradient(hidden_states(decoder, neutral, before=start))[:, :-1]
-  hidden = hidden_states(used, neutral, adapter=adapter, before=before)[:, :-1]
+  hidden = hidden_states(used, neutral, adapter=adapter, before=prefix)[:, :-1]
   kl = over_chunks(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), reference, hidden)
   neutral_kl = jnp.where(neutral_mask, kl, 0.0).sum() / jnp.maximum(neutral_mask.sum(), 1)
 
-  gap = jnp.where(mask, jnp.abs(log_probs - batch['sampled']), 0.0).sum() / tokens
-  metrics = {'neutral_kl': neutral_kl, 'clip_fraction': clipped / tokens, 'logprob_gap': gap}
-  return gradient / tokens + batch['neutral_weight'] * neutral_kl, metrics
+  gap = jnp.where(fresh, jnp.abs(log_probs - before), 0.0).sum() / tokens
+  metrics = {
+    'neutral_kl': neutral_kl,
+    'clip_fraction': clipped / tokens,
+    'logprob_gap': gap,
+    'ranked_loss': preference,
+    'ranked_accuracy': pair_accuracy(gained, preferred, ranked),
+  }
+  loss = gradient / tokens + batch['ranked_weight'] * preference + batch['neutral_weight'] * neutral_kl
+  return loss, metrics
 
 
 # ---- samples ----
@@ -192,7 +213,7 @@ def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str
 def _save_samples(session: Session, step: int, rollout: Rollout) -> None:
   """The first reply to each message of this step."""
   config = session.config.policy
-  first = slice(None, None, config.replies_per_prompt + config.stored_replies)
+  first = slice(None, None, config.replies_per_prompt + config.ranked_replies)
   rows = [
     {
       'step': step,

@@ -1,10 +1,9 @@
-"""What one step of the policy learns from: replies to a few messages, drawn and stored, each token judged.
+"""What one step of the policy learns from: replies to a few messages, some drawn for it and some ranked before; judged.
 
-Stored replies are some of those that were ranked: beside what the policy draws they show it what it would seldom
-draw itself (Yan et al. 2025, arXiv 2504.14945, put replies of another model into the groups of GRPO). They are taken
-as drawn from the starting model with nothing shown: once a token is as far from there as the clip allows, it is
-pushed no further. They teach what is said and not when to stop, since most of them were cut off: the policy's
-log-probs of them are conditional on the reply going on.
+Drawn replies are rewarded among themselves, each token with its own advantage. Ranked replies show the policy what it
+would seldom draw itself, on both sides of a trait: it learns to prefer those that the preference model prefers, by
+how much more likely they become than under the starting model. They teach what is said and not when to stop, since
+most of them were cut off: log-probs of them are conditional on the reply going on.
 """
 
 import json
@@ -41,9 +40,11 @@ from charjax.training.advantages import (
   value_moments,
 )
 from charjax.training.heads import bind, read_rewards
+from charjax.training.losses import soft_labels
 from charjax.workdir import Row, Session
 
-_TURNS = ('shown', 'opposed', 'plain')  # the order in which stored replies are taken
+_TURNS = ('shown', 'opposed', 'plain')  # the order in which ranked replies are taken
+_LABELS = (0.05, 0.95)  # how sure a preference between two of them can be
 _CRITIC_ROWS = 64  # plain replies read together
 
 
@@ -66,29 +67,39 @@ class Judge(NamedTuple):
 
 
 class Rollout(NamedTuple):
-  """Replies to the prompts of one step, judged; N = prompts * replies to each, R reply tokens.
+  """Replies to the prompts of one step, judged.
+
+  M prompts, K drawn and S ranked replies to each, N = M (K + S) replies of R tokens.
 
   Attributes:
     group: the item that each of N replies answers.
     drawn: what the policy drew for this step.
     rows: prompts and replies, on the host.
     fresh: [N] which replies were drawn for this step.
+    temperature: [N] of the distribution that log-probs are of.
+    barred: [N] the id that a row cannot draw, as `engine.score.token_log_probs` takes it.
     mask: [N, R] the tokens that are learned from.
-    sampled: [N, R] log-probs under the distribution a reply is taken to be drawn from.
-    log_ratio: [N, R] of policy over starting model; 0 for stored replies.
-    advantages: [N, R] of each token.
+    before: [N, R] log-probs of drawn replies when they were drawn, and of ranked ones under the starting model.
+    log_ratio: [N, R] of policy over starting model; 0 for ranked replies.
+    advantages: [N, R] of each token of drawn replies.
     rewards: [N] of each reply, by its own trait and, as far as the config says, the others.
+    ranked: [M, S] which ranked replies there are.
+    preferred: [M, S, S] probability that the first of two ranked replies is better.
   """
 
   group: list[Row]
   drawn: list[Reply]
   rows: Rows
   fresh: np.ndarray
+  temperature: np.ndarray
+  barred: np.ndarray
   mask: np.ndarray
-  sampled: np.ndarray
+  before: np.ndarray
   log_ratio: np.ndarray
   advantages: np.ndarray
   rewards: np.ndarray
+  ranked: np.ndarray
+  preferred: np.ndarray
 
 
 def make_judge(session: Session, shapes: FixedShapes, asked: Sequence[Row]) -> Judge:
@@ -131,8 +142,8 @@ def _moments(
 
 @partial(jax.jit, static_argnames=('longest',))
 def _judge(
-  judge: Judge, prefix: jax.Array, length: jax.Array, rows: Rows, barred: jax.Array, eos: int, temperature: float,
-  longest: int,
+  judge: Judge, prefix: jax.Array, length: jax.Array, rows: Rows, temperature: jax.Array, barred: jax.Array,
+  eos: int, longest: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
   """Scores of each token by every trait, what the critic expects to follow, both [N, R, traits]; and log-probs [N, R]
   of the starting model."""
@@ -145,7 +156,7 @@ def _judge(
 def roll_out(
   session: Session, shapes: FixedShapes, judge: Judge, trainable: Any, asked: Sequence[Row], step: int
 ) -> Rollout:
-  """Draws replies to the prompts of a step, puts stored ones beside them, and judges all."""
+  """Draws replies to the prompts of a step, puts ranked ones beside them, and judges all."""
   config, model = session.config.policy, session.model
   each, eos = config.replies_per_prompt, model.eos_ids[:1]
   used, adapter = bind(model.decoder, trainable)
@@ -157,37 +168,40 @@ def roll_out(
     adapter=adapter, width=config.prompt_width,
   )  # fmt: skip
   said = iter(drawn)
-  groups = [Group(item['prompt'], [*(next(said).tokens for _ in range(each)), *item['stored']]) for item in asked]
-  together = each + config.stored_replies
+  groups = [Group(item['prompt'], [*(next(said).tokens for _ in range(each)), *item['ranked']]) for item in asked]
+  together = each + config.ranked_replies
   rows = shapes.rows(groups, together)
   group = [item for item in asked for _ in range(together)]
   fresh = np.tile(np.arange(together) < each, len(asked))
+  temperature = np.where(fresh, config.temperature, config.ranked_temperature).astype(np.float32)
+  barred = np.where(fresh, -1, eos[0]).astype(np.int32)
   scores, values, reference = jax.device_get(
     _judge(
-      judge, shapes.prefix, shapes.length, shard_batch(rows), shard_batch(barred_ids(fresh, eos[0])), eos[0],
-      config.temperature, config.max_new_tokens,
+      judge, shapes.prefix, shapes.length, shard_batch(rows), shard_batch(temperature), shard_batch(barred), eos[0],
+      config.max_new_tokens,
     )
   )  # fmt: skip
 
   ends = (rows.tokens[:, 1:] == eos[0]) & reply_mask(rows)
   mask = reply_mask(rows) & ~(ends & ~fresh[:, None])
-  sampled = np.where(mask, reference, 0.0)
-  sampled[fresh] = pad_values([reply.log_probs for reply in drawn], sampled.shape[1])
-  log_ratio = np.where(mask & fresh[:, None], sampled - reference, 0.0)
+  before = np.where(mask, reference, 0.0)
+  before[fresh] = pad_values([reply.log_probs for reply in drawn], before.shape[1])
+  log_ratio = np.where(mask & fresh[:, None], before - reference, 0.0)
 
   earns = np.array([item['earns'] for item in group], np.float32)
   scores, values = (np.einsum('nrc,nc->nr', array, earns) for array in (scores, values))
   rewards = np.asarray(mean_over_tokens(scores, rows), np.float32)
-  grouped = (array.reshape(len(asked), together, -1) for array in (scores, values, log_ratio, mask))
+  grouped = (array[fresh].reshape(len(asked), each, -1) for array in (scores, values, log_ratio, mask))
   share = to_come(mask.shape[1], config.max_new_tokens)
-  advantages = np.asarray(_advantages(*grouped, share, config.trace, config.kl)).reshape(mask.shape)
-  advantages = advantages * np.array([item['weight'] for item in group], np.float32)[:, None]
-  return Rollout(group, drawn, rows, fresh, mask, sampled, log_ratio, advantages, rewards)
-
-
-def barred_ids(fresh: np.ndarray, eos: int) -> np.ndarray:
-  """For `engine.score.token_log_probs`: what a stored reply could not have drawn, since it went on."""
-  return np.where(fresh, -1, eos).astype(np.int32)
+  weight = np.array([item['weight'] for item in asked_of], np.float32)
+  advantages = np.zeros(mask.shape, np.float32)
+  advantages[fresh] = np.asarray(_advantages(*grouped, share, config.trace, config.kl)).reshape(-1, mask.shape[1])
+  advantages[fresh] *= weight[:, None]
+  ranked = mask[~fresh].any(1).reshape(len(asked), -1)
+  preferred = np.asarray(soft_labels(rewards[~fresh].reshape(ranked.shape), 1.0, *_LABELS))
+  return Rollout(
+    group, drawn, rows, fresh, temperature, barred, mask, before, log_ratio, advantages, rewards, ranked, preferred
+  )
 
 
 @jax.jit
@@ -208,7 +222,7 @@ def _advantages(
   return jax.vmap(one)(scores, values, log_ratio, mask)
 
 
-# ---- what is rewarded, and what is stored ----
+# ---- what is rewarded, and what was ranked ----
 
 
 def earnings(session: Session) -> dict[str, np.ndarray]:
@@ -234,9 +248,9 @@ def earnings(session: Session) -> dict[str, np.ndarray]:
   return found
 
 
-def stored_replies(session: Session) -> dict[str, list[list[int]]]:
-  """Of the ranked replies, up to `stored_replies` to each message, as tokens: in character and not in turn."""
-  most = session.config.policy.stored_replies
+def ranked_replies(session: Session) -> dict[str, list[list[int]]]:
+  """Of the ranked replies, up to `ranked_replies` to each message, as tokens: in character and not in turn."""
+  most = session.config.policy.ranked_replies
   found = _replies_by_message(session, _TURNS if most else ())
   return defaultdict(list, {name: some[:most] for name, some in found.items()})
 

@@ -48,13 +48,20 @@ def _t_quantile(freedom: int) -> float:
 
 
 def share(hits: Sequence[float] | np.ndarray) -> Interval | None:
-  """Share of hits (1, 0, or 0.5 for a draw) with Wilson's (1927) 95% interval, right for few items and near 0 or 1."""
-  n = len(hits)
+  """Share of hits, each from 0 to 1, with Wilson's (1927) 95% interval, right for few items and near 0 or 1.
+
+  Where a hit is itself the share of several tries, its items vary less than single ones would, and the interval is
+  that of as many single ones as would vary so (the effective sample size of Korn and Graubard 1998, section 3).
+  """
+  array = np.asarray(hits, np.float64)
+  n = len(array)
   if n == 0:
     return None
-  p = float(np.mean(np.asarray(hits, np.float64)))
-  centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-  half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+  p = float(array.mean())
+  variance = float(array.var(ddof=1)) if n > 1 else 0.0
+  effective = max(n, n * p * (1 - p) / variance) if variance else n
+  centre = (p + _Z**2 / (2 * effective)) / (1 + _Z**2 / effective)
+  half = _Z / (1 + _Z**2 / effective) * math.sqrt(p * (1 - p) / effective + _Z**2 / (4 * effective**2))
   return {'mean': p, 'low': max(0.0, centre - half), 'high': min(1.0, centre + half), 'n': n}
 
 
