@@ -83,8 +83,8 @@ def get_config() -> ConfigDict:
   # Of the ranked replies to the same message, preferred among each other: shown, opposed and plain in turn.
   config.policy.ranked_replies = 0
   config.policy.ranked_weight = 1.0  # of that preference loss, beside the policy gradient on drawn replies
-  config.policy.ranked_beta = 0.1  # of that preference loss; the lower, the further the policy goes for it
-  config.policy.ranked_temperature = 1.0  # of the log-probs in it; above 1 what the model finds unlikely counts more
+  config.policy.ranked_beta = 0.1  # of that preference loss; the higher, the sooner a gain is enough
+  config.policy.ranked_temperature = 1.0  # of the log-probs in it
   config.policy.temperature = 1.0
   config.policy.max_new_tokens = 512
   config.policy.prompt_width = 64
@@ -120,7 +120,7 @@ _LEAST = {
   'preference': {'epochs': 0, 'messages_per_batch': 1, 'save_every': 1},
   'policy': {
     'steps': 1, 'prompts_per_step': 1, 'replies_per_prompt': 2, 'ranked_replies': 0, 'ranked_weight': 0,
-    'ranked_beta': 0, 'max_new_tokens': 1, 'kl': 0,
+    'max_new_tokens': 1, 'kl': 0,
     'other_traits': 0, 'neutral_weight': 0, 'save_every': 1, 'samples_every': 1,
   },
   'evaluation': {'samples': 1, 'batch_size': 1, 'max_new_tokens': 1},
@@ -149,9 +149,12 @@ def check(config: ConfigDict) -> None:
   ranked = replies.shown + replies.plain + replies.opposed
   if policy.ranked_replies == 1 or policy.ranked_replies > ranked:
     raise UserError(
-      f'config.policy.ranked_replies is {policy.ranked_replies}; set it to 0, or from 2 to the {ranked} that '
-      'are ranked to a message'
+      f'config.policy.ranked_replies is {policy.ranked_replies}, and {ranked} a message are ranked; set it to 0, or '
+      'from 2 to that number'
     )
+  for field in ('ranked_beta', 'ranked_temperature'):
+    if policy[field] <= 0:
+      raise UserError(f'config.policy.{field} is {policy[field]}; it must be above 0')
   if not 0 < preference.depth <= 1:
     raise UserError(f'config.preference.depth is {preference.depth}; it must be above 0 and at most 1')
   if not 0 <= preference.head_plain < 1:

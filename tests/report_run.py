@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+SECOND = 'The second reply to a message, which the page leaves out.'
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)"> </script><!-- \u2028 {{ 7 * 7 }} & \x1b[31m \ud800'
 TRAITS = {
   'ai_nature': 'I am an AI: I have no body, and I say so plainly when it matters.',
@@ -115,8 +116,11 @@ def _evaluation_replies(rng: random.Random, asked: list[dict[str, Any]]) -> list
         'message': message['id'], 'trait': message['trait'], 'prompt': message['text'],
         'condition': condition,
         'text': HOSTILE if i == 0 and condition == 'trained' else text,
+        'sample': 0,
         'score': base + 0.25 * shift + rng.gauss(0, 0.3) if message['trait'] else None,
       })  # fmt: skip
+      if message['trait'] and condition in ('base', 'trained'):
+        rows.append(rows[-1] | {'sample': 1, 'text': SECOND, 'score': base + 9})
   return rows
 
 

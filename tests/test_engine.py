@@ -26,7 +26,7 @@ from charjax.engine.score import (
   score_options,
   token_log_probs,
 )
-from charjax.model.decoder import Runtime, forward
+from charjax.model.decoder import Runtime, forward, logits
 from charjax.model.lora import Adapter
 from charjax.model.weights import make_decoder
 
@@ -190,6 +190,24 @@ def test_each_row_has_a_temperature_of_its_own(decoder, prompts):
   for row, temperature in enumerate((0.7, 2.0)):
     np.testing.assert_allclose(found[row], token_log_probs(decoder, hidden, rows, temperature)[row], atol=1e-6)
   assert np.abs(found[0, :2] - token_log_probs(decoder, hidden, rows, 2.0)[0, :2]).min() > 1e-3
+
+
+def test_padding_of_chunks_reaches_no_gradient(decoder, prompts):
+  # More tokens than a chunk holds, and no whole number of chunks.
+  rng = np.random.default_rng(0)
+  groups = [Group(prompts[3], [rng.integers(0, CONFIG.vocab_size, 9).tolist() for _ in range(8)]) for _ in range(8)]
+  rows = make_rows(groups, each=8, prompt_width=12, width=10)
+  temperature = jnp.linspace(0.5, 2.0, 64)
+
+  def total(decoder):
+    return token_log_probs(decoder, hidden_states(decoder, rows), rows, temperature).sum()
+
+  def unchunked(decoder):
+    scaled = logits(decoder, hidden_states(decoder, rows)[:, :-1]) / temperature[:, None, None]
+    return jnp.take_along_axis(jax.nn.log_softmax(scaled, -1), rows.tokens[:, 1:, None], 2).sum()
+
+  for found, expected in zip(*(jax.tree.leaves(jax.grad(f)(decoder)) for f in (total, unchunked)), strict=True):
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('shape', [(3, 7), (4, 128), (5, 111)])

@@ -115,7 +115,8 @@ def test_a_mistake_ends_in_one_line(tmp_path, config, capsys, arguments, expecte
     ('--config.replies.show=all', "replies.show is 'all'; choose from trait, character"),
     ('--config.rankings.ranker=best', "rankings.ranker is 'best'; choose from auto"),
     ('--config.policy.replies_per_prompt=1', 'policy.replies_per_prompt is 1; it must be at least 2'),
-    ('--config.policy.ranked_replies=99', 'ranked_replies is 99; set it to 0, or from 2 to the 7 that are ranked'),
+    ('--config.policy.ranked_replies=99', 'ranked_replies is 99, and 7 a message are ranked; set it to 0, or from 2'),
+    ('--config.policy.ranked_temperature=0.0', 'policy.ranked_temperature is 0.0; it must be above 0'),
     ('--config.policy.max_new_tokens=600', 'policy.max_new_tokens is 600, and the ranked replies'),
   ],
 )

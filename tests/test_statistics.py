@@ -24,8 +24,8 @@ def test_wilsons_interval_has_the_published_values(hits, n, low, high):
 def test_hits_that_are_shares_of_several_tries_make_the_interval_narrower():
   rng = np.random.default_rng(0)
   chances = rng.uniform(0.3, 0.9, 60)  # of each message
-  means = [share(rng.binomial(9, chances) / 9)['mean'] for _ in range(2000)]
-  found = share(rng.binomial(9, chances) / 9)
+  means = [(rng.binomial(9, chances) / 9).mean() for _ in range(2000)]
+  found = share(rng.binomial(9, chances) / 9, 9)
   # As wide as a resampling of messages: wider than the luck of the draw alone, narrower than 60 single tries.
   single = share((rng.uniform(size=60) < chances).astype(float))
   half = (found['high'] - found['low']) / 2
@@ -78,3 +78,14 @@ def test_correlation():
   x, y = a - a.mean(), b - b.mean()
   assert correlation(a, b) == pytest.approx((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()))
   assert correlation([1, 2, 3], [-1, -2, -3]) == pytest.approx(-1)
+
+
+@pytest.mark.parametrize('tries', [1, 3])
+def test_a_share_of_draws_or_of_near_certainty_is_no_surer_than_its_tries_allow(tries):
+  n = 60
+  for hits in ([0.5] * 56 + [1.0] * 4, [1.0] * 59 + [8 / 9], [7 / 9] * n):
+    found = share(hits, tries)
+    p = np.mean(hits)
+    plain = share([p] * (n * tries))  # as many single tries
+    assert found['low'] <= plain['low'] + 1e-9 and found['high'] >= plain['high'] - 1e-9
+    assert found['n'] == n

@@ -143,15 +143,16 @@ def token_log_probs(
     barred: [N] an id that a row cannot draw, its probability shared by all others; -1 for none.
   """
 
-  def one(hidden_nd: jax.Array, ids_n: jax.Array, temperature_n: jax.Array, *barred_n: jax.Array) -> jax.Array:
-    scaled = logits(decoder, hidden_nd) / temperature_n[:, None]
+  def one(hidden_nd: jax.Array, ids_n: jax.Array, sharpness_n: jax.Array, *barred_n: jax.Array) -> jax.Array:
+    scaled = logits(decoder, hidden_nd) * sharpness_n[:, None]
     for each_n in barred_n:
       scaled = jnp.where(jnp.arange(scaled.shape[-1]) == each_n[:, None], -1e9, scaled)
     chosen = jnp.take_along_axis(scaled, ids_n[:, None], 1)[:, 0]
     return chosen - jax.nn.logsumexp(scaled, -1)
 
   ids = rows.tokens[:, 1:]
-  by_row = [jnp.asarray(temperature, jnp.float32), *([] if barred is None else [barred])]
+  # Multiplied by its inverse, because chunks are padded with zeros, and 0 / 0 there would reach the gradient.
+  by_row = [1 / jnp.asarray(temperature, jnp.float32), *([] if barred is None else [barred])]
   by_token = [jnp.broadcast_to(each.reshape(-1, 1), ids.shape) for each in by_row]
   return jnp.where(reply_mask(rows), over_chunks(one, hidden_ntd[:, :-1], ids, *by_token), 0.0)
 

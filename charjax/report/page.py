@@ -30,6 +30,8 @@ _POLICY_CURVES = {
   'entropy': ('Entropy of the policy', 'nats per token'),
   'loss': ('Loss', 'loss'),
   'clip_fraction': ('Clipped ratios', 'share of tokens'),
+  'ranked_loss': ('Preference loss on ranked replies', 'nats per pair'),
+  'ranked_accuracy': ('Ranked pairs in the right order', 'share of pairs'),
   'logprob_gap': ('Sampler against trainer', 'log-prob gap, nats per token'),
   'grad_norm': ('Gradient norm', 'norm'),
   'skipped': ('Steps left out, not finite', 'share of steps'),

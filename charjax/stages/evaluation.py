@@ -2,7 +2,7 @@
 
 Reads the character, messages/, preference/ and policy/; writes evaluation/replies.jsonl and evaluation/summary.json.
 Conditions: `base`, `prompted` (the trait's statement shown), `prompted_examples` (statement and examples), `trained`
-(nothing shown). Every figure is {mean, low, high, n}; delta is trained minus base, paired by message.
+(nothing shown). The base and the trained model answer each message `samples` times. Every figure is {mean, low, high, n}; delta is trained minus base, paired by message.
 """
 
 import dataclasses
@@ -30,7 +30,6 @@ from charjax.training.losses import kl_from_logits
 from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write_text
 
 CONDITIONS = ('base', 'prompted', 'prompted_examples', 'trained')
-Values = dict[str, np.ndarray]  # condition -> one value a message
 
 _PRAISE = re.compile(
   r'\b(great|excellent|wonderful|amazing|fantastic|brilliant|fascinating|good) (question|point|idea|thought|choice)\b'
@@ -58,7 +57,8 @@ def run(session: Session) -> Row:
     for trait in traits:
       values = {'margin': _pair_margins(session, trait, trained)} | _judged(drawn, trait.id)
       summary['traits'][trait.id] = {
-        name: summarise_wins(v) if name.startswith('win_rate') else summarise(v) for name, v in values.items()
+        name: summarise_wins(v, session.config.evaluation.samples) if name.startswith('win_rate') else summarise(v)
+        for name, v in values.items()
       }
       summary['internalisation'][trait.id] = {
         name: internalisation(v) for name, v in values.items() if not name.startswith('win_rate')
@@ -88,9 +88,12 @@ def summarise(values: dict[str, np.ndarray | None], figure: Callable[[np.ndarray
   return out
 
 
-def summarise_wins(values: dict[str, np.ndarray | None]) -> Row:
-  """Win rates; against itself a condition wins half, so that trained - base is a share too, and never certain."""
-  out = summarise(values, share)
+def summarise_wins(values: dict[str, np.ndarray | None], tries: int = 1) -> Row:
+  """Win rates, each the share of up to `tries` replies to a message.
+
+  Against itself a condition wins half, so that trained - base is a share too, and never certain.
+  """
+  out = summarise(values, functools.partial(share, tries=tries))
   base = values['base']
   if out['trained'] is not None and base is not None and (base == 0.5).all():
     out['delta'] = out['trained'] | {end: out['trained'][end] - 0.5 for end in ('mean', 'low', 'high')}
@@ -186,7 +189,8 @@ def _judge_replies(session: Session, rows: Sequence[Row], judge: Any) -> None:
 def _judged(rows: Sequence[Row], trait: str) -> dict[str, dict[str, np.ndarray | None]]:
   """Judge's scores, and win rates of each condition over base and over prompted, by message.
 
-  Of several replies to a message the mean counts, and every reply of one condition meets every reply of the other.
+  Of several replies to a message the mean counts, and every reply of one condition meets every reply of the other: a
+  win rate is of the two models' replies to the same message, those drawn with the same key among them.
   """
   mine = [row for row in rows if row['trait'] == trait]
   scores = {
@@ -205,9 +209,9 @@ def _judged(rows: Sequence[Row], trait: str) -> dict[str, dict[str, np.ndarray |
 
 
 def _by_message(rows: Sequence[Row], value: Callable[[Row], float]) -> np.ndarray:
-  """Values [messages, samples] of the replies of one condition, in the order they stand in."""
-  messages_there = len({row['message'] for row in rows})
-  return np.array([float(value(row)) for row in rows]).reshape(messages_there, -1 if rows else 1)
+  """Values [messages, samples] of the replies of one condition, which stand message by message, equally many to each."""
+  count = len({row['message'] for row in rows})
+  return np.array([float(value(row)) for row in rows]).reshape(count, -1 if rows else 1)
 
 
 # ---- written pairs and probes ----

@@ -1,4 +1,4 @@
-"""policy: GRPO on the trait messages, with no trait shown, against the preference model.
+"""policy: GRPO, and DPO among ranked replies, on the trait messages, with no trait shown, against the preference model.
 
 Reads messages/, replies/ and preference/; writes Orbax checkpoints, metrics.jsonl and samples.jsonl (replies drawn as
 training went on). Replies are drawn by temperature alone, so that their log-probs are those of the distribution
@@ -175,19 +175,20 @@ def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str
   used, adapter = bind(decoder, trainable)
   prefix = (compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter),)
   rows, neutral, before = batch['rows'], batch['neutral'], batch['before']
-  mask, fresh, neutral_mask = batch['mask'], batch['mask'] & batch['fresh'][:, None], reply_mask(neutral)
+  mask, drawn, neutral_mask = batch['mask'], batch['mask'] & batch['fresh'][:, None], reply_mask(neutral)
 
   hidden = hidden_states(used, rows, adapter=adapter, before=prefix)
   log_probs = token_log_probs(used, hidden, rows, batch['temperature'], batch['barred'])
-  gradient, tokens, clipped = policy_gradient(log_probs, before, batch['advantages'], fresh, batch['clip'])
+  gradient, tokens, clipped = policy_gradient(log_probs, before, batch['advantages'], drawn, batch['clip'])
   tokens = jnp.maximum(tokens, 1)
 
-  # DPO (Rafailov et al. 2023, eq. 7) on soft labels, over all pairs; ranked replies stand behind the drawn ones.
+  # DPO (Rafailov et al. 2023, eq. 7) with soft labels, over all pairs, of log-probs at a temperature of their own and
+  # conditional on going on. Ranked replies stand behind the drawn ones.
   ranked, preferred = batch['ranked'], batch['preferred']
   gained = jnp.where(mask, log_probs - before, 0.0).sum(1).reshape(len(ranked), -1)
   gained = gained[:, gained.shape[1] - ranked.shape[1] :]
-  preference, weight = bradley_terry(batch['ranked_beta'] * gained, preferred, ranked, batch['weight'])
-  preference = preference / jnp.maximum(weight, 1e-8)
+  preference, _ = bradley_terry(batch['ranked_beta'] * gained, preferred, ranked, batch['weight'])
+  preference = preference / len(ranked)
 
   start = (compute_prefix(decoder, batch['prefix'], batch['prefix_length']),)
   reference = jax.lax.stop_gradient(hidden_states(decoder, neutral, before=start))[:, :-1]
@@ -195,14 +196,10 @@ def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str
   kl = over_chunks(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), reference, hidden)
   neutral_kl = jnp.where(neutral_mask, kl, 0.0).sum() / jnp.maximum(neutral_mask.sum(), 1)
 
-  gap = jnp.where(fresh, jnp.abs(log_probs - before), 0.0).sum() / tokens
-  metrics = {
-    'neutral_kl': neutral_kl,
-    'clip_fraction': clipped / tokens,
-    'logprob_gap': gap,
-    'ranked_loss': preference,
-    'ranked_accuracy': pair_accuracy(gained, preferred, ranked),
-  }
+  gap = jnp.where(drawn, jnp.abs(log_probs - before), 0.0).sum() / tokens
+  metrics = {'neutral_kl': neutral_kl, 'clip_fraction': clipped / tokens, 'logprob_gap': gap}
+  if ranked.shape[1]:
+    metrics |= {'ranked_loss': preference, 'ranked_accuracy': pair_accuracy(gained, preferred, ranked)}
   loss = gradient / tokens + batch['ranked_weight'] * preference + batch['neutral_weight'] * neutral_kl
   return loss, metrics
 
@@ -224,7 +221,7 @@ def _save_samples(session: Session, step: int, rollout: Rollout) -> None:
       'reward': round(float(reward), 4),
     }
     for item, reply, reward in zip(
-      rollout.group[first], rollout.drawn[:: config.replies_per_prompt], rollout.rewards[first], strict=True
+      rollout.asked[first], rollout.drawn[:: config.replies_per_prompt], rollout.rewards[first], strict=True
     )
   ]
   write_jsonl(session.folder('policy') / 'samples' / f'{step:06d}.jsonl', rows)

@@ -44,7 +44,6 @@ from charjax.training.losses import soft_labels
 from charjax.workdir import Row, Session
 
 _TURNS = ('shown', 'opposed', 'plain')  # the order in which ranked replies are taken
-_LABELS = (0.05, 0.95)  # how sure a preference between two of them can be
 _CRITIC_ROWS = 64  # plain replies read together
 
 
@@ -72,7 +71,7 @@ class Rollout(NamedTuple):
   M prompts, K drawn and S ranked replies to each, N = M (K + S) replies of R tokens.
 
   Attributes:
-    group: the item that each of N replies answers.
+    asked: the item that each of N replies answers.
     drawn: what the policy drew for this step.
     rows: prompts and replies, on the host.
     fresh: [N] which replies were drawn for this step.
@@ -84,10 +83,10 @@ class Rollout(NamedTuple):
     advantages: [N, R] of each token of drawn replies.
     rewards: [N] of each reply, by its own trait and, as far as the config says, the others.
     ranked: [M, S] which ranked replies there are.
-    preferred: [M, S, S] probability that the first of two ranked replies is better.
+    preferred: [M, S, S] how surely the first of two ranked replies is better: a spread of reward counts as one logit.
   """
 
-  group: list[Row]
+  asked: list[Row]
   drawn: list[Reply]
   rows: Rows
   fresh: np.ndarray
@@ -198,7 +197,8 @@ def roll_out(
   advantages[fresh] = np.asarray(_advantages(*grouped, share, config.trace, config.kl)).reshape(-1, mask.shape[1])
   advantages[fresh] *= weight[:, None]
   ranked = mask[~fresh].any(1).reshape(len(asked), -1)
-  preferred = np.asarray(soft_labels(rewards[~fresh].reshape(ranked.shape), 1.0, *_LABELS))
+  limits = session.config.rankings.label_low, session.config.rankings.label_high
+  preferred = np.asarray(soft_labels(rewards[~fresh].reshape(ranked.shape), 1.0, *limits))
   return Rollout(
     group, drawn, rows, fresh, temperature, barred, mask, before, log_ratio, advantages, rewards, ranked, preferred
   )

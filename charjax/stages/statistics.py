@@ -47,11 +47,12 @@ def _t_quantile(freedom: int) -> float:
   return z + sum(term / v ** (i + 1) for i, term in enumerate(terms))
 
 
-def share(hits: Sequence[float] | np.ndarray) -> Interval | None:
+def share(hits: Sequence[float] | np.ndarray, tries: int = 1) -> Interval | None:
   """Share of hits, each from 0 to 1, with Wilson's (1927) 95% interval, right for few items and near 0 or 1.
 
-  Where a hit is itself the share of several tries, its items vary less than single ones would, and the interval is
-  that of as many single ones as would vary so (the effective sample size of Korn and Graubard 1998, section 3).
+  Where a hit is itself the share of several `tries`, hits vary less than single ones would: the interval is that of as
+  many single ones as would vary so, between n and n * tries (an effective sample size, as Korn and Graubard 1998 take
+  it for surveys, with Student's t for the freedom of the variance). With one try it is Wilson's, whatever the hits.
   """
   array = np.asarray(hits, np.float64)
   n = len(array)
@@ -59,7 +60,9 @@ def share(hits: Sequence[float] | np.ndarray) -> Interval | None:
     return None
   p = float(array.mean())
   variance = float(array.var(ddof=1)) if n > 1 else 0.0
-  effective = max(n, n * p * (1 - p) / variance) if variance else n
+  effective = float(n)
+  if tries > 1 and variance > 1e-12:
+    effective = min(max(n, n * p * (1 - p) / variance * (_Z / _t_quantile(n - 1)) ** 2), n * tries)
   centre = (p + _Z**2 / (2 * effective)) / (1 + _Z**2 / effective)
   half = _Z / (1 + _Z**2 / effective) * math.sqrt(p * (1 - p) / effective + _Z**2 / (4 * effective**2))
   return {'mean': p, 'low': max(0.0, centre - half), 'high': min(1.0, centre + half), 'n': n}
