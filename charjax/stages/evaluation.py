@@ -2,7 +2,8 @@
 
 Reads the character, messages/, preference/ and policy/; writes evaluation/replies.jsonl and evaluation/summary.json.
 Conditions: `base`, `prompted` (the trait's statement shown), `prompted_examples` (statement and examples), `trained`
-(nothing shown). The base and the trained model answer each message `samples` times. Every figure is {mean, low, high, n}; delta is trained minus base, paired by message.
+(nothing shown). The base and the trained model answer each message `samples` times. Every figure is
+{mean, low, high, n}; delta is trained minus base, paired by message.
 """
 
 import dataclasses
@@ -209,7 +210,7 @@ def _judged(rows: Sequence[Row], trait: str) -> dict[str, dict[str, np.ndarray |
 
 
 def _by_message(rows: Sequence[Row], value: Callable[[Row], float]) -> np.ndarray:
-  """Values [messages, samples] of the replies of one condition, which stand message by message, equally many to each."""
+  """Values [messages, samples] of the replies of one condition, message by message, equally many to each."""
   count = len({row['message'] for row in rows})
   return np.array([float(value(row)) for row in rows]).reshape(count, -1 if rows else 1)
 
