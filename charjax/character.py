@@ -20,6 +20,7 @@ The form of a file (charjax/characters/assistant.toml is a whole one):
 """
 
 import dataclasses
+import math
 import re
 import tomllib
 from collections.abc import Collection, Sequence
@@ -35,6 +36,8 @@ _SHIPPED = epath.Path(__file__).parent / 'characters'
 _MAX_BYTES = 5_000_000
 _MAX_CHARS = 10_000
 _MIN_SEEDS = 8
+_MOST_WEIGHT = 1e9
+_WEIGHT_RULE = 'must be a finite number from 0 to 1e9; 1.0 is usual'
 _SIMPLE_NAME = re.compile(r'[a-z][a-z0-9_]{0,63}')
 
 
@@ -123,15 +126,28 @@ def source(path: str) -> str:
 def select(character: Character, traits: Sequence[str]) -> Character:
   """The character with only the named traits, in the character's order; an empty sequence keeps all.
 
+  A name may be followed by a weight of its own, as in 'honesty:2'.
+
   Raises:
-    UserError: a name is no trait of the character.
+    UserError: a name is no trait of the character, or its weight no number that the file may hold.
   """
-  known = [trait.id for trait in character.traits]
-  for name in traits:
-    if name not in known:
-      raise UserError(f'character {character.name}: traits: there is no {_short(name)}; choose from {", ".join(known)}')
-  chosen = tuple(trait for trait in character.traits if not traits or trait.id in traits)
-  return dataclasses.replace(character, traits=chosen)
+  found = {trait.id: trait for trait in character.traits}
+  chosen: dict[str, Trait] = {}
+  for entry in traits:
+    name, colon, text = entry.partition(':')
+    if name not in found:
+      raise UserError(f'character {character.name}: traits: there is no {_short(name)}; choose from {", ".join(found)}')
+    chosen[name] = found[name]
+    if colon:
+      try:
+        weight = float(text)
+      except ValueError:
+        weight = math.nan
+      if not 0 <= weight <= _MOST_WEIGHT:
+        raise UserError(f'character {character.name}: traits: {_short(entry)}: the weight {_WEIGHT_RULE}')
+      chosen[name] = dataclasses.replace(found[name], weight=weight)
+  kept = chosen or found
+  return dataclasses.replace(character, traits=tuple(kept[name] for name in found if name in kept))
 
 
 def _locate(path: str) -> epath.Path:
@@ -214,8 +230,8 @@ class _Reader:
     statement = self.text(data, place, 'statement')
     weight = data.get('weight', 1.0)
     number = isinstance(weight, (int, float)) and not isinstance(weight, bool)  # a bool is an int in Python
-    if not number or not 0 <= weight <= 1e9:  # not a number, infinite and negative all fail this
-      self.fail((*place, 'weight'), f'{_short(weight)} must be a finite number from 0 to 1e9; 1.0 is usual')
+    if not number or not 0 <= weight <= _MOST_WEIGHT:  # not a number, infinite and negative all fail this
+      self.fail((*place, 'weight'), f'{_short(weight)} {_WEIGHT_RULE}')
 
     opposites = data['opposites']
     if not isinstance(opposites, dict) or not opposites:

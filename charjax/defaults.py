@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
 
   config.character = ConfigDict()
   config.character.path = 'assistant'  # a shipped character, or a .toml file
-  config.character.traits = ()  # empty: all
+  config.character.traits = ()  # empty: all; 'honesty:2' gives a trait another weight than the file does
 
   config.messages = ConfigDict()
   config.messages.train_per_trait = 450

@@ -42,10 +42,10 @@ def get_config() -> ConfigDict:
   config.preference.depth = 0.67
 
   config.policy.lora_rank = 16
-  config.policy.learning_rate = 1.3e-3
-  config.policy.steps = 32
+  config.policy.learning_rate = 1.35e-3
+  config.policy.steps = 30
   config.policy.warmup = 3
-  config.policy.save_every = 8
+  config.policy.save_every = 10
   config.policy.prompts_per_step = 10
   config.policy.replies_per_prompt = 4
   config.policy.ranked_replies = 6
@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
   config.policy.other_traits = 0.4
   config.policy.kl = 0.04
   config.policy.clip = 0.5
-  config.policy.neutral_weight = 2.5
+  config.policy.neutral_weight = 2.0
   # With the prompt's last token 32: rows of training are padded to that width.
   config.policy.max_new_tokens = 31
   config.policy.prompt_width = 48

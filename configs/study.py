@@ -19,8 +19,11 @@ def get_config() -> ConfigDict:
   config.messages.train_neutral = 200
   config.messages.heldout_neutral = 80
 
+  config.replies.shown = 3
+  config.replies.plain = 1
+  config.replies.opposed = 3
   config.replies.max_new_tokens = 96
-  # What the quickstart measured: heads on the starting weights, at two thirds of their depth.
+  # Heads on the starting weights, at two thirds of their depth, and ranked replies, as in the quickstart.
   config.preference.epochs = 0.0
   config.preference.depth = 0.67
 
@@ -28,7 +31,11 @@ def get_config() -> ConfigDict:
   config.policy.learning_rate = 2e-4
   config.policy.temperature = 0.8
   config.policy.trace = 0.9
-  config.policy.other_traits = 0.6
+  config.policy.other_traits = 0.4
+  config.policy.ranked_replies = 6
+  config.policy.ranked_weight = 2.0
+  config.policy.ranked_beta = 0.15
+  config.policy.ranked_temperature = 2.0
   config.policy.steps = 200
   config.policy.prompts_per_step = 16
   config.policy.max_new_tokens = 96

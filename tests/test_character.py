@@ -165,6 +165,16 @@ def test_select_keeps_order_and_refuses_unknown_traits():
     characters.select(character, ['humour'])
 
 
+def test_select_gives_a_trait_another_weight():
+  character = characters.load('assistant')
+  chosen = characters.select(character, ['memory:2.5', 'honesty'])
+  assert [(t.id, t.weight) for t in chosen.traits] == [('honesty', 1.0), ('memory', 2.5)]
+  assert characters.select(character, ['memory:0']).traits[0].weight == 0
+  for wrong in ('memory:', 'memory:heavy', 'memory:-1', 'memory:nan', 'memory:inf', 'memory:1:2'):
+    with pytest.raises(UserError, match=f"traits: '{wrong}': the weight must be a finite number from 0 to 1e9"):
+      characters.select(character, [wrong])
+
+
 # Lint
 
 FILLER = ['amber', 'birch', 'cedar', 'dune', 'ember', 'fjord', 'grove', 'heath', 'inlet', 'jetty']

@@ -142,3 +142,7 @@ def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
   loss, metrics = policy._loss({'decoder': decoders[1]}, decoders[0], batch)
   assert float(metrics['ranked_loss']) == pytest.approx(np.mean(weight * expected), rel=1e-3)
   assert float(loss) == pytest.approx(2 * float(metrics['ranked_loss']), rel=1e-5)
+  # Without ranked replies there is nothing of it.
+  batch |= {'ranked': np.zeros((2, 0), bool), 'preferred': np.zeros((2, 0, 0), np.float32)}
+  loss, metrics = policy._loss({'decoder': decoders[1]}, decoders[0], batch)
+  assert float(loss) == 0 and 'ranked_loss' not in metrics
