@@ -1,4 +1,4 @@
-"""The whole loop on SmolLM2-135M-Instruct with four traits, on two CPU cores. About 17 minutes.
+"""The whole loop on SmolLM2-135M-Instruct with four traits, on two CPU cores. About 19 minutes.
 
 charjax run --config=configs/quickstart.py --workdir=runs/quickstart
 """
@@ -23,8 +23,8 @@ def get_config() -> ConfigDict:
   config.messages.prompt_width = 48
   config.messages.batch_size = 60
 
-  # Batches of 60 rows and 40 tokens, but for the policy: a batch holds one reply to each of a trait's messages, and the
-  # sampler, which takes long to compile, is compiled for few shapes.
+  # Batches of 60 rows and 40 tokens, but for the policy: the sampler, which takes long to compile, is compiled for few
+  # shapes.
   config.replies.shown = 3
   config.replies.plain = 1
   config.replies.opposed = 3
