@@ -159,7 +159,7 @@ def test_shown_numbers_equal_the_files(page, folder):
     assert [number(cell) for cell in rows[words.spoken(trait)]] == pytest.approx(
       [delta['mean'], delta['low'], delta['high'], delta['n']], abs=5.1e-4
     )
-  rows = {row[0]: row[1:] for row in tables['Win rate against base: trained, share of messages'][1:]}
+  rows = {row[0]: row[1:] for row in tables['Win rate against base: trained, share of replies'][1:]}
   for trait, metrics in summary['traits'].items():
     rate = metrics['win_rate']['trained']
     assert [number(cell) for cell in rows[words.spoken(trait)][:3]] == pytest.approx(
