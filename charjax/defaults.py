@@ -120,8 +120,7 @@ _LEAST = {
   'preference': {'epochs': 0, 'messages_per_batch': 1, 'save_every': 1},
   'policy': {
     'steps': 1, 'prompts_per_step': 1, 'replies_per_prompt': 2, 'ranked_replies': 0, 'ranked_weight': 0,
-    'max_new_tokens': 1, 'kl': 0,
-    'other_traits': 0, 'neutral_weight': 0, 'save_every': 1, 'samples_every': 1,
+    'max_new_tokens': 1, 'kl': 0, 'other_traits': 0, 'neutral_weight': 0, 'save_every': 1, 'samples_every': 1,
   },
   'evaluation': {'samples': 1, 'batch_size': 1, 'max_new_tokens': 1},
 }  # fmt: skip

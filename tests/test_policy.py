@@ -9,7 +9,8 @@ from llama_reference import numpy_log_probs, random_tensors, tiny_config
 from ml_collections import ConfigDict
 
 from charjax.character import Character, Trait
-from charjax.engine.score import FixedShapes, Group, reply_mask
+from charjax.engine.batch import compute_prefix
+from charjax.engine.score import FixedShapes, Group, hidden_states, reply_mask, token_log_probs
 from charjax.model.decoder import Runtime
 from charjax.model.weights import make_decoder
 from charjax.stages import policy, rollouts
@@ -129,13 +130,11 @@ def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
     expected.append(-np.mean([p * np.log(c) + (1 - p) * np.log(1 - c) for p, c in zip(labels, chance, strict=True)]))
 
   barred = np.where(fresh, -1, END).astype(np.int32)
-  hidden = policy.hidden_states(
-    decoders[0], rows, before=(policy.compute_prefix(decoders[0], shapes.prefix, shapes.length),)
-  )
+  hidden = hidden_states(decoders[0], rows, before=(compute_prefix(decoders[0], shapes.prefix, shapes.length),))
   batch = shapes.shared() | {
     'rows': rows, 'neutral': shapes.rows([Group(prompts[0], [[9, 10]])], 1), 'fresh': fresh, 'mask': mask,
     'temperature': temperature, 'barred': barred, 'advantages': np.zeros(mask.shape, np.float32),
-    'before': policy.token_log_probs(decoders[0], hidden, rows, temperature, barred),
+    'before': token_log_probs(decoders[0], hidden, rows, temperature, barred),
     'ranked': np.array([[True] * 3, [True, True, False]]), 'preferred': preferred, 'weight': weight,
     'clip': 0.2, 'ranked_weight': 2.0, 'ranked_beta': 0.3, 'neutral_weight': 0.0,
   }  # fmt: skip

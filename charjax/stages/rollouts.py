@@ -185,17 +185,16 @@ def roll_out(
   mask = reply_mask(rows) & ~(ends & ~fresh[:, None])
   before = np.where(mask, reference, 0.0)
   before[fresh] = pad_values([reply.log_probs for reply in drawn], before.shape[1])
-  log_ratio = np.where(mask & fresh[:, None], before - reference, 0.0)
+  learned = mask & fresh[:, None]
+  log_ratio = np.where(learned, before - reference, 0.0)
 
   earns = np.array([item['earns'] for item in group], np.float32)
   scores, values = (np.einsum('nrc,nc->nr', array, earns) for array in (scores, values))
   rewards = np.asarray(mean_over_tokens(scores, rows), np.float32)
-  grouped = (array[fresh].reshape(len(asked), each, -1) for array in (scores, values, log_ratio, mask))
+  grouped = (array.reshape(len(asked), together, -1) for array in (scores, values, log_ratio, learned))
   share = to_come(mask.shape[1], config.max_new_tokens)
-  weight = np.array([item['weight'] for item in asked_of], np.float32)
-  advantages = np.zeros(mask.shape, np.float32)
-  advantages[fresh] = np.asarray(_advantages(*grouped, share, config.trace, config.kl)).reshape(-1, mask.shape[1])
-  advantages[fresh] *= weight[:, None]
+  advantages = np.asarray(_advantages(*grouped, share, config.trace, config.kl)).reshape(mask.shape)
+  advantages = advantages * np.array([item['weight'] for item in group], np.float32)[:, None]
   ranked = mask[~fresh].any(1).reshape(len(asked), -1)
   limits = session.config.rankings.label_low, session.config.rankings.label_high
   preferred = np.asarray(soft_labels(rewards[~fresh].reshape(ranked.shape), 1.0, *limits))
