@@ -126,6 +126,18 @@ def test_a_tokenizer_json_adds_cuts_and_pads_nothing(tmp_path):
   assert ours.encode('hello', special=True) == ids
 
 
+def test_a_space_before_what_opens_a_sequence_stands_nowhere_else(tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  backend = tokenizers.Tokenizer(models.BPE({'</s>': 0, '▁': 1, 'a': 2}, []))
+  backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='first', split=False)
+  backend.add_special_tokens(['</s>'])
+  backend.save(str(path))
+  ours = tokenizer.from_tokenizer_json(str(path), eos='</s>')
+  assert ours.encode('a</s>a', special=True) == [1, 2, 0, 2]
+  assert (ours.encode('a'), ours.encode('a', opens=False)) == ([1, 2], [2])
+  assert pickle.loads(pickle.dumps(ours)).encode('a', opens=False) == [2]
+
+
 def test_the_end_of_turn_comes_from_the_template_and_is_made_special(tmp_path):
   path = write_tokenizer_json(tmp_path / 'tokenizer.json')
   ours = tokenizer.from_tokenizer_json(path, eos_ids=[2], eos='</s>', pad='</s>', reply_end='<end></s>\n')

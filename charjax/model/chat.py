@@ -125,7 +125,7 @@ def _encode(
   end = 0
   for match in itertools.chain(special.finditer(rendered), [None]):
     plain = rendered[end : match.start() if match else len(rendered)]
-    ids += tokenizer.encode(re.sub(f'{mark}[0-9]+{mark}', lambda m: hidden.get(m[0], ''), plain))
+    ids += tokenizer.encode(re.sub(f'{mark}[0-9]+{mark}', lambda m: hidden.get(m[0], ''), plain), opens=not end)
     if match:
       ids += tokenizer.encode(match[0], special=True)
       end = match.end()

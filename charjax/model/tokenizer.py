@@ -1,7 +1,7 @@
-"""Text to token ids and back, from a GGUF file's metadata or a tokenizer.json."""
+"""Text to token ids and back, from a GGUF file's metadata or a tokenizer.json; see sentencepiece.py for the third."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +26,12 @@ class Tokenizer(Protocol):
   pad_id: int
   special_tokens: Mapping[str, int]
 
-  def encode(self, text: str, special: bool = False) -> list[int]:
-    """Token ids, with no BOS or EOS of its own; special-token strings are plain text unless `special`."""
+  def encode(self, text: str, special: bool = False, opens: bool = True) -> list[int]:
+    """Token ids, with no BOS or EOS of its own; special-token strings are plain text unless `special`.
+
+    `opens` says whether a plain text begins a sequence, where some tokenizers put a space before it. Else it
+    follows a special token.
+    """
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of the ids, special tokens left out."""
@@ -47,6 +51,10 @@ class _Backed:
     self._seeing = tokenizers.Tokenizer.from_str(source)
     self._plain = tokenizers.Tokenizer.from_str(source)
     self._plain.encode_special_tokens = True
+    # One kind of those that put a space before a text puts it there only where a sequence opens.
+    inner = source.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
+    self._inner = self._plain if inner == source else tokenizers.Tokenizer.from_str(inner)
+    self._inner.encode_special_tokens = True
     self.vocab_size = 1 + max(self._seeing.get_vocab().values())
     self.special_tokens: Mapping[str, int] = _special_tokens(self._seeing)
 
@@ -54,8 +62,9 @@ class _Backed:
     # The library's own pickle forgets encode_special_tokens.
     return _Backed, (self._source, self.eos_ids, self.pad_id)
 
-  def encode(self, text: str, special: bool = False) -> list[int]:
-    return (self._seeing if special else self._plain).encode(text, add_special_tokens=False).ids
+  def encode(self, text: str, special: bool = False, opens: bool = True) -> list[int]:
+    backend = self._seeing if special else self._plain if opens else self._inner
+    return backend.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Sequence[int]) -> str:
     return self._seeing.decode(list(ids), skip_special_tokens=True)
@@ -76,7 +85,7 @@ def bpe_from_gguf(metadata: Mapping[str, Any], where: str, reply_end: str = '') 
   if (kind, split) != ('gpt2', 'smollm'):
     raise UserError(
       f'{where}: tokenizer {str(kind)[:40]!r} with pre-tokenizer {str(split)[:40]!r} is not supported, only '
-      f'byte-level BPE as in SmolLM2 is; use a Hugging Face directory, which has a tokenizer.json'
+      f'byte-level BPE as in SmolLM2 is; use a Hugging Face directory, which has a tokenizer.json or tokenizer.model'
     )
   try:
     tokens = metadata['tokenizer.ggml.tokens']
@@ -123,7 +132,7 @@ def from_tokenizer_json(
     description['truncation'] = description['padding'] = None
     backend = tokenizers.Tokenizer.from_str(json.dumps(description))
   except FileNotFoundError as error:
-    raise UserError(f'{path}: no such file; convert a SentencePiece tokenizer.model to it') from error
+    raise UserError(f'{path}: no such file; fetch it') from error
   except Exception as error:  # The library raises bare Exceptions.
     raise UserError(f'{path}: not a tokenizer.json ({one_line(error)}); fetch it again') from error
   eos_id = backend.token_to_id(eos) if eos else None
@@ -136,27 +145,51 @@ def _with_ends(
 ) -> Tokenizer:
   """Settles which ids end a turn and which fills rows, and checks that text cannot turn into control."""
   added = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.content}
-  ends = list(eos_ids)
-  written = [token for token in added if token in reply_end]
-  if written:
-    ends.insert(0, added[min(written, key=lambda token: (reply_end.index(token), -len(token)))])
-  ends = list(dict.fromkeys(ends))
   strings = {i: token for token, i in backend.get_vocab().items()}
-  if not ends or not all(i in strings for i in ends):
-    raise UserError(f'{where}: end-of-text ids {ends} are not among its {len(strings)} tokens; wrong file?')
+  ends = turn_ends(where, strings, added, eos_ids, reply_end)
   # Some tokenizers list their end of turn as an ordinary token, which a message could then spell out.
   special = _special_tokens(backend)
   backend.add_special_tokens([_added(strings[i]) for i in ends if strings[i] not in special])
   special = _special_tokens(backend)
-  if pad_id not in strings or pad_id in ends:
-    # Where the padding id also ends turns (SmolLM2's does), a mask of padding hides the end of a turn.
-    pad_id = min((i for i in special.values() if i not in ends), default=ends[0])
-  tokenizer = _Backed(backend.to_str(), tuple(ends), pad_id)
+  pad_id = padding_id(pad_id if pad_id in strings else None, ends, special)
+  tokenizer = _Backed(backend.to_str(), ends, pad_id)
   for token, i in special.items():
     # A model of whole words or of pieces may find it by itself, whatever the library is told.
     if i in tokenizer.encode(token) and token != getattr(backend.model, 'unk_token', None):
       raise UserError(f'{where}: text that reads {token[:40]!r} would be control; use a BPE tokenizer')
   return tokenizer
+
+
+def turn_ends(
+  where: str, known: Collection[int], named: Mapping[str, int], eos_ids: Sequence[int], reply_end: str
+) -> tuple[int, ...]:
+  """The ids that end a turn, the one that the chat template writes first.
+
+  Args:
+    where: the tokenizer's file, for error messages.
+    known: all ids that have a token.
+    named: the tokens, and their ids, that are no plain text.
+    eos_ids: what the checkpoint says ends a text.
+    reply_end: what the template writes after a reply.
+
+  Raises:
+    UserError: there is none, or one of them has no token.
+  """
+  ends = list(eos_ids)
+  written = [token for token in named if token in reply_end]
+  if written:
+    ends.insert(0, named[min(written, key=lambda token: (reply_end.index(token), -len(token)))])
+  if not ends or not all(i in known for i in ends):
+    raise UserError(f'{where}: end-of-text ids {ends} are not among its {len(known)} tokens; wrong file?')
+  return tuple(dict.fromkeys(ends))
+
+
+def padding_id(pad_id: int | None, ends: Sequence[int], special: Mapping[str, int]) -> int:
+  """The id that fills rows: `pad_id`, unless there is none or it ends turns, too (as SmolLM2's does)."""
+  if pad_id is not None and pad_id not in ends:
+    return pad_id
+  # A mask of padding would hide the end of a turn.
+  return min((i for i in special.values() if i not in ends), default=ends[0])
 
 
 def _added(token: str) -> AddedToken:
