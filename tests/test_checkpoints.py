@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import struct
 from pathlib import Path
@@ -10,6 +11,7 @@ import gguf as gguf_package
 import ml_dtypes
 import numpy as np
 import pytest
+import sentencepiece as library
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -361,3 +363,109 @@ def test_a_truncated_safetensors_is_told(tmp_path):
 
 def test_integer_weights_are_refused(tmp_path):
   assert_refused(write_hf(tmp_path / 'm', random_tensors(CONFIG), dtype=np.int8), 'I8')
+
+
+def write_sentencepiece(folder, config=CONFIG, **settings) -> str:
+  """A Hugging Face directory with a tokenizer.model of 270 pieces or so, and an <end> of turn that was added."""
+  path = write_hf(folder, random_tensors(config), config, eos_token_id=2)
+  (folder / 'tokenizer.json').unlink()
+  (folder / 'generation_config.json').unlink()
+  model = io.BytesIO()
+  library.SentencePieceTrainer.train(
+    sentence_iterator=iter(['the end of this'] * 9),
+    model_writer=model,
+    vocab_size=270,
+    model_type='bpe',
+    byte_fallback=True,
+    normalization_rule_name='identity',
+    remove_extra_whitespaces=False,
+    hard_vocab_limit=False,
+    minloglevel=2,
+  )
+  (folder / 'tokenizer.model').write_bytes(model.getvalue())
+  added = {'300': {'content': '<end>', 'special': True}}
+  (folder / 'tokenizer_config.json').write_text(
+    json.dumps({'chat_template': TEMPLATE, 'added_tokens_decoder': added, **settings})
+  )
+  return path
+
+
+PADDED = dataclasses.replace(CONFIG, vocab_size=304)
+
+
+def test_a_directory_with_a_tokenizer_model(tmp_path):
+  path = write_sentencepiece(tmp_path / 'm', PADDED)
+  checkpoint = checkpoint_source.load(path)
+  tokenizer, template = checkpoint.tokenizer, checkpoint.template
+  # Nobody says what begins and ends a text but the tokenizer.model.
+  assert (template.bos, template.eos) == ('<s>', '</s>')
+  assert tokenizer.eos_ids == (300, 2) and tokenizer.vocab_size == 301
+  peer = library.SentencePieceProcessor(model_file=f'{path}/tokenizer.model')
+  for text in ('the <end> of</s> this', 'ꙮ'):
+    assert tokenizer.encode(text) == peer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+  the = peer.encode('the', add_bos=False)
+  assert tokenizer.encode('the<end>the', special=True) == [*the, 300, *the]
+
+
+def test_the_settings_beside_a_tokenizer_model_count(tmp_path):
+  path = write_sentencepiece(tmp_path / 'm', PADDED, legacy=False, bos_token='<end>')
+  checkpoint = huggingface.read(path)
+  assert checkpoint.template.bos == '<end>'
+  encode = checkpoint.tokenizer.encode
+  assert encode('the<end>the', special=True) == [*encode('the'), 300, *encode('the', opens=False)]
+  assert encode('the', opens=False) != encode('the')
+  path = write_sentencepiece(tmp_path / 'm', PADDED, add_prefix_space=False)
+  tokenizer = huggingface.read(path).tokenizer
+  assert tokenizer.encode('the') == encode('the', opens=False) and tokenizer.decode(tokenizer.encode(' the')) == ' the'
+  # As it was written before there was one file for all.
+  path = write_sentencepiece(tmp_path / 'm', PADDED, added_tokens_decoder=None)
+  (tmp_path / 'm' / 'added_tokens.json').write_text('{"<end>": 300, "<pad>": 301, "<say>": 302}')
+  (tmp_path / 'm' / 'special_tokens_map.json').write_text('{"eos_token": {"content": "<end>"}, "pad_token": "<pad>"}')
+  checkpoint = huggingface.read(path)
+  tokenizer = checkpoint.tokenizer
+  assert checkpoint.template.eos == '<end>'
+  assert (tokenizer.eos_ids, tokenizer.pad_id, tokenizer.vocab_size) == ((300, 2), 301, 303)
+  assert tokenizer.decode([302, 301, 300]) == '<say>'
+
+
+def test_a_tokenizer_json_stands_before_a_tokenizer_model(tmp_path):
+  path = write_hf(tmp_path / 'm', random_tensors(CONFIG))
+  (tmp_path / 'm' / 'tokenizer.model').write_bytes(b'garbage')
+  assert checkpoint_source.load(path).tokenizer.eos_ids == (1, 0)
+
+
+@pytest.mark.parametrize('content', [None, b'', b'garbage', 0.5, 0.99])
+def test_a_directory_with_a_damaged_tokenizer_model_is_told(tmp_path, content):
+  path = write_sentencepiece(tmp_path / 'm', PADDED)
+  file = tmp_path / 'm' / 'tokenizer.model'
+  if content is None:
+    file.unlink()
+    assert_refused(path, 'neither tokenizer.json nor tokenizer.model', 'fetch')
+    return
+  whole = file.read_bytes()
+  file.write_bytes(content if isinstance(content, bytes) else whole[: int(content * len(whole))])
+  assert_refused(path, f'{path}/tokenizer.model: not a SentencePiece tokenizer.model', 'fetch it again')
+
+
+@pytest.mark.parametrize(
+  ('settings', 'parts'),
+  [
+    ({'added_tokens_decoder': {'304': {'content': '<end>'}}}, ('tokenizer.model', '305 tokens', '304', 'vocab_size')),
+    ({'added_tokens_decoder': {'-1': {'content': '<end>'}}}, ('tokenizer_config.json', '<end>', '-1')),
+    ({'added_tokens_decoder': {'x': {'content': '<end>'}}}, ('added_tokens_decoder', 'fetch it again')),
+    ({'added_tokens_decoder': {'300': {'content': ['<end>']}}}, ('added_tokens_decoder', 'fetch it again')),
+    ({'added_tokens_decoder': {'300': 'end'}}, ('added_tokens_decoder', 'fetch it again')),
+    ({'added_tokens_decoder': [300]}, ('added_tokens_decoder', 'fetch it again')),
+    ({'added_tokens_decoder': {'300': {}}}, ('added_tokens_decoder', 'fetch it again')),
+    ({'chat_template': None}, ('tokenizer_config.json', 'chat template')),
+  ],
+)
+def test_settings_that_do_not_fit_a_tokenizer_model_are_told(tmp_path, settings, parts):
+  assert_refused(write_sentencepiece(tmp_path / 'm', PADDED, **settings), *parts)
+
+
+def test_a_tokenizer_model_larger_than_the_embedding_is_told(tmp_path):
+  config = dataclasses.replace(CONFIG, vocab_size=200)
+  path = write_sentencepiece(tmp_path / 'm', config, added_tokens_decoder={})
+  assert_refused(path, f'{path}/tokenizer.model', '200 embeddings', 'vocab_size of config.json', 'Fetch')

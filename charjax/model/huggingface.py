@@ -1,4 +1,4 @@
-"""Reads a Hugging Face directory: config.json, safetensors, tokenizer.json, chat template."""
+"""Reads a Hugging Face directory: config.json, safetensors, tokenizer.json or tokenizer.model, chat template."""
 
 import contextlib
 import json
@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from charjax.errors import UserError, one_line
+from charjax.model import sentencepiece
 from charjax.model.chat import ChatTemplate
 from charjax.model.checkpoint_source import Checkpoint, assemble
 from charjax.model.config import ModelConfig, from_hf
@@ -93,26 +94,80 @@ def _shards(folder: Path) -> list[Path]:
 
 def _text(folder: Path, raw: Mapping[str, Any], config: ModelConfig) -> tuple[ChatTemplate, Tokenizer]:
   """Chat template and tokenizer; the end of a turn is looked up in everything that names one."""
-  settings = _json(folder / 'tokenizer_config.json', optional=True)
+  # Before it was one file, the special tokens stood in a second.
+  settings = _json(folder / 'special_tokens_map.json', optional=True)
+  settings |= _json(folder / 'tokenizer_config.json', optional=True)
   generation = _json(folder / 'generation_config.json', optional=True)
+  eos_ids = [*_ids(generation, 'eos_token_id', folder), *_ids(raw, 'eos_token_id', folder)]
   bos, eos, pad = (_token(settings.get(f'{name}_token')) for name in ('bos', 'eos', 'pad'))
+  path = folder / 'tokenizer.json'
+  model = None
+  if not path.exists():
+    path = folder / 'tokenizer.model'
+    if not path.exists():
+      raise UserError(f'{folder}: neither tokenizer.json nor tokenizer.model is there; fetch the one that it came with')
+    model = sentencepiece.read(str(path))
+    bos, eos = bos or model.bos, eos or model.eos
   source, where = _template_source(folder, settings)
   try:
     template = ChatTemplate(source, bos, eos)
     reply_end = template.reply_end
   except UserError as error:
     raise UserError(f'{where}: {error}') from error
-  path = folder / 'tokenizer.json'
-  tokenizer = from_tokenizer_json(
-    str(path),
-    eos_ids=[*_ids(generation, 'eos_token_id', folder), *_ids(raw, 'eos_token_id', folder)],
-    eos=eos,
-    pad=pad,
-    reply_end=reply_end,
-  )
+  if model is None:
+    tokenizer = from_tokenizer_json(str(path), eos_ids, eos, pad, reply_end)
+  else:
+    added, special = _added_tokens(folder, settings)
+    tokenizer = sentencepiece.make(
+      model,
+      str(path),
+      added,
+      special=special,
+      eos_ids=eos_ids,
+      eos=eos,
+      pad=pad,
+      template=source,
+      reply_end=reply_end,
+      spaced=_spaced(settings),
+    )
   if tokenizer.vocab_size > config.vocab_size:
-    raise UserError(f'{path}: {tokenizer.vocab_size} tokens, but {config.vocab_size} embeddings; wrong file?')
+    raise UserError(
+      f'{path}: {tokenizer.vocab_size} tokens, but {config.vocab_size} embeddings (field vocab_size of config.json); '
+      f'wrong file? Fetch the one that came with these weights'
+    )
   return template, tokenizer
+
+
+def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, int], set[str]]:
+  """Tokens that stand beside a tokenizer.model, with their ids, and which tokens are special."""
+  where = folder / 'added_tokens.json'
+  added = _json(where, optional=True)
+  special = {_token(settings.get(f'{name}_token')) for name in ('bos', 'eos', 'unk', 'pad')}
+  for field in ('additional_special_tokens', 'extra_special_tokens'):
+    more = settings.get(field)
+    special |= {
+      _token(t) for t in (more.values() if isinstance(more, dict) else more if isinstance(more, list) else [])
+    }
+  described = settings.get('added_tokens_decoder')
+  if described:
+    where = folder / 'tokenizer_config.json'
+    try:
+      added |= {token['content']: int(i) for i, token in described.items()}
+      special |= {token['content'] for token in described.values() if token.get('special')}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+      raise UserError(f'{where}: field added_tokens_decoder is damaged ({one_line(error)}); fetch it again') from error
+  for token, i in added.items():
+    if not isinstance(token, str) or not token or isinstance(i, bool) or not isinstance(i, int) or i < 0:
+      raise UserError(f'{where}: added token {str(token)[:40]!r} has id {str(i)[:40]}; fetch it again')
+  return added, special
+
+
+def _spaced(settings: Mapping[str, Any]) -> str:
+  """Which runs of plain text a tokenizer.model puts a space before; see `sentencepiece.make`."""
+  if settings.get('add_prefix_space') is False:
+    return 'never'
+  # Where nothing is said, as the library itself does and versions of transformers before 5.
+  return 'first' if settings.get('legacy') is False else 'always'
 
 
 def _template_source(folder: Path, settings: Mapping[str, Any]) -> tuple[str, Path]:
