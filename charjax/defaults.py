@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
   config.rankings.label_high = 0.95
   config.rankings.minimum_accuracy = 0.55  # lower 95% bound on the choosing pairs under which the run stops
   config.rankings.length_limit = 0.2  # |r| of score and length above which the effect of length is taken out
+  config.rankings.skipped_replies = 20  # replies whose score is not finite are left out; more stop the run
   config.rankings.triples = 4  # messages a trait on which the pairwise ranker's transitivity is measured
   config.rankings.messages_per_chunk = 16
   config.rankings.batch_size = 32
@@ -71,6 +72,7 @@ def get_config() -> ConfigDict:
   config.preference.warmup = 10
   config.preference.weight_decay = 0.01
   config.preference.max_gradient = 1.0
+  config.preference.skipped_steps = 5  # as in the policy
   config.preference.save_every = 20
   config.preference.measured_messages = 500  # of those the other model was trained on, for the report's figures
 
@@ -85,6 +87,7 @@ def get_config() -> ConfigDict:
   config.policy.ranked_weight = 1.0  # of that preference loss, beside the policy gradient on drawn replies
   config.policy.ranked_beta = 0.1  # of that preference loss; the higher, the sooner a gain is enough
   config.policy.ranked_temperature = 1.0  # of the log-probs in it
+  config.policy.ranked_likelihood = 0.0  # weight of the log-prob a token of the best ranked reply to each message
   config.policy.temperature = 1.0
   config.policy.max_new_tokens = 512
   config.policy.prompt_width = 64
@@ -96,6 +99,7 @@ def get_config() -> ConfigDict:
   config.policy.warmup = 5
   config.policy.weight_decay = 0.0
   config.policy.max_gradient = 1.0
+  config.policy.skipped_steps = 5  # steps whose loss or gradient is not finite are skipped; so many stop the run
   config.policy.keep_unproven_traits = False  # also reward traits that the preference model cannot tell from chance
   config.policy.save_every = 20
   config.policy.samples_every = 10
@@ -116,11 +120,12 @@ def get_config() -> ConfigDict:
 _LEAST = {
   'messages': {'train_per_trait': 1, 'heldout_per_trait': 0, 'train_neutral': 1, 'heldout_neutral': 0, 'batch_size': 1},
   'replies': {'shown': 0, 'plain': 0, 'opposed': 0, 'batch_size': 1, 'max_new_tokens': 1},
-  'rankings': {'messages_per_chunk': 1, 'batch_size': 1},
-  'preference': {'epochs': 0, 'messages_per_batch': 1, 'save_every': 1},
+  'rankings': {'messages_per_chunk': 1, 'batch_size': 1, 'skipped_replies': 0},
+  'preference': {'epochs': 0, 'messages_per_batch': 1, 'skipped_steps': 1, 'save_every': 1},
   'policy': {
     'steps': 1, 'prompts_per_step': 1, 'replies_per_prompt': 2, 'ranked_replies': 0, 'ranked_weight': 0,
-    'max_new_tokens': 1, 'kl': 0, 'other_traits': 0, 'neutral_weight': 0, 'save_every': 1, 'samples_every': 1,
+    'ranked_likelihood': 0, 'max_new_tokens': 1, 'kl': 0, 'other_traits': 0, 'neutral_weight': 0, 'save_every': 1,
+    'samples_every': 1, 'skipped_steps': 1,
   },
   'evaluation': {'samples': 1, 'batch_size': 1, 'max_new_tokens': 1},
 }  # fmt: skip
@@ -151,7 +156,7 @@ def check(config: ConfigDict) -> None:
       f'config.policy.ranked_replies is {policy.ranked_replies}, and {ranked} a message are ranked; set it to 0, or '
       'from 2 to that number'
     )
-  for field in ('ranked_beta', 'ranked_temperature'):
+  for field in ('temperature', 'ranked_beta', 'ranked_temperature'):
     if policy[field] <= 0:
       raise UserError(f'config.policy.{field} is {policy[field]}; it must be above 0')
   if not 0 < preference.depth <= 1:

@@ -24,6 +24,7 @@ from charjax.engine.score import (
   reply_mask,
   score,
   score_options,
+  take_replies,
   token_log_probs,
 )
 from charjax.model.decoder import Runtime, forward, logits
@@ -174,8 +175,7 @@ def test_log_probs_of_a_reply_that_went_on_leave_its_end_out(decoder, prompts):
   rows = make_rows([Group(prompts[3], replies)], each=2, prompt_width=12, width=9)
   hidden = hidden_states(decoder, rows)
   plain = np.asarray(token_log_probs(decoder, hidden, rows, 0.7))
-  found = np.asarray(token_log_probs(decoder, hidden, rows, 0.7, jnp.array([end, -1])))
-  np.testing.assert_allclose(found[1], plain[1], atol=1e-5)
+  found = np.asarray(token_log_probs(decoder, hidden, rows, 0.7, end))
   for place, token in enumerate(replies[0]):
     scaled = numpy_log_probs(CONFIG, TENSORS, [*prompts[3], *replies[0][:place]])[-1] / 0.7
     going_on = np.delete(scaled, end)
@@ -183,13 +183,10 @@ def test_log_probs_of_a_reply_that_went_on_leave_its_end_out(decoder, prompts):
     assert found[0, place] == pytest.approx(expected, abs=1e-4) and found[0, place] > plain[0, place]
 
 
-def test_each_row_has_a_temperature_of_its_own(decoder, prompts):
-  rows = make_rows([Group(prompts[3], [[5, 6], [7, 8, 9]])], each=2, prompt_width=12, width=9)
-  hidden = hidden_states(decoder, rows)
-  found = token_log_probs(decoder, hidden, rows, jnp.array([0.7, 2.0]))
-  for row, temperature in enumerate((0.7, 2.0)):
-    np.testing.assert_allclose(found[row], token_log_probs(decoder, hidden, rows, temperature)[row], atol=1e-6)
-  assert np.abs(found[0, :2] - token_log_probs(decoder, hidden, rows, 2.0)[0, :2]).min() > 1e-3
+def test_replies_are_taken_by_prompt():
+  rows = np.arange(12).reshape(6, 2)  # two prompts, three replies to each
+  assert np.asarray(take_replies(rows, 2, slice(1)))[:, 0].tolist() == [0, 6]
+  assert np.asarray(take_replies(rows, 2, slice(1, None)))[:, 0].tolist() == [2, 4, 8, 10]
 
 
 def test_padding_of_chunks_reaches_no_gradient(decoder, prompts):
@@ -197,13 +194,12 @@ def test_padding_of_chunks_reaches_no_gradient(decoder, prompts):
   rng = np.random.default_rng(0)
   groups = [Group(prompts[3], [rng.integers(0, CONFIG.vocab_size, 9).tolist() for _ in range(8)]) for _ in range(8)]
   rows = make_rows(groups, each=8, prompt_width=12, width=10)
-  temperature = jnp.linspace(0.5, 2.0, 64)
 
   def total(decoder):
-    return token_log_probs(decoder, hidden_states(decoder, rows), rows, temperature).sum()
+    return token_log_probs(decoder, hidden_states(decoder, rows), rows, 0.7).sum()
 
   def unchunked(decoder):
-    scaled = logits(decoder, hidden_states(decoder, rows)[:, :-1]) / temperature[:, None, None]
+    scaled = logits(decoder, hidden_states(decoder, rows)[:, :-1]) / 0.7
     return jnp.take_along_axis(jax.nn.log_softmax(scaled, -1), rows.tokens[:, 1:, None], 2).sum()
 
   for found, expected in zip(*(jax.tree.leaves(jax.grad(f)(decoder)) for f in (total, unchunked)), strict=True):

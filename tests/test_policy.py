@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from charjax.character import Character, Trait
 from charjax.engine.batch import compute_prefix
-from charjax.engine.score import FixedShapes, Group, hidden_states, reply_mask, token_log_probs
+from charjax.engine.score import FixedShapes, Group, hidden_states, token_log_probs
 from charjax.model.decoder import Runtime
 from charjax.model.weights import make_decoder
 from charjax.stages import policy, rollouts
@@ -107,8 +107,6 @@ def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
   replies = [[rng.integers(8, 60, n).tolist() for n in lengths] for lengths in ((4, 5, 3, 6), (3, 6, 4))]
   shapes = FixedShapes(prompts, 6)
   rows = shapes.rows([Group(prompt, some) for prompt, some in zip(prompts, replies, strict=True)], 4)
-  fresh = np.array([True, False, False, False] * 2)
-  mask, temperature = reply_mask(rows), np.where(fresh, 0.7, 2.0).astype(np.float32)
 
   def going_on(tensors, prompt, reply):
     total = 0.0
@@ -129,19 +127,31 @@ def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
     labels = [preferred[m, i, j] for i, j in pairs]
     expected.append(-np.mean([p * np.log(c) + (1 - p) * np.log(1 - c) for p, c in zip(labels, chance, strict=True)]))
 
-  barred = np.where(fresh, -1, END).astype(np.int32)
   hidden = hidden_states(decoders[0], rows, before=(compute_prefix(decoders[0], shapes.prefix, shapes.length),))
+  before = np.asarray(token_log_probs(decoders[0], hidden, rows, 2.0, END)).reshape(2, 4, -1)
+  drawn = np.asarray(token_log_probs(decoders[0], hidden, rows, 0.7)).reshape(2, 4, -1)[:, 0]
   batch = shapes.shared() | {
-    'rows': rows, 'neutral': shapes.rows([Group(prompts[0], [[9, 10]])], 1), 'fresh': fresh, 'mask': mask,
-    'temperature': temperature, 'barred': barred, 'advantages': np.zeros(mask.shape, np.float32),
-    'before': token_log_probs(decoders[0], hidden, rows, temperature, barred),
-    'ranked': np.array([[True] * 3, [True, True, False]]), 'preferred': preferred, 'weight': weight,
-    'clip': 0.2, 'ranked_weight': 2.0, 'ranked_beta': 0.3, 'neutral_weight': 0.0,
+    'rows': rows, 'neutral': shapes.rows([Group(prompts[0], [[9, 10]])], 1), 'before': drawn,
+    'advantages': np.zeros(drawn.shape, np.float32), 'weight': weight, 'eos': END, 'temperature': 0.7, 'clip': 0.2,
+    'ranked_temperature': 2.0, 'ranked_weight': 2.0, 'ranked_beta': 0.3, 'ranked_likelihood': 0.0,
+    'neutral_weight': 0.0,
+    'ranked': {
+      'before': before[:, 1:], 'real': np.array([[True] * 3, [True, True, False]]), 'preferred': preferred,
+      'best': np.array([2, 0]),
+    },
   }  # fmt: skip
-  loss, metrics = policy._loss({'decoder': decoders[1]}, decoders[0], batch)
+  trained = {'decoder': decoders[1]}
+  loss, metrics = policy._loss(trained, decoders[0], batch)
   assert float(metrics['ranked_loss']) == pytest.approx(np.mean(weight * expected), rel=1e-3)
   assert float(loss) == pytest.approx(2 * float(metrics['ranked_loss']), rel=1e-5)
+  # The likelihood of the best one, a token.
+  best = [
+    weight[m] * going_on(now, prompts[m], replies[m][1 + k]) / len(replies[m][1 + k]) for m, k in ((0, 2), (1, 0))
+  ]
+  more, _ = policy._loss(trained, decoders[0], batch | {'ranked_likelihood': 0.5})
+  assert float(more - loss) == pytest.approx(-0.5 * np.mean(best), rel=1e-3)
   # Without ranked replies there is nothing of it.
-  batch |= {'ranked': np.zeros((2, 0), bool), 'preferred': np.zeros((2, 0, 0), np.float32)}
-  loss, metrics = policy._loss({'decoder': decoders[1]}, decoders[0], batch)
+  del batch['ranked']
+  batch['rows'] = shapes.rows([Group(prompt, some[:1]) for prompt, some in zip(prompts, replies, strict=True)], 1)
+  loss, metrics = policy._loss(trained, decoders[0], batch)
   assert float(loss) == 0 and 'ranked_loss' not in metrics

@@ -123,6 +123,20 @@ def test_a_changed_field_redoes_what_depends_on_it(finished, tmp_path):
   assert 'evaluation: made anew, since policy changed' in changed.stdout
 
 
+def test_numbers_that_are_not_finite_stop_a_run_and_spare_what_was_made(finished, tmp_path):
+  workdir, _ = finished
+  copy = tmp_path / 'copy'
+  shutil.copytree(workdir, copy)
+  stopped = run(copy, '--config.policy.learning_rate=1e30', '--config.policy.skipped_steps=2')
+  assert stopped.returncode == 2 and 'Traceback' not in stopped.stderr, stopped.stderr[-3000:]
+  assert 'the loss or its gradient was not a finite number' in stopped.stderr.splitlines()[-1]
+  assert list((copy / 'policy' / 'not_finite').iterdir())
+  again = run(copy)
+  assert again.returncode == 0, again.stderr[-3000:]
+  assert all(f'{stage}: done already' in again.stdout for stage in STAGES[:4])
+  assert contents(copy) == contents(workdir)
+
+
 def test_killed_and_started_again_it_ends_the_same(finished, tmp_path):
   workdir, _ = finished
   killed = tmp_path / 'killed'

@@ -7,9 +7,11 @@ import scipy.stats
 
 from charjax import character as characters
 from charjax import defaults
-from charjax.stages import prompts, replies
+from charjax.errors import UserError
+from charjax.stages import prompts, rankings, replies
 from charjax.stages.messages import Kept, broken
 from charjax.stages.preference import calibration_error
+from charjax.stages.rankers import RANKERS, Answer, Settings
 from charjax.stages.rankings import control_length, fit_temperature
 from charjax.workdir import Session
 
@@ -69,6 +71,25 @@ def test_every_reply_is_asked_for_once_and_opposed_ones_take_turns(tmp_path):
 
 
 # ---- rankings ----
+
+
+def test_replies_without_a_finite_score_are_left_out_and_too_many_stop_the_run(tmp_path, monkeypatch):
+  config = defaults.get_config()
+  character = characters.select(characters.load('assistant'), ('honesty',))
+  monkeypatch.setattr(Session, 'model', None)
+  values = np.array([1.0, np.nan, 2.0, np.inf, 3.0, 4.0])
+  monkeypatch.setitem(RANKERS, 'likelihood', lambda model, trait, answers, settings: values)
+  names = [[f'honesty-{m}/shown/{k}' for k in range(n)] for m, n in ((0, 3), (1, 2), (2, 1))]
+  groups = {'honesty': [([Answer('Hi', 'Yes')] * len(ids), ids) for ids in names]}
+  session = Session(config, character, tmp_path / 'a')
+  # One of three is left out; of two only one would be left, which nothing can be learned from.
+  assert rankings._rank(session, groups, Settings(), 'likelihood') == [
+    {'message': 'honesty-0', 'replies': ['honesty-0/shown/0', 'honesty-0/shown/2'], 'scores': [1.0, 2.0]}
+  ]
+  config.rankings.skipped_replies = 3
+  session = Session(config, character, tmp_path / 'b')
+  with pytest.raises(UserError, match=r'of 4 replies are not finite .* first of them honesty-0/shown/1'):
+    rankings._rank(session, groups, Settings(), 'likelihood')
 
 
 def ranking(rng, n, effect):

@@ -97,6 +97,11 @@ def reply_mask(rows: Rows) -> Any:
   return np.arange(rows.tokens.shape[1] - 1) < rows.lengths[:, None] - 1
 
 
+def take_replies(array: jax.Array, prompts: int, some: slice) -> jax.Array:
+  """Of an array [N, ...], the rows of the replies `some` among the K to each of M prompts."""
+  return array.reshape(prompts, -1, *array.shape[1:])[:, some].reshape(-1, *array.shape[1:])
+
+
 def pad_values(values: Sequence[Any], width: int) -> np.ndarray:
   """One value a token of each reply, as [len(values), width] float32, 0 in the padding."""
   out = np.zeros((len(values), width), np.float32)
@@ -131,7 +136,7 @@ def over_chunks(function: Callable[..., Any], *arrays: jax.Array) -> Any:
 
 
 def token_log_probs(
-  decoder: Decoder, hidden_ntd: jax.Array, rows: Rows, temperature: Any, barred: jax.Array | None = None
+  decoder: Decoder, hidden_ntd: jax.Array, rows: Rows, temperature: Any, barred: Any = None
 ) -> jax.Array:
   """log softmax(logits / temperature) of the tokens of replies, [N, R] float32; 0 in the padding.
 
@@ -139,22 +144,18 @@ def token_log_probs(
     decoder: the weights.
     hidden_ntd: final hidden states of `rows`.
     rows: prompts and replies.
-    temperature: of the distribution; one for all, or one for each row [N].
-    barred: [N] an id that a row cannot draw, its probability shared by all others; -1 for none.
+    temperature: of the distribution.
+    barred: an id that cannot be drawn, its probability shared by all others.
   """
 
-  def one(hidden_nd: jax.Array, ids_n: jax.Array, sharpness_n: jax.Array, *barred_n: jax.Array) -> jax.Array:
-    scaled = logits(decoder, hidden_nd) * sharpness_n[:, None]
-    for each_n in barred_n:
-      scaled = jnp.where(jnp.arange(scaled.shape[-1]) == each_n[:, None], -1e9, scaled)
+  def one(hidden_nd: jax.Array, ids_n: jax.Array) -> jax.Array:
+    scaled = logits(decoder, hidden_nd) / temperature
+    if barred is not None:
+      scaled = jnp.where(jnp.arange(scaled.shape[-1]) == barred, -1e9, scaled)
     chosen = jnp.take_along_axis(scaled, ids_n[:, None], 1)[:, 0]
     return chosen - jax.nn.logsumexp(scaled, -1)
 
-  ids = rows.tokens[:, 1:]
-  # Multiplied by its inverse, because chunks are padded with zeros, and 0 / 0 there would reach the gradient.
-  by_row = [1 / jnp.asarray(temperature, jnp.float32), *([] if barred is None else [barred])]
-  by_token = [jnp.broadcast_to(each.reshape(-1, 1), ids.shape) for each in by_row]
-  return jnp.where(reply_mask(rows), over_chunks(one, hidden_ntd[:, :-1], ids, *by_token), 0.0)
+  return jnp.where(reply_mask(rows), over_chunks(one, hidden_ntd[:, :-1], rows.tokens[:, 1:]), 0.0)
 
 
 def reply_log_probs(

@@ -17,17 +17,27 @@ import numpy as np
 
 from charjax.engine.batch import compute_prefix, item_keys
 from charjax.engine.sample import Sampling, sample
-from charjax.engine.score import FixedShapes, Group, hidden_states, over_chunks, reply_mask, token_log_probs
+from charjax.engine.score import (
+  FixedShapes,
+  Group,
+  Rows,
+  hidden_states,
+  over_chunks,
+  reply_mask,
+  take_replies,
+  token_log_probs,
+)
 from charjax.errors import UserError
 from charjax.mesh import shard_batch
-from charjax.model.decoder import logits
+from charjax.model.decoder import Decoder, logits
 from charjax.progress import Metrics, Progress
 from charjax.stages import messages, prompts
-from charjax.stages.rollouts import Rollout, earnings, make_judge, ranked_replies, roll_out
+from charjax.stages.rollouts import Rollout, earnings, judge_ranked, make_judge, ranked_replies, roll_out
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
 from charjax.training.heads import bind, make_trainable
 from charjax.training.losses import bradley_terry, kl_from_logits, pair_accuracy, policy_gradient
+from charjax.training.skipped import Skipped
 from charjax.training.step import init_optimizer, make_optimizer, make_step
 from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write_text
 
@@ -46,6 +56,7 @@ def run(session: Session) -> Row:
   state, layout = init_optimizer(optimizer, trainable)
   step_function = make_step(_loss, optimizer, trainable, layout)
   judge = make_judge(session, shapes, asked)
+  asked = judge_ranked(session, shapes, judge, asked)
   asked_data = batches(asked, config.prompts_per_step, session.config.seed)
   # At least as many neutral messages as trait messages, so that the rest of the model is held as firmly.
   neutral_data = batches(neutral, config.prompts_per_step, session.config.seed + 1)
@@ -59,34 +70,19 @@ def run(session: Session) -> Row:
       asked_data.set_state(position['asked'])
       neutral_data.set_state(position['neutral'])
     metrics.truncate_after(start)
+    skipped = Skipped(folder, config.skipped_steps)
     bar.skip(start)
     for step in range(start + 1, config.steps + 1):
       asked_now = next(asked_data)
       rollout = roll_out(session, shapes, judge, trainable, asked_now, step)
-      neutral_rows = shapes.rows([Group(row['prompt'], [row['reply']]) for row in next(neutral_data)], 1)
-      batch = shapes.shared() | {
-        'rows': shard_batch(rollout.rows),
-        'temperature': shard_batch(rollout.temperature),
-        'barred': shard_batch(rollout.barred),
-        'mask': shard_batch(rollout.mask),
-        'fresh': shard_batch(rollout.fresh),
-        'before': shard_batch(rollout.before),
-        'advantages': shard_batch(rollout.advantages),
-        'ranked': shard_batch(rollout.ranked),
-        'preferred': shard_batch(rollout.preferred),
-        'weight': shard_batch(np.array([item['weight'] for item in asked_now], np.float32)),
-        'neutral': shard_batch(neutral_rows),
-        'clip': np.float32(config.clip),
-        'ranked_weight': np.float32(config.ranked_weight),
-        'ranked_beta': np.float32(config.ranked_beta),
-        'neutral_weight': np.float32(config.neutral_weight),
-      }
+      batch = _batch(session, shapes, asked_now, next(neutral_data), rollout)
       trainable, state, values = step_function(trainable, state, model.decoder, batch)
       values = jax.device_get(values) | _figures(rollout, config.kl)
       metrics.write(step, values)
+      skipped.watch(step, values, batch)
       bar.advance(1, f'reward {values["reward"]:.3f}, KL {values["kl"]:.3f} a token')
       if step % config.samples_every == 0 or step in (1, config.steps):
-        _save_samples(session, step, rollout)
+        _save_samples(session, step, asked_now, rollout)
       if step == config.steps or step % config.save_every == 0:
         position = {'asked': asked_data.get_state(), 'neutral': neutral_data.get_state()}
         checkpoints.save(step, trainable, state, position)
@@ -96,17 +92,39 @@ def run(session: Session) -> Row:
   return {'steps': config.steps, 'messages': len(asked), 'neutral': len(neutral), 'traits_rewarded': rewarded}
 
 
+def _batch(
+  session: Session, shapes: FixedShapes, asked: Sequence[Row], neutral: Sequence[Row], rollout: Rollout
+) -> Row:
+  """What the loss of one step takes; to each prompt its drawn replies come first, then its ranked ones."""
+  config, said = session.config.policy, iter(rollout.drawn)
+  groups = [
+    Group(item['prompt'], [*(next(said).tokens for _ in range(config.replies_per_prompt)), *item['ranked']])
+    for item in asked
+  ]
+  arrays = {
+    'rows': shapes.rows(groups, config.replies_per_prompt + config.ranked_replies),
+    'neutral': shapes.rows([Group(row['prompt'], [row['reply']]) for row in neutral], 1),
+    'before': rollout.before,
+    'advantages': rollout.advantages,
+    'weight': np.array([item['weight'] for item in asked], np.float32),
+  }
+  if config.ranked_replies:
+    arrays['ranked'] = {key: np.stack([item[key] for item in asked]) for key in ('before', 'real', 'preferred', 'best')}
+  names = ('temperature', 'clip', 'neutral_weight', 'ranked_temperature', 'ranked_weight', 'ranked_beta')
+  settings = {name: np.float32(config[name]) for name in (*names, 'ranked_likelihood')}
+  return shapes.shared() | settings | shard_batch(arrays) | {'eos': np.int32(session.model.eos_ids[0])}
+
+
 def _figures(rollout: Rollout, kl: float) -> dict[str, float]:
   """Of the replies that were drawn for this step."""
-  rewards, log_ratio = rollout.rewards[rollout.fresh], rollout.log_ratio[rollout.fresh]
   tokens = sum(len(reply.tokens) for reply in rollout.drawn)
   return {
-    'reward': float(rewards.mean()),
-    'penalised_reward': float((rewards - kl * log_ratio.sum(-1)).mean()),
-    'kl': float(log_ratio.sum() / tokens),
+    'reward': float(rollout.rewards.mean()),
+    'penalised_reward': float((rollout.rewards - kl * rollout.log_ratio.sum(-1)).mean()),
+    'kl': float(rollout.log_ratio.sum() / tokens),
     'length': tokens / len(rollout.drawn),
     'ended': float(np.mean([reply.finish == 'stop' for reply in rollout.drawn])),
-    'entropy': float(-rollout.before[rollout.fresh].sum() / tokens),
+    'entropy': float(-rollout.before.sum() / tokens),
   }
 
 
@@ -171,46 +189,63 @@ def _neutral_replies(session: Session) -> list[Row]:
 
 
 def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Clipped policy gradient a token, preference among ranked replies, and the exact KL a token on neutral replies."""
+  """Clipped policy gradient a token, what ranked replies teach, and the exact KL a token on neutral replies."""
   used, adapter = bind(decoder, trainable)
   prefix = (compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter),)
   rows, neutral, before = batch['rows'], batch['neutral'], batch['before']
-  mask, drawn, neutral_mask = batch['mask'], batch['mask'] & batch['fresh'][:, None], reply_mask(neutral)
-
+  prompts, neutral_mask = len(rows.prompts), reply_mask(neutral)
   hidden = hidden_states(used, rows, adapter=adapter, before=prefix)
-  log_probs = token_log_probs(used, hidden, rows, batch['temperature'], batch['barred'])
-  gradient, tokens, clipped = policy_gradient(log_probs, before, batch['advantages'], drawn, batch['clip'])
-  tokens = jnp.maximum(tokens, 1)
 
-  # DPO (Rafailov et al. 2023, eq. 7) with soft labels, over all pairs, of log-probs at a temperature of their own and
-  # conditional on going on. Ranked replies stand behind the drawn ones.
-  ranked, preferred = batch['ranked'], batch['preferred']
-  gained = jnp.where(mask, log_probs - before, 0.0).sum(1).reshape(len(ranked), -1)
-  gained = gained[:, gained.shape[1] - ranked.shape[1] :]
-  preference, _ = bradley_terry(batch['ranked_beta'] * gained, preferred, ranked, batch['weight'])
-  preference = preference / len(ranked)
+  def part(some: slice) -> tuple[Rows, jax.Array]:
+    tokens, lengths, states = (take_replies(array, prompts, some) for array in (rows.tokens, rows.lengths, hidden))
+    return rows._replace(tokens=tokens, lengths=lengths), states
+
+  each = len(before) // prompts
+  drawn, states = part(slice(each))
+  mask, log_probs = reply_mask(drawn), token_log_probs(used, states, drawn, batch['temperature'])
+  gradient, tokens, clipped = policy_gradient(log_probs, before, batch['advantages'], mask, batch['clip'])
+  tokens = jnp.maximum(tokens, 1)
+  gap = jnp.where(mask, jnp.abs(log_probs - before), 0.0).sum() / tokens
+  loss = gradient / tokens
+  metrics = {'clip_fraction': clipped / tokens, 'logprob_gap': gap}
+  if 'ranked' in batch:
+    taught, more = _ranked_loss(used, *part(slice(each, None)), batch)
+    loss, metrics = loss + taught, metrics | more
 
   start = (compute_prefix(decoder, batch['prefix'], batch['prefix_length']),)
   reference = jax.lax.stop_gradient(hidden_states(decoder, neutral, before=start))[:, :-1]
   hidden = hidden_states(used, neutral, adapter=adapter, before=prefix)[:, :-1]
   kl = over_chunks(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), reference, hidden)
   neutral_kl = jnp.where(neutral_mask, kl, 0.0).sum() / jnp.maximum(neutral_mask.sum(), 1)
+  return loss + batch['neutral_weight'] * neutral_kl, metrics | {'neutral_kl': neutral_kl}
 
-  gap = jnp.where(drawn, jnp.abs(log_probs - before), 0.0).sum() / tokens
-  metrics = {'neutral_kl': neutral_kl, 'clip_fraction': clipped / tokens, 'logprob_gap': gap}
-  if ranked.shape[1]:
-    metrics |= {'ranked_loss': preference, 'ranked_accuracy': pair_accuracy(gained, preferred, ranked)}
-  loss = gradient / tokens + batch['ranked_weight'] * preference + batch['neutral_weight'] * neutral_kl
-  return loss, metrics
+
+def _ranked_loss(used: Decoder, rows: Rows, states: jax.Array, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """DPO (Rafailov et al. 2023, eq. 7) with soft labels over all pairs of a message, and the negative log-likelihood a
+  token of its best reply (as Pang et al. 2024, eq. 1, add it); of log-probs at a temperature of their own and
+  conditional on going on."""
+  ranked, weight = batch['ranked'], batch['weight']
+  mask = reply_mask(rows) & (rows.tokens[:, 1:] != batch['eos'])
+  log_probs = token_log_probs(used, states, rows, batch['ranked_temperature'], batch['eos'])
+  gained = log_probs.reshape(ranked['before'].shape) - ranked['before']
+  gained = jnp.where(mask.reshape(gained.shape), gained, 0.0).sum(2)
+  preference, _ = bradley_terry(batch['ranked_beta'] * gained, ranked['preferred'], ranked['real'], weight)
+  preference = preference / len(gained)
+  mean = (jnp.where(mask, log_probs, 0.0).sum(1) / jnp.maximum(mask.sum(1), 1)).reshape(gained.shape)
+  likelihood = -(jnp.take_along_axis(mean, ranked['best'][:, None], 1)[:, 0] * weight).mean()
+  right = pair_accuracy(gained, ranked['preferred'], ranked['real'])
+  return (
+    batch['ranked_weight'] * preference + batch['ranked_likelihood'] * likelihood,
+    {'ranked_loss': preference, 'ranked_likelihood': -likelihood, 'ranked_accuracy': right},
+  )
 
 
 # ---- samples ----
 
 
-def _save_samples(session: Session, step: int, rollout: Rollout) -> None:
+def _save_samples(session: Session, step: int, asked: Sequence[Row], rollout: Rollout) -> None:
   """The first reply to each message of this step."""
-  config = session.config.policy
-  first = slice(None, None, config.replies_per_prompt + config.ranked_replies)
+  first = slice(None, None, session.config.policy.replies_per_prompt)
   rows = [
     {
       'step': step,
@@ -220,9 +255,7 @@ def _save_samples(session: Session, step: int, rollout: Rollout) -> None:
       'text': session.model.text(reply.tokens),
       'reward': round(float(reward), 4),
     }
-    for item, reply, reward in zip(
-      rollout.asked[first], rollout.drawn[:: config.replies_per_prompt], rollout.rewards[first], strict=True
-    )
+    for item, reply, reward in zip(asked, rollout.drawn[first], rollout.rewards[first], strict=True)
   ]
   write_jsonl(session.folder('policy') / 'samples' / f'{step:06d}.jsonl', rows)
 

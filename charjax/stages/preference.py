@@ -33,6 +33,7 @@ from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
 from charjax.training.heads import bind, fit_head, make_trainable, read_rewards, reply_states
 from charjax.training.losses import bradley_terry, pair_accuracy
+from charjax.training.skipped import Skipped
 from charjax.training.step import init_optimizer, make_optimizer, make_step
 from charjax.workdir import Row, Session, read_jsonl, write_jsonl, write_text
 
@@ -210,6 +211,7 @@ def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row],
     longest = max(len(reply) for example in examples for reply in example['replies'])
     shapes = FixedShapes([example['prompt'] for example in examples], longest)
     step_function = make_step(_loss, optimizer, trainable, layout)
+    skipped = Skipped(folder, config.skipped_steps)
     for step in range(start + 1, steps + 1):
       some = next(data)
       groups = [Group(example['prompt'], example['replies']) for example in some]
@@ -217,7 +219,9 @@ def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row],
       labels = _labels(some, config.messages_per_batch, k)
       batch = shapes.shared() | shard_batch({'rows': rows} | labels)
       trainable, state, values = step_function(trainable, state, lower, batch)
-      metrics.write(config.head_steps + step, jax.device_get(values))
+      values = jax.device_get(values)
+      metrics.write(config.head_steps + step, values)
+      skipped.watch(config.head_steps + step, values, batch)
       bar.advance(1, f'{name} loss {float(values["loss"]):.3f}')
       if step == steps or step % config.save_every == 0:
         checkpoints.save(step, trainable, state, data.get_state())

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -86,7 +87,8 @@ def run(session: Session) -> Row:
   audit['sampled'] = _sampled_audit(ranked, by_id)
   write_text(folder / 'audit.json', json.dumps(audit, indent=2))
   write_jsonl(folder / 'rankings.jsonl', ranked)
-  return {'messages': len(ranked), 'ranker': ranker, 'temperature': round(temperature, 4)}
+  counts = {'messages': len(ranked), 'replies': sum(len(row['replies']) for row in ranked)}
+  return counts | {'ranker': ranker, 'temperature': round(temperature, 4)}
 
 
 # ---- the audit on written pairs ----
@@ -293,12 +295,24 @@ def _rank(session: Session, groups: Mapping[str, Sequence[Group]], settings: Set
       def make(items: Sequence[Group], _: int, trait: Trait = trait) -> list[Row]:
         answers = [answer for group, _ in items for answer in group]
         scores = iter(RANKERS[ranker](session.model, trait, answers, settings))
+        found = [{name: round(float(next(scores)), 6) for name in ids} for _, ids in items]
+        finite = [{name: score for name, score in each.items() if math.isfinite(score)} for each in found]
         return [
-          {'message': ids[0].split('/')[0], 'replies': ids, 'scores': [round(float(next(scores)), 6) for _ in ids]}
-          for _, ids in items
+          {'message': ids[0].split('/')[0], 'replies': list(each), 'scores': list(each.values())}
+          for (_, ids), each in zip(items, finite, strict=True)
+          if len(each) > 1
         ]
 
       ranked += chunks(folder, f'rank-{trait.id}', groups[trait.id], config.messages_per_chunk, make, bar)
+  left_out = {name for some in groups.values() for _, ids in some for name in ids}
+  left_out -= {name for row in ranked for name in row['replies']}
+  if len(left_out) > config.skipped_replies:
+    raise UserError(
+      f'rankings: scores of {len(left_out)} replies are not finite numbers (or leave a message with one reply), the '
+      f'first of them {min(left_out)} in replies/replies.jsonl, and at most {config.skipped_replies} may be left out '
+      '(config.rankings.skipped_replies); the weights at config.model.path may be damaged, or '
+      'config.model.compute_dtype too narrow for them'
+    )
   return ranked
 
 

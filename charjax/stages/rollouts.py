@@ -1,4 +1,4 @@
-"""What one step of the policy learns from: replies to a few messages, some drawn for it and some ranked before; judged.
+"""What the policy learns from: replies to messages, some drawn for each step and some ranked before; judged.
 
 Drawn replies are rewarded among themselves, each token with its own advantage. Ranked replies show the policy what it
 would seldom draw itself, on both sides of a trait: it learns to prefer those that the preference model prefers, by
@@ -30,6 +30,7 @@ from charjax.engine.score import (
 )
 from charjax.mesh import shard_batch
 from charjax.model.decoder import Decoder
+from charjax.progress import Progress
 from charjax.stages import preference, replies
 from charjax.training.advantages import (
   fit_values,
@@ -66,39 +67,21 @@ class Judge(NamedTuple):
 
 
 class Rollout(NamedTuple):
-  """Replies to the prompts of one step, judged.
-
-  M prompts, K drawn and S ranked replies to each, N = M (K + S) replies of R tokens.
+  """Replies that were drawn to the prompts of one step, judged. N replies of R tokens.
 
   Attributes:
-    asked: the item that each of N replies answers.
-    drawn: what the policy drew for this step.
-    rows: prompts and replies, on the host.
-    fresh: [N] which replies were drawn for this step.
-    temperature: [N] of the distribution that log-probs are of.
-    barred: [N] the id that a row cannot draw, as `engine.score.token_log_probs` takes it.
-    mask: [N, R] the tokens that are learned from.
-    before: [N, R] log-probs of drawn replies when they were drawn, and of ranked ones under the starting model.
-    log_ratio: [N, R] of policy over starting model; 0 for ranked replies.
-    advantages: [N, R] of each token of drawn replies.
+    drawn: N replies.
+    before: [N, R] their log-probs when they were drawn.
+    log_ratio: [N, R] of policy over starting model.
+    advantages: [N, R] of each token.
     rewards: [N] of each reply, by its own trait and, as far as the config says, the others.
-    ranked: [M, S] which ranked replies there are.
-    preferred: [M, S, S] how surely the first of two ranked replies is better: a spread of reward counts as one logit.
   """
 
-  asked: list[Row]
   drawn: list[Reply]
-  rows: Rows
-  fresh: np.ndarray
-  temperature: np.ndarray
-  barred: np.ndarray
-  mask: np.ndarray
   before: np.ndarray
   log_ratio: np.ndarray
   advantages: np.ndarray
   rewards: np.ndarray
-  ranked: np.ndarray
-  preferred: np.ndarray
 
 
 def make_judge(session: Session, shapes: FixedShapes, asked: Sequence[Row]) -> Judge:
@@ -141,8 +124,8 @@ def _moments(
 
 @partial(jax.jit, static_argnames=('longest',))
 def _judge(
-  judge: Judge, prefix: jax.Array, length: jax.Array, rows: Rows, temperature: jax.Array, barred: jax.Array,
-  eos: int, longest: int,
+  judge: Judge, prefix: jax.Array, length: jax.Array, rows: Rows, temperature: float, barred: Any, eos: int,
+  longest: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
   """Scores of each token by every trait, what the critic expects to follow, both [N, R, traits]; and log-probs [N, R]
   of the starting model."""
@@ -152,55 +135,74 @@ def _judge(
   return scores - judge.mean, values, token_log_probs(judge.decoder, hidden, rows, temperature, barred)
 
 
+def judge_ranked(session: Session, shapes: FixedShapes, judge: Judge, asked: Sequence[Row]) -> list[Row]:
+  """The items `asked`, each with what the loss needs to know of its `ranked` replies, S places of R tokens.
+
+  They stay what they are, so that they are judged once. Added are `before` [S, R], log-probs under the starting model;
+  `real` [S], which places are filled; `preferred` [S, S], how surely the first of two replies is better, where a
+  spread of reward counts as one logit; and `best`, the place of the best.
+  """
+  config, eos, places = session.config.policy, session.model.eos_ids[0], session.config.policy.ranked_replies
+  limits = session.config.rankings.label_low, session.config.rankings.label_high
+  if not places:
+    return list(asked)
+  found = []
+  with Progress('ranked replies', len(asked), 'messages') as bar:
+    for begin in range(0, len(asked), config.prompts_per_step):
+      some = asked[begin : begin + config.prompts_per_step]
+      rows = shapes.rows([Group(item['prompt'], item['ranked']) for item in some], places, config.prompts_per_step)
+      scores, _, before = jax.device_get(
+        _judge(
+          judge, shapes.prefix, shapes.length, shard_batch(rows), config.ranked_temperature, eos, eos,
+          config.max_new_tokens,
+        )
+      )  # fmt: skip
+      mask = reply_mask(rows) & (rows.tokens[:, 1:] != eos)
+      real, before = mask.any(1).reshape(-1, places), before.reshape(-1, places, before.shape[1])
+      earned = mean_over_tokens(scores, rows).reshape(*real.shape, -1)[: len(some)]
+      rewards = jnp.einsum('msn,mn->ms', earned, np.stack([item['earns'] for item in some]))
+      preferred = np.asarray(soft_labels(rewards, 1.0, *limits))
+      best = np.where(real[: len(some)], rewards, -np.inf).argmax(1)
+      for m, item in enumerate(some):
+        more = {'before': before[m], 'real': real[m], 'preferred': preferred[m], 'best': best[m]}
+        found.append(item | more)
+      bar.advance(len(some))
+  return found
+
+
 def roll_out(
   session: Session, shapes: FixedShapes, judge: Judge, trainable: Any, asked: Sequence[Row], step: int
 ) -> Rollout:
-  """Draws replies to the prompts of a step, puts ranked ones beside them, and judges all."""
+  """Draws replies to the prompts of a step and judges them."""
   config, model = session.config.policy, session.model
   each, eos = config.replies_per_prompt, model.eos_ids[:1]
   used, adapter = bind(model.decoder, trainable)
-  asked_of = [item for item in asked for _ in range(each)]
-  names = [f'{step}/{item["id"]}/{i}' for i, item in enumerate(asked_of)]
+  group = [item for item in asked for _ in range(each)]
+  names = [f'{step}/{item["id"]}/{i}' for i, item in enumerate(group)]
   settings = Sampling(config.max_new_tokens, config.temperature, batch_size=config.prompts_per_step * each)
   drawn = sample(
-    used, [item['prompt'] for item in asked_of], item_keys(session.config.seed, 'policy', names), eos, settings,
+    used, [item['prompt'] for item in group], item_keys(session.config.seed, 'policy', names), eos, settings,
     adapter=adapter, width=config.prompt_width,
   )  # fmt: skip
   said = iter(drawn)
-  groups = [Group(item['prompt'], [*(next(said).tokens for _ in range(each)), *item['ranked']]) for item in asked]
-  together = each + config.ranked_replies
-  rows = shapes.rows(groups, together)
-  group = [item for item in asked for _ in range(together)]
-  fresh = np.tile(np.arange(together) < each, len(asked))
-  temperature = np.where(fresh, config.temperature, config.ranked_temperature).astype(np.float32)
-  barred = np.where(fresh, -1, eos[0]).astype(np.int32)
+  rows = shapes.rows([Group(item['prompt'], [next(said).tokens for _ in range(each)]) for item in asked], each)
   scores, values, reference = jax.device_get(
     _judge(
-      judge, shapes.prefix, shapes.length, shard_batch(rows), shard_batch(temperature), shard_batch(barred), eos[0],
-      config.max_new_tokens,
+      judge, shapes.prefix, shapes.length, shard_batch(rows), config.temperature, None, eos[0], config.max_new_tokens
     )
-  )  # fmt: skip
-
-  ends = (rows.tokens[:, 1:] == eos[0]) & reply_mask(rows)
-  mask = reply_mask(rows) & ~(ends & ~fresh[:, None])
-  before = np.where(mask, reference, 0.0)
-  before[fresh] = pad_values([reply.log_probs for reply in drawn], before.shape[1])
-  learned = mask & fresh[:, None]
-  log_ratio = np.where(learned, before - reference, 0.0)
+  )
+  mask = reply_mask(rows)
+  before = pad_values([reply.log_probs for reply in drawn], mask.shape[1])
+  log_ratio = np.where(mask, before - reference, 0.0)
 
   earns = np.array([item['earns'] for item in group], np.float32)
   scores, values = (np.einsum('nrc,nc->nr', array, earns) for array in (scores, values))
   rewards = np.asarray(mean_over_tokens(scores, rows), np.float32)
-  grouped = (array.reshape(len(asked), together, -1) for array in (scores, values, log_ratio, learned))
+  grouped = (array.reshape(len(asked), each, -1) for array in (scores, values, log_ratio, mask))
   share = to_come(mask.shape[1], config.max_new_tokens)
   advantages = np.asarray(_advantages(*grouped, share, config.trace, config.kl)).reshape(mask.shape)
   advantages = advantages * np.array([item['weight'] for item in group], np.float32)[:, None]
-  ranked = mask[~fresh].any(1).reshape(len(asked), -1)
-  limits = session.config.rankings.label_low, session.config.rankings.label_high
-  preferred = np.asarray(soft_labels(rewards[~fresh].reshape(ranked.shape), 1.0, *limits))
-  return Rollout(
-    group, drawn, rows, fresh, temperature, barred, mask, before, log_ratio, advantages, rewards, ranked, preferred
-  )
+  return Rollout(drawn, before, log_ratio, advantages, rewards)
 
 
 @jax.jit
