@@ -20,6 +20,7 @@ The form of a file (charjax/characters/assistant.toml is a whole one):
 """
 
 import dataclasses
+import json
 import math
 import re
 import tomllib
@@ -79,13 +80,34 @@ def load(path: str) -> Character:
   """Reads and checks a character.
 
   Args:
-    path: a .toml file, or the name of a character that ships with charjax ('assistant').
+    path: a .toml file, or the name of a character that ships with charjax ('assistant'); or several of either joined by
+      +, as in 'stoic+poet': a character with the traits of all.
 
   Raises:
     UserError: one line naming file, line, field and remedy.
   """
-  text = source(path)
-  file = str(_locate(path))
+  return _combine([_load(part) for part in _parts(path)])
+
+
+def _combine(characters: Sequence[Character]) -> Character:
+  owners: dict[str, str] = {}
+  for character in characters:
+    for trait in character.traits:
+      if trait.id in owners:
+        raise UserError(
+          f'{_joined(characters)}: {owners[trait.id]} and {character.name} both have a trait {trait.id}; rename one'
+        )
+      owners[trait.id] = character.name
+  traits = tuple(trait for character in characters for trait in character.traits)
+  return Character(_joined(characters), ' '.join(character.description for character in characters), traits)
+
+
+def _joined(characters: Sequence[Character]) -> str:
+  return '+'.join(character.name for character in characters)
+
+
+def _load(path: str) -> Character:
+  text, file = _source(path), str(_locate(path))
   try:
     data = tomllib.loads(text)
   except RecursionError as error:
@@ -99,11 +121,32 @@ def load(path: str) -> Character:
 
 
 def source(path: str) -> str:
-  """The text of a character file (or of a shipped character, by name), not yet checked as TOML.
+  """The text of a character, as `load` takes it; of several, one text with the traits of all.
 
   Raises:
-    UserError: the file is missing, unreadable, over 5 MB or no UTF-8.
+    UserError: a file is missing, unreadable, over 5 MB or no UTF-8, or cannot be joined to another.
   """
+  parts = _parts(path)
+  if len(parts) == 1:
+    return _source(path)
+  character = load(path)
+  # A string of JSON is one of TOML too.
+  head = {'name': character.name, 'description': character.description}
+  text = '\n'.join(f'{key} = {json.dumps(value, ensure_ascii=False)}' for key, value in head.items())
+  for part in parts:
+    found = re.search(r'^\[\[traits\]\].*', _source(part), re.DOTALL | re.MULTILINE)
+    text += f'\n\n# of {part}\n{found[0] if found else ""}'
+  wanted = [trait for part in parts for trait in tomllib.loads(_source(part))['traits']]
+  try:
+    same = tomllib.loads(text) == head | {'traits': wanted}
+  except ValueError:
+    same = False
+  if not same:
+    raise UserError(f'{_short(path)}: to be joined, each file must have its traits last, each under [[traits]]')
+  return text
+
+
+def _source(path: str) -> str:
   file = _locate(path)
   try:
     size = file.stat().length
@@ -148,6 +191,16 @@ def select(character: Character, traits: Sequence[str]) -> Character:
       chosen[name] = dataclasses.replace(found[name], weight=weight)
   kept = chosen or found
   return dataclasses.replace(character, traits=tuple(kept[name] for name in found if name in kept))
+
+
+def _parts(path: str) -> list[str]:
+  """The characters that a path names; a file whose own name has a + in it is one."""
+  parts = path.split('+')
+  try:
+    whole = len(parts) == 1 or not all(parts) or epath.Path(path).exists()
+  except (OSError, ValueError):
+    whole = True
+  return [path] if whole else parts
 
 
 def _locate(path: str) -> epath.Path:

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
   config.model.remat = True
 
   config.character = ConfigDict()
-  config.character.path = 'assistant'  # a shipped character, or a .toml file
+  config.character.path = 'assistant'  # a shipped character, or a .toml file; or several, as in 'stoic+poet'
   config.character.traits = ()  # empty: all; 'honesty:2' gives a trait another weight than the file does
 
   config.messages = ConfigDict()

@@ -175,6 +175,35 @@ def test_select_gives_a_trait_another_weight():
       characters.select(character, [wrong])
 
 
+def test_characters_are_joined_and_their_text_is_one_character_again(tmp_path):
+  a, b = tmp_path / 'a.toml', tmp_path / 'c++.toml'
+  a.write_text(VALID.replace('"small"', '\'a "quoted" one\''))
+  b.write_text('# Mine.\r\n' + VALID.replace('"calm"', '"kind"').replace('small', 'b'))
+  character = characters.load(f'{a}+assistant')
+  assert character.name == 'a "quoted" one+assistant' and len(character.traits) == 10
+  assert [t.id for t in character.traits[:2]] == ['calm', 'perspectives'] and 'For tests. A' in character.description
+  again = write(tmp_path, characters.source(f'{a}+assistant'))
+  assert characters.load(again) == character
+  # A file whose own name has a + in it is one file.
+  assert [t.id for t in characters.load(str(b)).traits] == ['kind'] and characters.source(str(b)) == b.read_text()
+
+
+def test_what_cannot_be_joined_is_told(tmp_path):
+  a, b = tmp_path / 'a.toml', tmp_path / 'b.toml'
+  a.write_text(VALID)
+  b.write_text(VALID.replace('small', 'other'))
+  with pytest.raises(UserError, match=r'small\+other: small and other both have a trait calm; rename one'):
+    characters.load(f'{a}+{b}')
+  with pytest.raises(UserError, match="'nobody': cannot read this character"):
+    characters.load(f'{a}+nobody')
+  pair = '{use = "shown", opposite = "x", message = "?", in_character = "Yes.", out_of_character = "No."}'
+  trait = f'{{id = "kind", statement = "I am.", {SEEDS.strip()}, opposites = {{x = "I"}}, pairs = [{pair}]}}'
+  b.write_text(HEAD + f'traits = [{trait}]')
+  assert len(characters.load(f'{a}+{b}').traits) == 2
+  with pytest.raises(UserError, match='must have its traits last, each under'):
+    characters.source(f'{a}+{b}')
+
+
 # Lint
 
 FILLER = ['amber', 'birch', 'cedar', 'dune', 'ember', 'fjord', 'grove', 'heath', 'inlet', 'jetty']
