@@ -185,7 +185,9 @@ def test_characters_are_joined_and_their_text_is_one_character_again(tmp_path):
   again = write(tmp_path, characters.source(f'{a}+assistant'))
   assert characters.load(again) == character
   # A file whose own name has a + in it is one file.
-  assert [t.id for t in characters.load(str(b)).traits] == ['kind'] and characters.source(str(b)) == b.read_bytes().decode()
+  assert [t.id for t in characters.load(str(b)).traits] == ['kind'] and characters.source(
+    str(b)
+  ) == b.read_bytes().decode()
 
 
 def test_what_cannot_be_joined_is_told(tmp_path):

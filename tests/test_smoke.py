@@ -137,6 +137,26 @@ def test_numbers_that_are_not_finite_stop_a_run_and_spare_what_was_made(finished
   assert contents(copy) == contents(workdir)
 
 
+def test_sigterm_while_training_saves_the_step_it_was_in(finished, tmp_path):
+  workdir, _ = finished
+  copy = tmp_path / 'copy'
+  shutil.copytree(workdir, copy)
+  flags = ('--config.policy.steps=1000', '--config.policy.save_every=1000', '--config.policy.samples_every=1000')
+  process = subprocess.Popen(command(copy, *flags), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+  metrics, deadline = copy / 'policy' / 'metrics.jsonl', time.monotonic() + 300
+  # The folder still holds the four steps of the run before, until the policy is made anew.
+  while process.poll() is None and time.monotonic() < deadline:
+    if metrics.exists() and len(metrics.read_text().splitlines()) > 5:
+      break
+    time.sleep(0.02)
+  process.send_signal(signal.SIGTERM)
+  out, _ = process.communicate(timeout=60)
+  assert process.returncode == 143 and 'policy: interrupted; give the same command again to go on from here' in out
+  steps = len(metrics.read_text().splitlines())
+  saved = [path.name for path in (copy / 'policy' / 'checkpoints').iterdir()]
+  assert 5 < steps < 1000 and saved == [str(steps)]
+
+
 def test_killed_and_started_again_it_ends_the_same(finished, tmp_path):
   workdir, _ = finished
   killed = tmp_path / 'killed'

@@ -36,6 +36,7 @@ from charjax.stages.rollouts import Rollout, earnings, judge_ranked, make_judge,
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
 from charjax.training.heads import bind, make_trainable
+from charjax.training.interrupts import Interrupts
 from charjax.training.losses import bradley_terry, kl_from_logits, pair_accuracy, policy_gradient
 from charjax.training.skipped import Skipped
 from charjax.training.step import init_optimizer, make_optimizer, make_step
@@ -63,6 +64,7 @@ def run(session: Session) -> Row:
   with (
     Checkpoints(folder / 'checkpoints', session.config.seed) as checkpoints,
     Metrics(folder) as metrics,
+    Interrupts() as interrupts,
     Progress('policy', config.steps, 'steps') as bar,
   ):
     start, trainable, state, position = checkpoints.restore(trainable, state)
@@ -83,9 +85,10 @@ def run(session: Session) -> Row:
       bar.advance(1, f'reward {values["reward"]:.3f}, KL {values["kl"]:.3f} a token')
       if step % config.samples_every == 0 or step in (1, config.steps):
         _save_samples(session, step, asked_now, rollout)
-      if step == config.steps or step % config.save_every == 0:
+      if step == config.steps or step % config.save_every == 0 or interrupts.came:
         position = {'asked': asked_data.get_state(), 'neutral': neutral_data.get_state()}
         checkpoints.save(step, trainable, state, position)
+      interrupts.let_through()
   _merge_samples(session)
   write_text(folder / 'fingerprint.json', json.dumps({'policy': fingerprint(trainable)}))
   rewarded = sorted({item['trait'] for item in asked})

@@ -32,6 +32,7 @@ from charjax.stages.statistics import correlation, share
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
 from charjax.training.heads import bind, fit_head, make_trainable, read_rewards, reply_states
+from charjax.training.interrupts import Interrupts
 from charjax.training.losses import bradley_terry, pair_accuracy
 from charjax.training.skipped import Skipped
 from charjax.training.step import init_optimizer, make_optimizer, make_step
@@ -195,7 +196,7 @@ def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row],
   state, layout = init_optimizer(optimizer, trainable)
   k = max(len(example['replies']) for example in examples)
   data = batches(examples, config.messages_per_batch, seed)
-  with Checkpoints(folder, seed) as checkpoints, Metrics(folder) as metrics:
+  with Checkpoints(folder, seed) as checkpoints, Metrics(folder) as metrics, Interrupts() as interrupts:
     start, trainable, state, position = checkpoints.restore(trainable, state)
     if position:
       data.set_state(position)
@@ -223,8 +224,9 @@ def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row],
       metrics.write(config.head_steps + step, values)
       skipped.watch(config.head_steps + step, values, batch)
       bar.advance(1, f'{name} loss {float(values["loss"]):.3f}')
-      if step == steps or step % config.save_every == 0:
+      if step == steps or step % config.save_every == 0 or interrupts.came:
         checkpoints.save(step, trainable, state, data.get_state())
+      interrupts.let_through()
   return trainable
 
 
