@@ -1,0 +1,55 @@
+"""The first interrupt waits until the loop has saved; a second one does not."""
+
+import os
+import signal
+
+import pytest
+
+from charjax.training.interrupts import Interrupts
+
+
+@pytest.fixture(autouse=True)
+def sigterm():
+  class Terminated(Exception):
+    pass
+
+  def stop(number, frame):
+    raise Terminated
+
+  before = signal.signal(signal.SIGTERM, stop)
+  yield Terminated
+  signal.signal(signal.SIGTERM, before)
+
+
+def send(number):
+  os.kill(os.getpid(), number)
+
+
+def test_an_interrupt_is_held_until_it_is_let_through(sigterm, capsys):
+  with pytest.raises(sigterm), Interrupts() as interrupts:
+    assert not interrupts.came
+    interrupts.let_through()
+    send(signal.SIGTERM)
+    assert interrupts.came
+    interrupts.let_through()
+  assert 'interrupt again to stop at once' in capsys.readouterr().err
+  with pytest.raises(sigterm):  # the handler of before stands again
+    send(signal.SIGTERM)
+
+
+def test_a_second_one_goes_through_at_once_and_a_held_one_at_the_end(sigterm):
+  with pytest.raises(sigterm), Interrupts():
+    send(signal.SIGTERM)
+    send(signal.SIGTERM)
+    pytest.fail('the second was held')
+  done = []
+  with pytest.raises(sigterm), Interrupts():
+    send(signal.SIGTERM)
+    done.append(True)
+  assert done
+
+
+def test_an_error_is_not_hidden_by_a_held_interrupt(sigterm):
+  with pytest.raises(ZeroDivisionError), Interrupts():
+    send(signal.SIGTERM)
+    raise ZeroDivisionError
