@@ -42,19 +42,20 @@ def get_config() -> ConfigDict:
   config.preference.depth = 0.67
 
   config.policy.lora_rank = 16
-  config.policy.learning_rate = 1.35e-3
-  config.policy.steps = 30
+  config.policy.learning_rate = 1.5e-3
+  config.policy.steps = 36
   config.policy.warmup = 3
-  config.policy.save_every = 10
+  config.policy.save_every = 12
   config.policy.prompts_per_step = 10
   config.policy.replies_per_prompt = 4
   config.policy.ranked_replies = 6
   config.policy.ranked_weight = 2.0
   config.policy.ranked_beta = 0.15
-  config.policy.ranked_temperature = 2.0
+  config.policy.ranked_temperature = 1.5
+  config.policy.ranked_likelihood = 0.1
   config.policy.temperature = 0.7
   config.policy.trace = 0.9
-  config.policy.other_traits = 0.4
+  config.policy.other_traits = 0.3
   config.policy.kl = 0.04
   config.policy.clip = 0.5
   config.policy.neutral_weight = 2.0
