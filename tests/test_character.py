@@ -18,6 +18,7 @@ PAIR = (
   '[[traits.pairs]]\nuse = "shown"\nopposite = "hasty"\nmessage = "Hurry?"\n'
   'in_character = "There is time."\nout_of_character = "Now, now, now."\n'
 )
+SHIPPED = sorted(file.stem for file in (pathlib.Path(characters.__file__).parent / 'characters').glob('*.toml'))
 VALID = HEAD + TRAIT + OPPOSITES + PAIR  # [[traits]] stands on line 3, [[traits.pairs]] on line 9
 
 
@@ -153,7 +154,7 @@ def test_a_huge_file_is_refused_unread(tmp_path):
 
 @pytest.mark.parametrize('name', ['no_such_file.toml', 'asistant', '.', ''])
 def test_a_missing_file_names_the_shipped_characters(name):
-  with pytest.raises(UserError, match=r'cannot read this character .*\(assistant\)'):
+  with pytest.raises(UserError, match=rf'cannot read this character .*\({", ".join(SHIPPED)}\)'):
     characters.load(name)
 
 
@@ -271,15 +272,33 @@ def test_lint_command(tmp_path, capsys):
   assert character_lint.main([]) == 2
 
 
-# The character that ships
+# The characters that ship
 
 
-def test_the_shipped_character_passes_lint():
-  findings = character_lint.lint(characters.load('assistant'))
-  assert [f.problems for f in findings] == [()] * 9, character_lint.format_table(findings)
+@pytest.mark.parametrize('name', SHIPPED)
+def test_a_shipped_character_passes_lint(name):
+  findings = character_lint.lint(characters.load(name))
+  assert [f.problems for f in findings] == [()] * len(findings), character_lint.format_table(findings)
 
 
-def test_the_shipped_character_has_the_pairs_its_runs_need():
+@pytest.mark.parametrize('name', SHIPPED)
+def test_a_shipped_character_has_traits_and_pairs_enough(name):
+  character = characters.load(name)
+  assert character.name == name and len(character.traits) >= 4
+  for trait in character.traits:
+    assert len(trait.seeds) >= 10
+    counts = [len(trait.pairs_for(use)) for use in characters.USES]
+    assert all(count >= least for count, least in zip(counts, (4, 4, 8), strict=True)), trait.id
+
+
+def test_shipped_characters_can_be_combined():
+  traits = [trait for name in SHIPPED for trait in characters.load(name).traits]
+  assert len({trait.id for trait in traits}) == len(traits)
+  messages = [' '.join(m.lower().split()) for t in traits for m in (*t.seeds, *(p.message for p in t.pairs))]
+  assert [m for m in set(messages) if messages.count(m) > 1] == []
+
+
+def test_the_assistant_has_the_pairs_its_runs_need():
   character = characters.load('assistant')
   counts = {t.id: [len(t.pairs_for(use)) for use in characters.USES] for t in character.traits}
   assert len(counts) == 9
@@ -304,3 +323,11 @@ def test_traits_between_two_vices_have_pairs_on_each_side(trait, vices):
   for use in characters.USES:
     sides = [sum(p.opposite == side for p in found.pairs_for(use)) for side in found.opposites]
     assert max(sides) - min(sides) <= 1
+
+
+@pytest.mark.parametrize('name', [name for name in SHIPPED if name != 'assistant'])
+def test_the_pairs_of_a_shipped_character_are_spread_evenly_over_its_vices(name):
+  for trait in characters.load(name).traits:
+    for use in characters.USES:
+      sides = [sum(p.opposite == side for p in trait.pairs_for(use)) for side in trait.opposites]
+      assert max(sides) - min(sides) <= 1, (trait.id, use)
