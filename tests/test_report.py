@@ -219,6 +219,15 @@ def test_an_empty_run_says_so(tmp_path):
   assert report.console_summary(tmp_path).endswith('index.html')
 
 
+def test_a_trait_s_weight_is_told_where_it_is_not_the_usual_one(tmp_path):
+  folder = write_run(tmp_path / 'run', messages=4, steps=3)
+  assert 'class="tag">weight' not in report.render(folder)
+  config = json.loads((folder / 'config.json').read_text())
+  config['config']['character'] = {'traits': ['honesty:2.5', 'curiosity']}
+  (folder / 'config.json').write_text(json.dumps(config))
+  assert report.render(folder).count('class="tag">weight 2.5<') == 1
+
+
 def test_null_and_bare_numbers(tmp_path):
   folder = write_run(tmp_path, messages=4, steps=3)
   path = folder / 'evaluation' / 'summary.json'

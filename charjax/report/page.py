@@ -51,6 +51,7 @@ class TraitView:
   statement: str
   opposites: Mapping[str, str]
   verdict: tuple[str, str]
+  weight: str
   warnings: Sequence[str]
   sentences: Sequence[str]
   figures: Sequence[Figure]
@@ -211,6 +212,7 @@ def _traits(run: Run, groups: Sequence['Group']) -> list[TraitView]:
       statement=str(trait.get('statement', '')),
       opposites={str(key): str(text) for key, text in section(trait, 'opposites').items()},
       verdict=words.verdict(margin['delta']),
+      weight=words.weight(trait.get('weight', 1.0)),
       warnings=[
         *(['not told from chance on its choosing pairs'] if name in weak else []),
         *(['left out of the reward'] if name in left_out else []),

@@ -63,8 +63,11 @@ class Run:
     written = [trait for trait in listed(self.character, 'traits') if isinstance(trait, dict) and trait.get('id')]
     # A run may train some of a character's traits; every stage records which.
     chosen = next((listed(section(stage, 'config_values'), 'character.traits') for stage in self.stages.values()), [])
-    chosen = chosen or [str(n).partition(':')[0] for n in listed(section(self.config, 'character'), 'traits')]
-    written = [trait for trait in written if not chosen or trait['id'] in chosen]
+    asked = [str(name).partition(':') for name in listed(section(self.config, 'config', 'character'), 'traits')]
+    chosen = chosen or [name for name, *_ in asked]
+    # The file's own weight, unless the run was given another.
+    weights = {name: {'weight': weight} for name, colon, weight in asked if colon}
+    written = [trait | weights.get(trait['id'], {}) for trait in written if not chosen or trait['id'] in chosen]
     known = {trait['id'] for trait in written}
     return written + [{'id': name} for name in section(self.summary, 'traits') if name not in known]
 

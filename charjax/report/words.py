@@ -1,6 +1,7 @@
 """How the report says numbers: formats, names, and sentences that claim no more than an interval does."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -138,6 +139,15 @@ def ellipsis(text: str, length: int) -> str:
 def together(names: Sequence[str]) -> str:
   """`a`, `a and b`, `a, b and c`."""
   return ' and '.join([*([', '.join(names[:-1])] if len(names) > 1 else []), *names[-1:]])
+
+
+def weight(value: object) -> str:
+  """How a trait's weight is told: not at all where it is the usual one."""
+  try:
+    number = float(str(value))
+  except ValueError:
+    number = 1.0
+  return '' if number == 1.0 or not math.isfinite(number) else f'weight {number:g}'
 
 
 def verdict(value: Estimate | None, reference: float = 0.0) -> tuple[str, str]:
