@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from charjax.stages.evaluation import CONDITIONS, _judged, internalisation, summarise, summarise_wins
+from charjax.stages.evaluation import CONDITIONS, _judged, comparisons, internalisation, summarise, summarise_wins
 from charjax.stages.statistics import interval, share
 
 
@@ -31,12 +31,22 @@ def test_what_was_not_measured_is_null():
 
 def test_to_win_always_is_not_certainty():
   wins = {'base': np.full(8, 0.5), 'prompted': np.ones(8), 'prompted_examples': np.zeros(8), 'trained': np.ones(8)}
-  found = summarise_wins(wins)
+  found = summarise_wins(wins, {})
   assert found['trained'] == share([1.0] * 8) and found['trained']['low'] < 0.7
   assert found['delta']['mean'] == 0.5 and found['delta']['low'] == pytest.approx(found['trained']['low'] - 0.5)
   # Against another condition base has a rate of its own, and the difference is one of pairs.
   against = wins | {'base': np.array([0, 1, 0, 1, 0, 1, 0, 1.0])}
-  assert summarise_wins(against)['delta'] == interval(against['trained'] - against['base'])
+  assert summarise_wins(against, {})['delta'] == interval(against['trained'] - against['base'])
+
+
+@pytest.mark.parametrize(('one', 'other'), [(1, 1), (3, 3), (5, 1), (2, 6)])
+def test_comparisons_count_as_the_single_ones_that_vary_as_much(one, other):
+  rng = np.random.default_rng(0)
+  first, second = rng.normal(size=(40_000, one, 1)), rng.normal(size=(40_000, 1, other))
+  shares = (first > second).mean((1, 2))
+  assert 0.25 / shares.var() == pytest.approx(comparisons(one, other), rel=0.03)
+  found = summarise_wins({'base': None, 'trained': shares[:60]}, {'trained': comparisons(one, other)})
+  assert found['trained'] == share(shares[:60], comparisons(one, other))
 
 
 def test_internalisation_is_the_share_of_a_prompted_effect_that_is_clear_of_zero():

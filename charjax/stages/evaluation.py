@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from charjax.training.losses import kl_from_logits
 from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write_text
 
 CONDITIONS = ('base', 'prompted', 'prompted_examples', 'trained')
+_WINS = {'win_rate': 'base', 'win_rate_vs_prompted': 'prompted'}  # whose replies are to be beaten
 
 _PRAISE = re.compile(
   r'\b(great|excellent|wonderful|amazing|fantastic|brilliant|fascinating|good) (question|point|idea|thought|choice)\b'
@@ -53,16 +54,20 @@ def run(session: Session) -> Row:
   _judge_replies(session, drawn, judge)
   write_jsonl(folder / 'replies.jsonl', drawn)
 
+  samples = {'base': session.config.evaluation.samples, 'trained': session.config.evaluation.samples}
+  tries = {
+    name: {c: comparisons(samples.get(c, 1), samples.get(against, 1)) for c in CONDITIONS}
+    for name, against in _WINS.items()
+  }
   summary: Row = {'traits': {}, 'probes': {}, 'internalisation': {}}
   with Progress('evaluation', len(traits) + len(probes) + 1, 'parts') as bar:
     for trait in traits:
       values = {'margin': _pair_margins(session, trait, trained)} | _judged(drawn, trait.id)
       summary['traits'][trait.id] = {
-        name: summarise_wins(v, session.config.evaluation.samples) if name.startswith('win_rate') else summarise(v)
-        for name, v in values.items()
+        name: summarise_wins(v, tries[name]) if name in tries else summarise(v) for name, v in values.items()
       }
       summary['internalisation'][trait.id] = {
-        name: internalisation(v) for name, v in values.items() if not name.startswith('win_rate')
+        name: internalisation(v) for name, v in values.items() if name not in tries
       }
       bar.advance()
     for name, rows in _by_trait(probes).items():
@@ -89,16 +94,26 @@ def summarise(values: dict[str, np.ndarray | None], figure: Callable[[np.ndarray
   return out
 
 
-def summarise_wins(values: dict[str, np.ndarray | None], tries: int = 1) -> Row:
-  """Win rates, each the share of up to `tries` replies to a message.
+def summarise_wins(values: dict[str, np.ndarray | None], tries: Mapping[str, float]) -> Row:
+  """Win rates, each the share of all comparisons of a message, which count as `tries` single ones.
 
   Against itself a condition wins half, so that trained - base is a share too, and never certain.
   """
-  out = summarise(values, functools.partial(share, tries=tries))
+  out = summarise(values)
+  out |= {c: share(v, tries.get(c, 1)) for c, v in values.items() if v is not None}
   base = values['base']
   if out['trained'] is not None and base is not None and (base == 0.5).all():
     out['delta'] = out['trained'] | {end: out['trained'][end] - 0.5 for end in ('mean', 'low', 'high')}
   return out
+
+
+def comparisons(one: int, other: int) -> float:
+  """As how many single comparisons all those of `one` reply or more with `other` count.
+
+  By the variance of their share between replies that are as good, (m + n + 1) / 12 m n (Mann and Whitney 1947), against
+  the 1/4 of a single one.
+  """
+  return 3 * one * other / (one + other + 1)
 
 
 def internalisation(values: dict[str, np.ndarray | None], resamples: int = 2000) -> Row | None:
@@ -206,7 +221,7 @@ def _judged(rows: Sequence[Row], trait: str) -> dict[str, dict[str, np.ndarray |
     return found
 
   judged: dict[str, np.ndarray | None] = {c: values.mean(1) for c, values in scores.items()}
-  return {'judge': judged, 'win_rate': wins('base'), 'win_rate_vs_prompted': wins('prompted')}
+  return {'judge': judged} | {name: wins(against) for name, against in _WINS.items()}
 
 
 def _by_message(rows: Sequence[Row], value: Callable[[Row], float]) -> np.ndarray:

@@ -47,7 +47,7 @@ def _t_quantile(freedom: int) -> float:
   return z + sum(term / v ** (i + 1) for i, term in enumerate(terms))
 
 
-def share(hits: Sequence[float] | np.ndarray, tries: int = 1) -> Interval | None:
+def share(hits: Sequence[float] | np.ndarray, tries: float = 1) -> Interval | None:
   """Share of hits, each from 0 to 1, with Wilson's (1927) 95% interval, right for few items and near 0 or 1.
 
   Where a hit is itself the share of several `tries`, hits vary less than single ones would: the interval is that of as
