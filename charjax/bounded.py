@@ -65,7 +65,7 @@ class _Worker:
   def ask(self, what: str, *arguments: Any) -> Any:
     """The answer to one request; it waits for that of another thread."""
     with self._lock:
-      if self._process is None or self._process.poll() is not None:
+      if self._process is None:
         # -P: modules beside this file do not stand before those of the standard library.
         self._process = subprocess.Popen(
           [sys.executable, '-P', __file__],
@@ -74,17 +74,19 @@ class _Worker:
           stderr=subprocess.DEVNULL,
           text=True,
         )
-      assert self._process.stdin and self._process.stdout
+      process, line = self._process, ''
+      assert process.stdin and process.stdout
       try:
-        self._process.stdin.write(json.dumps([what, *arguments]) + '\n')
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-      except BaseException as error:
-        # Its answer must not be taken for that of the next request.
-        self._process.kill()
-        if isinstance(error, OSError):
-          raise Refused(_LIMITS) from error
-        raise
+        process.stdin.write(json.dumps([what, *arguments]) + '\n')
+        process.stdin.flush()
+        line = process.stdout.readline()
+      except OSError:
+        pass
+      finally:
+        if not line.endswith('\n'):  # It was ended, or we were interrupted: the next request needs another.
+          self._process = None
+          process.kill()
+          process.communicate()
     if not line.endswith('\n'):
       raise Refused(_LIMITS)
     answer = json.loads(line)

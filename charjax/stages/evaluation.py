@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from charjax.character import Trait
 from charjax.engine.batch import item_keys
@@ -28,7 +27,7 @@ from charjax.stages import messages, policy, preference, prompts
 from charjax.stages.statistics import interval, share
 from charjax.training.heads import bind, read_rewards, reply_states
 from charjax.training.losses import kl_from_logits
-from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write_text
+from charjax.workdir import Row, Session, chunks, numbered_rows, write_jsonl, write_text
 
 CONDITIONS = ('base', 'prompted', 'prompted_examples', 'trained')
 
@@ -297,11 +296,10 @@ def read_neutral(path: str) -> list[Row]:
 
 
 def _lines(path: str) -> list[tuple[int, Row]]:
-  rows = read_jsonl(path)
+  rows = numbered_rows(path)
   if not rows:
     raise UserError(f'{path}: the file is empty; write one JSON object a line')
-  numbers = [i for i, line in enumerate(epath.Path(path).read_bytes().split(b'\n'), 1) if line.strip()]
-  return list(zip(numbers, rows, strict=True))
+  return rows
 
 
 def _text(path: str, line: int, row: Row, field: str) -> str:
