@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = 2.0  # of processor time for one template or search; a chat takes less than a thousandth of that
+SECONDS = 1.0  # of processor time for one template or search; a chat takes less than a thousandth of that
 MEGABYTES = 512
 _MOST_TEXT = 10_000_000  # characters that a template may write
 _LIMITS = f'it did not come to an end within {SECONDS:g} s and {MEGABYTES} MB'

@@ -79,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if error.errno not in _DISK:
       raise
     where = error.filename or 'the disk'
-    print(f'charjax: {where}: {error.strerror}; {_DISK[error.errno]}, then give the same command again', file=sys.stderr)
+    print(
+      f'charjax: {where}: {error.strerror}; {_DISK[error.errno]}, then give the same command again', file=sys.stderr
+    )
     return 2
   except KeyboardInterrupt:
     print('charjax: interrupted', file=sys.stderr)
@@ -201,11 +203,13 @@ def _execute_config(path: str, argument: str | None) -> ml_collections.ConfigDic
     except TypeError:
       wants = 'takes no argument' if arguments else 'needs an argument, --config=FILE.py:ARGUMENT'
       raise UserError(f'{path}: get_config {wants}') from None
+    except ValueError:  # A builtin has no signature.
+      pass
     config = function(*arguments)
   except UserError:
     raise
   except SyntaxError as error:
-    raise UserError(f'{path}:{error.lineno}: {error.msg}; mend the line') from error
+    raise UserError(f'{path}:{error.lineno or 1}: {error.msg}; mend the line') from error
   except (Exception, SystemExit) as error:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())
@@ -293,6 +297,11 @@ def _prepare(config: ml_collections.ConfigDict, workdir: epath.Path) -> workdirs
   """
   defaults.check(config)
   character = characters.select(characters.load(config.character.path), config.character.traits)
+  if config.rankings.minimum_accuracy > 0 and not any(trait.pairs_for('choosing') for trait in character.traits):
+    raise UserError(
+      f'{config.character.path}: traits.pairs: none has use = "choosing", by which the ranker is chosen; write twelve '
+      'a trait, or set config.rankings.minimum_accuracy=0.0'
+    )
   _model_is_there(config.model.path)
   if config.evaluation.probes or config.evaluation.neutral:
     from charjax.stages import evaluation
@@ -311,10 +320,10 @@ def _record(session: workdirs.Session) -> None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[package] = importlib.metadata.version(package)
   record = {'seed': session.config.seed, 'config': session.config.to_dict(), 'versions': versions}
+  workdirs.write_text(session.workdir / 'character.toml', characters.source(session.config.character.path))
   workdirs.write_text(
     session.workdir / 'config.json', json.dumps(record, indent=2, ensure_ascii=False, default=str) + '\n'
   )
-  workdirs.write_text(session.workdir / 'character.toml', characters.source(session.config.character.path))
 
 
 @contextlib.contextmanager

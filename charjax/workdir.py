@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -106,7 +107,9 @@ def write_text(path: epath.PathLike, text: str) -> None:
     # On a full disk, half a file would take up what is left.
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
-    raise OSError(error.errno, error.strerror, str(path)) from error
+    # The library says neither which file nor, of a folder in its place, which error.
+    code = errno.EISDIR if isinstance(error, IsADirectoryError) else error.errno
+    raise OSError(code, os.strerror(code), str(path)) if code else error from error
 
 
 def write_jsonl(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -114,26 +117,24 @@ def write_jsonl(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> None
   write_text(path, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
 
 
-def read_jsonl(path: epath.PathLike, fields: Mapping[str, type | tuple[type, ...]] | None = None) -> list[Row]:
+def read_jsonl(path: epath.PathLike, fields: Mapping[str, Any] | None = None) -> list[Row]:
   """The rows of `numbered_rows`, without their lines."""
   return [row for _, row in numbered_rows(path, fields)]
 
 
-def numbered_rows(
-  path: epath.PathLike, fields: Mapping[str, type | tuple[type, ...]] | None = None
-) -> list[tuple[int, Row]]:
+def numbered_rows(path: epath.PathLike, fields: Mapping[str, Any] | None = None) -> list[tuple[int, Row]]:
   """Reads one JSON object per line, with the number of its line; empty lines are passed over.
 
   Args:
     path: the file.
-    fields: what every row must have, and of which types.
+    fields: what every row must have, and of which type (or tuple of types).
 
   Raises:
     UserError: the file is missing or not UTF-8, or a line is no JSON object or lacks a field.
   """
   path = epath.Path(path)
   try:
-    if path.exists() and not path.is_file():  # A pipe or a device may never end.
+    if os.path.exists(path) and not os.path.isfile(path):  # A pipe or a device may never end.
       raise UserError(f'{path}: not a file; give a file of JSON Lines')
     text = path.read_bytes().decode('utf-8')
   except (OSError, ValueError) as error:
@@ -303,7 +304,9 @@ def _read_records(folder: epath.Path) -> tuple[Row, Row]:
   records = []
   for name in ('stage.json', 'unfinished.json'):
     record = _read_json(folder / name)
-    wanted = {'version': str, 'inputs': dict, 'config_values': dict} | ({'products': dict} if name == 'stage.json' else {})
+    wanted = {'version': str, 'inputs': dict, 'config_values': dict} | (
+      {'products': dict} if name == 'stage.json' else {}
+    )
     wrong = [field for field, kind in wanted.items() if not isinstance(record.get(field), kind)]
     if record and wrong:
       raise UserError(
@@ -514,22 +517,25 @@ def lock(workdir: epath.Path) -> Iterator[None]:
   if '://' in str(workdir):  # Object stores have no locks.
     yield
     return
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = os.open(workdir / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
-  except OSError as error:
-    reason = error.strerror or error
-    raise UserError(f'--workdir={workdir}: cannot be written ({reason}); choose another folder') from error
-  try:
+  with contextlib.ExitStack() as stack:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      workdir.mkdir(parents=True, exist_ok=True)
+      file = os.open(workdir / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
+      stack.callback(os.close, file)
+      if not _take(file):
+        holder = os.read(file, 32).decode(errors='replace').strip() or 'unknown'
+        raise UserError(f'--workdir={workdir}: process {holder} is working in it; wait for it or choose another folder')
+      os.ftruncate(file, 0)
+      os.pwrite(file, f'{os.getpid()}\n'.encode(), 0)
     except OSError as error:
-      holder = os.read(file, 32).decode(errors='replace').strip() or 'unknown'
-      raise UserError(
-        f'--workdir={workdir}: process {holder} is working in it; wait for it or choose another folder'
-      ) from error
-    os.ftruncate(file, 0)
-    os.pwrite(file, f'{os.getpid()}\n'.encode(), 0)
+      reason = error.strerror or error
+      raise UserError(f'--workdir={workdir}: cannot be written ({reason}); choose another folder') from error
     yield
-  finally:
-    os.close(file)
+
+
+def _take(file: int) -> bool:
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  return True

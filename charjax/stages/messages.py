@@ -10,6 +10,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -184,7 +185,10 @@ def load(session: Session) -> list[Row]:
   path = session.folder('messages') / 'messages.jsonl'
   fields = {'id': str, 'trait': (str, type(None)), 'split': str, 'text': str}
   rows = numbered_rows(path, fields)
-  allowed = {'trait': [*(trait.id for trait in session.character.traits), None], 'split': ['train', 'heldout']}
+  allowed: dict[str, list[Any]] = {
+    'trait': [*(trait.id for trait in session.character.traits), None],
+    'split': ['train', 'heldout'],
+  }
   seen: dict[str, int] = {}
   for line, row in rows:
     for field, values in allowed.items():

@@ -380,7 +380,7 @@ def load(session: Session) -> list[Row]:
     numbers = [value for each in square for value in each if type(value) in (int, float) and 0 <= value <= 1]
     if len(table) != len(names) or len(numbers) != len(names) ** 2:
       raise UserError(
-        f'{path}:{line}: field probabilities must hold, for {len(names)} replies, as many lists of as many numbers from '
-        '0 to 1; remove the line'
+        f'{path}:{line}: field probabilities must hold, for {len(names)} replies, as many lists of as many numbers '
+        'from 0 to 1; remove the line'
       )
   return [row for _, row in rows]
