@@ -308,6 +308,8 @@ def _read_records(folder: epath.Path) -> tuple[Row, Row]:
       {'products': dict} if name == 'stage.json' else {}
     )
     wrong = [field for field, kind in wanted.items() if not isinstance(record.get(field), kind)]
+    if not wrong and any('/' in product for product in record.get('products', ())):  # It would lead out of the folder.
+      wrong = ['products']
     if record and wrong:
       raise UserError(
         f'{folder / name}: field {wrong[0]} is missing or damaged; restore the file, or {_remove(folder)}'

@@ -748,6 +748,10 @@ FOLDERS = {
     record('messages', products=None),
     r'stage.json: field products is missing' + '.*' + ANEW,
   ),
+  'a stage.json that leads outside': (
+    record('messages', products={'/dev/zero': ''}),
+    r'messages/stage.json: field products is missing or damaged' + ANEW,
+  ),
   'a stage.json that is a folder': (
     lambda place: [(place.run / 'messages/stage.json').unlink(), (place.run / 'messages/stage.json').mkdir(), []][2],
     r'messages/stage.json: cannot be read \(Is a directory\); move it away',
