@@ -20,8 +20,10 @@ The form of a file (charjax/characters/assistant.toml is a whole one):
 """
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import re
 import tomllib
 from collections.abc import Collection, Sequence
@@ -149,6 +151,8 @@ def source(path: str) -> str:
 def _source(path: str) -> str:
   file = _locate(path)
   try:
+    if os.path.exists(path) and not os.path.isfile(path):  # A device or a pipe may never end.
+      raise OSError(errno.EINVAL, 'not a file')
     size = file.stat().length
     data = b'' if size > _MAX_BYTES else file.read_bytes()
   except (OSError, ValueError) as error:
@@ -177,6 +181,8 @@ def select(character: Character, traits: Sequence[str]) -> Character:
   found = {trait.id: trait for trait in character.traits}
   chosen: dict[str, Trait] = {}
   for entry in traits:
+    if not isinstance(entry, str):
+      raise UserError(f'character {character.name}: traits: {_short(entry)} is no text; choose from {", ".join(found)}')
     name, colon, text = entry.partition(':')
     if name not in found:
       raise UserError(f'character {character.name}: traits: there is no {_short(name)}; choose from {", ".join(found)}')

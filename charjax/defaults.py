@@ -1,5 +1,7 @@
 """Every field of a run's config, at values meant for 8B and up. Small configs change what they must."""
 
+import math
+
 from ml_collections import ConfigDict
 
 from charjax.errors import UserError
@@ -117,19 +119,48 @@ def get_config() -> ConfigDict:
   return config
 
 
-_LEAST = {
-  'messages': {'train_per_trait': 1, 'heldout_per_trait': 0, 'train_neutral': 1, 'heldout_neutral': 0, 'batch_size': 1},
-  'replies': {'shown': 0, 'plain': 0, 'opposed': 0, 'batch_size': 1, 'max_new_tokens': 1},
-  'rankings': {'messages_per_chunk': 1, 'batch_size': 1, 'skipped_replies': 0},
-  'preference': {'epochs': 0, 'messages_per_batch': 1, 'skipped_steps': 1, 'save_every': 1},
-  'policy': {
-    'steps': 1, 'prompts_per_step': 1, 'replies_per_prompt': 2, 'ranked_replies': 0, 'ranked_weight': 0,
-    'ranked_likelihood': 0, 'max_new_tokens': 1, 'kl': 0, 'other_traits': 0, 'neutral_weight': 0, 'save_every': 1,
-    'samples_every': 1, 'skipped_steps': 1,
+# The least and the most that a number may be.
+_COUNT, _SIZE, _AMOUNT, _SHARE = (0, math.inf), (1, math.inf), (0.0, math.inf), (0.0, 1.0)
+_LIMITS: dict[str, dict[str, tuple[float, float]]] = {
+  '': {'seed': (0, 2**31 - 1)},
+  'messages': {
+    'train_per_trait': _SIZE, 'heldout_per_trait': _COUNT, 'train_neutral': _SIZE, 'heldout_neutral': _COUNT,
+    'seeds_shown': _COUNT, 'opening_words': _COUNT, 'temperature': _AMOUNT, 'top_p': _SHARE, 'max_new_tokens': _SIZE,
+    'near_duplicate': _SHARE, 'batch_size': _SIZE, 'prompt_width': _SIZE,
   },
-  'evaluation': {'samples': 1, 'batch_size': 1, 'max_new_tokens': 1},
+  'replies': {
+    'shown': _COUNT, 'plain': _COUNT, 'opposed': _COUNT, 'examples': _COUNT, 'temperature': _AMOUNT, 'top_p': _SHARE,
+    'max_new_tokens': _SIZE, 'batch_size': _SIZE, 'prompt_width': _SIZE,
+  },
+  'rankings': {
+    'examples': _COUNT, 'label_low': _SHARE, 'label_high': _SHARE, 'minimum_accuracy': _SHARE, 'length_limit': _AMOUNT,
+    'skipped_replies': _COUNT, 'triples': _COUNT, 'messages_per_chunk': _SIZE, 'batch_size': _SIZE,
+  },
+  'preference': {
+    'head_steps': _COUNT, 'head_decay': _AMOUNT, 'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'epochs': _AMOUNT,
+    'messages_per_batch': _SIZE, 'warmup': _COUNT, 'weight_decay': _AMOUNT, 'max_gradient': _AMOUNT,
+    'skipped_steps': _SIZE, 'save_every': _SIZE, 'measured_messages': _COUNT,
+  },
+  'policy': {
+    'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'steps': _SIZE, 'prompts_per_step': _SIZE,
+    'replies_per_prompt': (2, math.inf), 'ranked_replies': _COUNT, 'ranked_weight': _AMOUNT,
+    'ranked_beta': _AMOUNT, 'ranked_temperature': _AMOUNT, 'ranked_likelihood': _AMOUNT, 'temperature': _AMOUNT,
+    'max_new_tokens': _SIZE, 'prompt_width': _SIZE, 'kl': _AMOUNT, 'clip': _AMOUNT, 'other_traits': _AMOUNT,
+    'neutral_weight': _AMOUNT, 'warmup': _COUNT, 'weight_decay': _AMOUNT, 'max_gradient': _AMOUNT,
+    'skipped_steps': _SIZE, 'save_every': _SIZE, 'samples_every': _SIZE,
+  },
+  'evaluation': {
+    'examples': _COUNT, 'samples': _SIZE, 'temperature': _AMOUNT, 'top_p': _SHARE, 'max_new_tokens': _SIZE,
+    'batch_size': _SIZE, 'prompt_width': _SIZE,
+  },
 }  # fmt: skip
+_ABOVE_ZERO = (
+  'messages.top_p', 'replies.top_p', 'evaluation.top_p', 'preference.max_gradient', 'policy.max_gradient',
+  'policy.temperature', 'policy.ranked_beta', 'policy.ranked_temperature',
+)  # fmt: skip
 _CHOICES = {
+  'model.dtype': ('float32', 'bfloat16'),
+  'model.compute_dtype': ('float32', 'bfloat16'),
   'replies.show': ('trait', 'character'),
   'rankings.ranker': ('auto', 'likelihood', 'pairwise', 'pointwise'),
 }
@@ -141,14 +172,23 @@ def check(config: ConfigDict) -> None:
   Raises:
     UserError: naming the field and what it may be.
   """
-  for section, fields in _LEAST.items():
-    for field, least in fields.items():
-      if config[section][field] < least:
-        raise UserError(f'config.{section}.{field} is {config[section][field]}; it must be at least {least}')
+  for section, fields in _LIMITS.items():
+    for field, (least, most) in fields.items():
+      name, value = f'{section}.{field}'.lstrip('.'), (config[section] if section else config)[field]
+      if not least <= value <= most or value == math.inf:  # a NaN fails all comparisons
+        limits = f'at least {least:g}' if most == math.inf else f'from {least:g} to {most:.10g}'
+        raise UserError(f'config.{name} is {value}; it must be {limits}')
+      if name in _ABOVE_ZERO and value == 0:
+        raise UserError(f'config.{name} is {value}; it must be above 0')
   for name, choices in _CHOICES.items():
     section, field = name.split('.')
     if config[section][field] not in choices:
       raise UserError(f'config.{name} is {config[section][field]!r}; choose from {", ".join(choices)}')
+  if config.rankings.label_low > config.rankings.label_high:
+    raise UserError(
+      f'config.rankings.label_low is {config.rankings.label_low}; it must not be above label_high, which is '
+      f'{config.rankings.label_high}'
+    )
   policy, preference, replies = config.policy, config.preference, config.replies
   ranked = replies.shown + replies.plain + replies.opposed
   if policy.ranked_replies == 1 or policy.ranked_replies > ranked:
@@ -156,9 +196,6 @@ def check(config: ConfigDict) -> None:
       f'config.policy.ranked_replies is {policy.ranked_replies}, and {ranked} a message are ranked; set it to 0, or '
       'from 2 to that number'
     )
-  for field in ('temperature', 'ranked_beta', 'ranked_temperature'):
-    if policy[field] <= 0:
-      raise UserError(f'config.policy.{field} is {policy[field]}; it must be above 0')
   if not 0 < preference.depth <= 1:
     raise UserError(f'config.preference.depth is {preference.depth}; it must be above 0 and at most 1')
   if not 0 <= preference.head_plain < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import importlib.metadata
 import inspect
 import json
@@ -43,6 +44,21 @@ A finished stage is skipped, one that was cut off goes on, one whose inputs or s
 
 _PACKAGES = ('charjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
+_AWAY = 'move it away, or choose another --workdir'
+_ALLOW = 'make it writable, or choose another --workdir'
+# What a disk may answer at any time, and what can be done. All that was finished before is kept.
+_DISK = {
+  errno.ENOSPC: 'free some space',
+  errno.EDQUOT: 'free some space',
+  errno.EIO: 'look after the disk',
+  errno.EROFS: _ALLOW,
+  errno.EACCES: _ALLOW,
+  errno.EPERM: _ALLOW,
+  errno.EISDIR: _AWAY,
+  errno.ENOTDIR: _AWAY,
+  errno.ENAMETOOLONG: 'give it a shorter name',
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command.
@@ -58,6 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _command(arguments)
   except UserError as error:
     print('charjax: ' + ' '.join(str(error).split()), file=sys.stderr)
+    return 2
+  except OSError as error:
+    if error.errno not in _DISK:
+      raise
+    where = error.filename or 'the disk'
+    print(
+      f'charjax: {where}: {error.strerror}; {_DISK[error.errno]}, then give the same command again', file=sys.stderr
+    )
     return 2
   except KeyboardInterrupt:
     print('charjax: interrupted', file=sys.stderr)
@@ -179,11 +203,13 @@ def _execute_config(path: str, argument: str | None) -> ml_collections.ConfigDic
     except TypeError:
       wants = 'takes no argument' if arguments else 'needs an argument, --config=FILE.py:ARGUMENT'
       raise UserError(f'{path}: get_config {wants}') from None
+    except ValueError:  # A builtin has no signature.
+      pass
     config = function(*arguments)
   except UserError:
     raise
   except SyntaxError as error:
-    raise UserError(f'{path}:{error.lineno}: {error.msg}; mend the line') from error
+    raise UserError(f'{path}:{error.lineno or 1}: {error.msg}; mend the line') from error
   except (Exception, SystemExit) as error:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())
@@ -271,6 +297,11 @@ def _prepare(config: ml_collections.ConfigDict, workdir: epath.Path) -> workdirs
   """
   defaults.check(config)
   character = characters.select(characters.load(config.character.path), config.character.traits)
+  if config.rankings.minimum_accuracy > 0 and not any(trait.pairs_for('choosing') for trait in character.traits):
+    raise UserError(
+      f'{config.character.path}: traits.pairs: none has use = "choosing", by which the ranker is chosen; write twelve '
+      'a trait, or set config.rankings.minimum_accuracy=0.0'
+    )
   _model_is_there(config.model.path)
   if config.evaluation.probes or config.evaluation.neutral:
     from charjax.stages import evaluation
@@ -289,10 +320,10 @@ def _record(session: workdirs.Session) -> None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[package] = importlib.metadata.version(package)
   record = {'seed': session.config.seed, 'config': session.config.to_dict(), 'versions': versions}
+  workdirs.write_text(session.workdir / 'character.toml', characters.source(session.config.character.path))
   workdirs.write_text(
     session.workdir / 'config.json', json.dumps(record, indent=2, ensure_ascii=False, default=str) + '\n'
   )
-  workdirs.write_text(session.workdir / 'character.toml', characters.source(session.config.character.path))
 
 
 @contextlib.contextmanager
@@ -328,11 +359,13 @@ def _run(chosen: Sequence[workdirs.Stage], config: ml_collections.ConfigDict, wo
         if state != 'done':
           folder = session.folder(stage.name)
           raise UserError(f'{folder}: {state}, and {chosen[0].name} builds on it; run {stage.name} first')
-    _record(session)
+    workdirs.check(chosen, session)
     with _devices(config):
       # A broken model file is told of before any work too, unless there is none that needs the model.
       if any(stage.name != 'report' and workdirs.status(stage, session) != 'done' for stage in chosen):
         session.checkpoint  # noqa: B018
+      # Only now: what a run in this folder was started with is not overwritten by a mistake.
+      _record(session)
       workdirs.execute(chosen, session)
   if chosen[-1].name == 'report':
     from charjax.stages import report

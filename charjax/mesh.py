@@ -1,5 +1,6 @@
 """How arrays are laid out over devices: one mesh, one table from logical axes to mesh axes."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,13 +31,14 @@ def make_mesh(shape: Sequence[int]) -> Mesh:
   Raises:
     UserError: the sizes do not multiply to the number of devices.
   """
-  sizes = [int(size) for size in shape]
+  sizes = list(shape)
   count = jax.device_count()
-  if len(sizes) != len(AXES) or sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+  whole = all(isinstance(size, int) and (size > 0 or size == -1) for size in sizes)
+  if len(sizes) != len(AXES) or sizes.count(-1) > 1 or not whole:
     raise UserError(f'config.mesh is {tuple(shape)}; it takes three sizes (data, fsdp, tensor), one of them may be -1')
   if -1 in sizes:
-    sizes[sizes.index(-1)] = count // max(1, -int(np.prod(sizes)))
-  if int(np.prod(sizes)) != count:
+    sizes[sizes.index(-1)] = count // max(1, -math.prod(sizes))
+  if math.prod(sizes) != count:
     raise UserError(f'config.mesh {tuple(shape)} does not fit the {count} devices here; use e.g. (-1, 1, 1)')
   return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

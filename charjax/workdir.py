@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -46,6 +47,7 @@ class Stage:
     fields: the config fields it depends on, dotted ('policy', 'seed', 'model.path').
     products: its files whose contents stand for its result.
     files: the config fields that name a file; its contents count, not its path.
+    check: reads what `run` will read, and raises UserError where a person's edits broke it.
   """
 
   name: str
@@ -54,6 +56,7 @@ class Stage:
   fields: tuple[str, ...]
   products: tuple[str, ...]
   files: tuple[str, ...] = ()
+  check: Callable[[Session], None] = lambda session: None
 
 
 @dataclasses.dataclass
@@ -96,9 +99,17 @@ def write_text(path: epath.PathLike, text: str) -> None:
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.parent / f'.{path.name}.tmp'
-  # A lone surrogate, which a model's JSON may hold, has no UTF-8 form; its escape is the same JSON.
-  temporary.write_bytes(text.encode('utf-8', errors='backslashreplace'))
-  temporary.replace(path)
+  try:
+    # A lone surrogate, which a model's JSON may hold, has no UTF-8 form; its escape is the same JSON.
+    temporary.write_bytes(text.encode('utf-8', errors='backslashreplace'))
+    temporary.replace(path)
+  except OSError as error:
+    # On a full disk, half a file would take up what is left.
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    # The library says neither which file nor, of a folder in its place, which error.
+    code = errno.EISDIR if isinstance(error, IsADirectoryError) else error.errno
+    raise OSError(code, os.strerror(code), str(path)) if code else error from error
 
 
 def write_jsonl(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -106,20 +117,32 @@ def write_jsonl(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> None
   write_text(path, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
 
 
-def read_jsonl(path: epath.PathLike) -> list[Row]:
-  """Reads one JSON object per line; empty lines are passed over.
+def read_jsonl(path: epath.PathLike, fields: Mapping[str, Any] | None = None) -> list[Row]:
+  """The rows of `numbered_rows`, without their lines."""
+  return [row for _, row in numbered_rows(path, fields)]
+
+
+def numbered_rows(path: epath.PathLike, fields: Mapping[str, Any] | None = None) -> list[tuple[int, Row]]:
+  """Reads one JSON object per line, with the number of its line; empty lines are passed over.
+
+  Args:
+    path: the file.
+    fields: what every row must have, and of which type (or tuple of types).
 
   Raises:
-    UserError: the file is missing or not UTF-8, or a line is no JSON object.
+    UserError: the file is missing or not UTF-8, or a line is no JSON object or lacks a field.
   """
   path = epath.Path(path)
   try:
+    if os.path.exists(path) and not os.path.isfile(path):  # A pipe or a device may never end.
+      raise UserError(f'{path}: not a file; give a file of JSON Lines')
     text = path.read_bytes().decode('utf-8')
-  except OSError as error:
-    raise UserError(f'{path}: cannot be read ({error.strerror or error}); check the path') from error
-  except UnicodeDecodeError as error:
-    line = error.object[: error.start].count(b'\n') + 1
-    raise UserError(f'{path}:{line}: not UTF-8 text; save the file as UTF-8') from error
+  except (OSError, ValueError) as error:
+    if isinstance(error, UnicodeDecodeError):
+      line = error.object[: error.start].count(b'\n') + 1
+      raise UserError(f'{path}:{line}: not UTF-8 text; save the file as UTF-8') from error
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(f'{path}: cannot be read ({reason}); check the path') from error
   rows = []
   # Not splitlines(): it also cuts at U+2028 and others, which stand unescaped inside JSON strings.
   for number, line in enumerate(text.split('\n'), start=1):
@@ -132,8 +155,29 @@ def read_jsonl(path: epath.PathLike) -> list[Row]:
       raise UserError(f'{path}:{number}: not JSON ({reason}); each line must be one JSON object') from error
     if not isinstance(row, dict):
       raise UserError(f'{path}:{number}: {type(row).__name__} found; each line must be one JSON object')
-    rows.append(row)
+    for field, kind in (fields or {}).items():
+      kinds = kind if isinstance(kind, tuple) else (kind,)
+      if field not in row or type(row[field]) not in kinds:
+        found = f'is {_short(row[field])}' if field in row else 'is missing'
+        wanted = ' or '.join(_JSON_TYPES[k] for k in kinds)
+        raise UserError(f'{path}:{number}: field {field} {found}; it must be {wanted}')
+    rows.append((number, row))
   return rows
+
+
+_JSON_TYPES = {
+  str: 'text',
+  int: 'a whole number',
+  float: 'a number',
+  list: 'a list',
+  dict: 'an object',
+  type(None): 'null',
+}
+
+
+def _short(value: Any) -> str:
+  text = json.dumps(value)
+  return text if len(text) <= 60 else f'{text[:57]}...'
 
 
 def chunks(
@@ -227,12 +271,51 @@ def relevant_config(stage: Stage, session: Session) -> dict[str, Any]:
 
 
 def _read_json(path: epath.Path) -> Row:
-  """A file of ours; {} when it is missing or was damaged from outside, which means: make it anew."""
+  """A file that we wrote; {} when there is none.
+
+  Raises:
+    UserError: it was damaged from outside. To make the stage anew would throw away what it speaks of.
+  """
   try:
-    value = json.loads(path.read_text())
-  except (OSError, ValueError):
-    return {}
-  return value if isinstance(value, dict) else {}
+    text = path.read_bytes()
+  except OSError as error:
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+      return {}
+    raise UserError(f'{path}: cannot be read ({error.strerror or error}); move it away') from error
+  try:
+    value = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{path}: damaged ({type(error).__name__}); restore it, or {_remove(path.parent)}') from error
+  if not isinstance(value, dict):
+    raise UserError(f'{path}: damaged (no JSON object); restore it, or {_remove(path.parent)}')
+  return value
+
+
+def _remove(folder: epath.Path) -> str:
+  return f'remove {folder} to make the stage anew'
+
+
+def _read_records(folder: epath.Path) -> tuple[Row, Row]:
+  """stage.json and unfinished.json; {} for one that is not there, or says nothing yet.
+
+  Raises:
+    UserError: one was damaged, or its form is that of another version.
+  """
+  records = []
+  for name in ('stage.json', 'unfinished.json'):
+    record = _read_json(folder / name)
+    wanted = {'version': str, 'inputs': dict, 'config_values': dict} | (
+      {'products': dict} if name == 'stage.json' else {}
+    )
+    wrong = [field for field, kind in wanted.items() if not isinstance(record.get(field), kind)]
+    if not wrong and any('/' in product for product in record.get('products', ())):  # It would lead out of the folder.
+      wrong = ['products']
+    if record and wrong:
+      raise UserError(
+        f'{folder / name}: field {wrong[0]} is missing or damaged; restore the file, or {_remove(folder)}'
+      )
+    records.append(record)
+  return records[0], records[1]
 
 
 def _products(folder: epath.Path, names: Iterable[str]) -> dict[str, str]:
@@ -248,7 +331,7 @@ def _inputs(stage: Stage, session: Session) -> dict[str, str]:
   inputs = {}
   for name in stage.reads:
     folder = session.folder(name)
-    names = _read_json(folder / 'stage.json').get('products', {})
+    names = _read_records(folder)[0].get('products', {})
     if not names or not all((folder / file).exists() for file in names):
       raise UserError(f'{folder}: stage {name} is not finished and {stage.name} reads it; run {name} first')
     inputs[name] = fingerprint(_products(folder, names))
@@ -280,24 +363,59 @@ def status(stage: Stage, session: Session) -> str:
   stages that read it are made anew.
   """
   folder = session.folder(stage.name)
-  done, unfinished = _read_json(folder / 'stage.json'), _read_json(folder / 'unfinished.json')
+  done, unfinished = _read_records(folder)
   if not done and not unfinished:
     return 'missing'
   record = done or unfinished
   config = relevant_config(stage, session)
-  if record.get('config_values') != config:
-    return _change(record.get('config_values', {}), config)
+  if record['config_values'] != config:
+    return _change(record['config_values'], config)
   try:
     inputs = _inputs(stage, session)
   except UserError:
     return 'missing'
-  changed = [name for name in inputs if record.get('inputs', {}).get(name) != inputs[name]]
-  if changed or len(record.get('inputs', {})) != len(inputs):
+  changed = [name for name in inputs if record['inputs'].get(name) != inputs[name]]
+  if changed or len(record['inputs']) != len(inputs):
     return f'{", ".join(changed) or "the list of stages it reads"} changed'
   if not done:
-    return 'unfinished' if record.get('version') == charjax.__version__ else 'the version of charjax changed'
+    return 'unfinished' if record['version'] == charjax.__version__ else 'the version of charjax changed'
   lost = [name for name in stage.products if not (folder / name).exists()]
   return f'{lost[0]} is gone' if lost else 'done'
+
+
+def check(stages: Sequence[Stage], session: Session) -> None:
+  """Reads what stands in a run folder and would be lost, or would be in the way, before any work.
+
+  Raises:
+    UserError: a stage that is not done cannot have its folder, or cannot read what it reads.
+  """
+  states = {stage.name: status(stage, session) for stage in stages}
+  for stage in stages:
+    state, folder = states[stage.name], session.folder(stage.name)
+    if state == 'done':
+      continue
+    if folder.exists() and not folder.is_dir():
+      raise UserError(f'{folder}: a file, where the stage has its folder; move it away or choose another --workdir')
+    # What is about to be emptied must be ours: --workdir may name any folder of a person's disk.
+    ours = (folder / 'stage.json').exists() or (folder / 'unfinished.json').exists()
+    if folder.exists() and not ours and any(folder.iterdir()):
+      raise UserError(f'{folder}: holds files that no run wrote; choose another --workdir or move them away')
+    record = next((record for record in _read_records(folder) if record), None)
+    if record and record['version'] != charjax.__version__:
+      raise UserError(
+        f'{folder}: made by version {record["version"][:20]} of charjax, and this is {charjax.__version__}, to which '
+        f'it is not finished ({state}); use that version, choose another --workdir, or {_remove(folder)}'
+      )
+    if all(states.get(name, 'done') == 'done' for name in stage.reads):
+      _inputs(stage, session)
+      for name in stage.reads:
+        for product in _read_records(session.folder(name))[0]['products']:
+          path = session.folder(name) / product
+          if path.suffix == '.jsonl':
+            read_jsonl(path)
+          elif path.suffix == '.json':
+            _read_json(path)
+      stage.check(session)
 
 
 def _empty(folder: epath.Path) -> None:
@@ -325,15 +443,12 @@ def _perform(stage: Stage, session: Session) -> None:
   folder = session.folder(stage.name)
   state = status(stage, session)
   if state == 'done':
-    recorded = _read_json(folder / 'stage.json')['products']
-    edited = [name for name in recorded if recorded[name] != file_fingerprint(folder / name)]
+    recorded = _read_records(folder)[0]['products']
+    edited = [name for name in stage.products if recorded.get(name) != file_fingerprint(folder / name)]
     session.log(f'{stage.name}: done already' + (f' ({", ".join(edited)} edited since)' if edited else ''))
     _tidy(folder)
     return
-  # What is about to be emptied must be ours: --workdir may name any folder of a person's disk.
-  ours = (folder / 'stage.json').exists() or (folder / 'unfinished.json').exists()
-  if folder.exists() and not ours and any(folder.iterdir()):
-    raise UserError(f'{folder}: holds files that no run wrote; choose another --workdir or move them away')
+  check([stage], session)
   inputs, config = _inputs(stage, session), relevant_config(stage, session)
   record: Row = {
     'stage': stage.name,
@@ -346,7 +461,7 @@ def _perform(stage: Stage, session: Session) -> None:
     session.log(f'{stage.name}: going on where it was cut off')
   else:
     session.log(f'{stage.name}: ' + ('starting' if state == 'missing' else f'made anew, since {state}'))
-    if ours:
+    if folder.exists():
       _empty(folder)
     write_text(folder / 'unfinished.json', json.dumps(record, indent=2, ensure_ascii=False))
   start = time.monotonic()
@@ -404,22 +519,25 @@ def lock(workdir: epath.Path) -> Iterator[None]:
   if '://' in str(workdir):  # Object stores have no locks.
     yield
     return
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = os.open(workdir / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
-  except OSError as error:
-    reason = error.strerror or error
-    raise UserError(f'--workdir={workdir}: cannot be written ({reason}); choose another folder') from error
-  try:
+  with contextlib.ExitStack() as stack:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      workdir.mkdir(parents=True, exist_ok=True)
+      file = os.open(workdir / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
+      stack.callback(os.close, file)
+      if not _take(file):
+        holder = os.read(file, 32).decode(errors='replace').strip() or 'unknown'
+        raise UserError(f'--workdir={workdir}: process {holder} is working in it; wait for it or choose another folder')
+      os.ftruncate(file, 0)
+      os.pwrite(file, f'{os.getpid()}\n'.encode(), 0)
     except OSError as error:
-      holder = os.read(file, 32).decode(errors='replace').strip() or 'unknown'
-      raise UserError(
-        f'--workdir={workdir}: process {holder} is working in it; wait for it or choose another folder'
-      ) from error
-    os.ftruncate(file, 0)
-    os.pwrite(file, f'{os.getpid()}\n'.encode(), 0)
+      reason = error.strerror or error
+      raise UserError(f'--workdir={workdir}: cannot be written ({reason}); choose another folder') from error
     yield
-  finally:
-    os.close(file)
+
+
+def _take(file: int) -> bool:
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  return True

@@ -2,14 +2,10 @@
 
 import functools
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from charjax import bounded
 from charjax.errors import UserError, one_line
 from charjax.model.tokenizer import Tokenizer
 
@@ -20,25 +16,18 @@ _PROBE = 'charjaxprobe'
 
 
 class ChatTemplate:
-  """A Jinja chat template, rendered as transformers does (trim_blocks, lstrip_blocks, loop controls).
+  """A Jinja chat template, rendered as transformers does.
 
-  The template comes with the checkpoint and is not trusted: the sandbox refuses attributes that lead to the
-  interpreter and changes to what it is given. `strftime_now` is left undefined, so that a template that would
-  write today's date falls back to its fixed one and a run stays repeatable.
+  The template comes with the checkpoint and is not trusted: see `bounded.render`.
   """
 
   def __init__(self, source: str, bos: str, eos: str):
     """Raises UserError when `source` is no valid Jinja."""
     self.source, self.bos, self.eos = source, bos, eos
-    environment = ImmutableSandboxedEnvironment(
-      trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
-    )
-    environment.filters['tojson'] = _to_json
-    environment.globals['raise_exception'] = _raise_exception
     try:
-      self._template = environment.from_string(source)
-    except (jinja2.TemplateError, RecursionError, ValueError, OverflowError) as error:
-      raise UserError(f'chat template: not a valid template ({one_line(error)})') from error
+      bounded.render(source, None)
+    except bounded.Refused as error:
+      raise UserError(f'chat template: not a valid template ({one_line(error)}); use an instruct model') from error
 
   def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
     """The conversation as text, ready to be encoded with its special tokens.
@@ -48,17 +37,20 @@ class ChatTemplate:
       add_generation_prompt: end with the opening of the assistant's next turn.
 
     Raises:
-      UserError: the template fails, or does what the sandbox forbids.
+      UserError: the template fails, does what the sandbox forbids, or takes too long.
     """
+    variables = {
+      'messages': [dict(message) for message in messages],
+      'add_generation_prompt': add_generation_prompt,
+      'bos_token': self.bos,
+      'eos_token': self.eos,
+    }
     try:
-      return self._template.render(
-        messages=[dict(message) for message in messages],
-        add_generation_prompt=add_generation_prompt,
-        bos_token=self.bos,
-        eos_token=self.eos,
-      )
-    except Exception as error:  # A template may raise anything: a TypeError, a ZeroDivisionError, its own.
-      raise UserError(f'chat template: it cannot render this conversation ({one_line(error)})') from error
+      return bounded.render(self.source, variables)
+    except bounded.Refused as error:
+      raise UserError(
+        f'chat template: it cannot render this conversation ({one_line(error)}); use the template of an instruct model'
+      ) from error
 
   @functools.cached_property
   def reply_end(self) -> str:
@@ -136,12 +128,3 @@ def _private_characters(text: str) -> Iterator[str]:
   """Characters of Unicode's private planes that `text` does not hold."""
   used = set(text)
   return (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-  """Jinja's own filter escapes for HTML what the model would then read."""
-  return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: Any) -> NoReturn:
-  raise jinja2.TemplateError(str(message))

@@ -56,7 +56,7 @@ def load(path: str) -> Checkpoint:
     return huggingface.read(path)
   if not os.path.exists(path):
     raise UserError(f'{path}: no such file or directory; give {EMBEDDED!r}, a .gguf file or a Hugging Face directory')
-  if not path.endswith('.gguf'):
+  if not path.endswith('.gguf') or not os.path.isfile(path):
     raise UserError(f'{path}: not a .gguf file; give a .gguf file or the directory that holds config.json')
   return gguf.read(path)
 

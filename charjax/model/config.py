@@ -1,6 +1,7 @@
 """What a decoder needs to know of itself before its weights are read."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,9 +29,16 @@ class ModelConfig:
       value = getattr(self, field)
       if not isinstance(value, int) or value < 1:
         raise UserError(f'model shape: {field} is {value!r}; it must be a positive whole number')
+    if self.max_length < 1:
+      raise UserError(f'model shape: max_length is {self.max_length}; it must be a positive whole number')
+    for field, value in (('rope_theta', self.rope_theta), ('norm_eps', self.norm_eps)):
+      if not (math.isfinite(value) and value > 0):
+        raise UserError(f'model shape: {field} is {value!r}; it must be a number above 0')
     if self.num_heads % self.num_kv_heads:
       raise UserError(f'model shape: num_heads ({self.num_heads}) is no multiple of num_kv_heads ({self.num_kv_heads})')
 
+
+_TYPES = {int: 'a whole number', float: 'a number', bool: 'true or false'}
 
 # Fields of a Hugging Face llama config.json that leave the mathematics as it is at these values only.
 _NEUTRAL_HF_FIELDS = {
@@ -59,25 +67,35 @@ def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
   # transformers 5 writes rope_parameters where earlier versions wrote rope_theta.
   rope = config.get('rope_parameters') or {}
   if not isinstance(rope, Mapping) or rope.get('rope_type', 'default') != 'default':
-    raise UserError(f'{where}: rope_parameters = {rope!r} is not supported; only rope_type "default" is')
+    raise UserError(f'{where}: rope_parameters = {str(rope)[:80]} is not supported; only rope_type "default" is')
+  config = {**config, 'rope_theta': rope.get('rope_theta', config.get('rope_theta'))}
+
+  def read(name: str, kind: type, default: Any = None) -> Any:
+    value = config.get(name)
+    value = default if value is None else value
+    if value is None:
+      raise UserError(f'{where}: field {name} is missing; is this a complete checkpoint?')
+    right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    if not right or not -(2**63) < value < 2**63:  # no number in a model is larger, and NaN is neither
+      found = str(value)[:40]
+      raise UserError(f'{where}: field {name} is {found!r}; it must be {_TYPES[kind]}')
+    return kind(value)
+
+  heads, embed_dim = read('num_attention_heads', int), read('hidden_size', int)
+  fields = {
+    'num_layers': read('num_hidden_layers', int),
+    'embed_dim': embed_dim,
+    'num_heads': heads,
+    'num_kv_heads': read('num_key_value_heads', int, heads),
+    'head_dim': read('head_dim', int, embed_dim // max(heads, 1)),
+    'mlp_dim': read('intermediate_size', int),
+    'vocab_size': read('vocab_size', int),
+    'rope_theta': read('rope_theta', float, 10_000.0),
+    'norm_eps': read('rms_norm_eps', float, 1e-6),
+    'tied_embeddings': read('tie_word_embeddings', bool, False),
+    'max_length': read('max_position_embeddings', int, 2048),
+  }
   try:
-    heads = int(config['num_attention_heads'])
-    return ModelConfig(
-      num_layers=int(config['num_hidden_layers']),
-      embed_dim=int(config['hidden_size']),
-      num_heads=heads,
-      num_kv_heads=int(config.get('num_key_value_heads') or heads),
-      head_dim=int(config.get('head_dim') or config['hidden_size'] // heads),
-      mlp_dim=int(config['intermediate_size']),
-      vocab_size=int(config['vocab_size']),
-      rope_theta=float(rope.get('rope_theta', config.get('rope_theta', 10_000.0))),
-      norm_eps=float(config.get('rms_norm_eps', 1e-6)),
-      tied_embeddings=bool(config.get('tie_word_embeddings', False)),
-      max_length=int(config.get('max_position_embeddings', 2048)),
-    )
-  except KeyError as error:
-    raise UserError(f'{where}: field {error.args[0]} is missing; is this a complete checkpoint?') from error
-  except (TypeError, ValueError) as error:
-    raise UserError(f'{where}: a field has the wrong type ({error})') from error
+    return ModelConfig(**fields)
   except UserError as error:
     raise UserError(f'{where}: {error}') from error

@@ -56,7 +56,7 @@ def read(path: str) -> Checkpoint:
     data = np.asarray(np.memmap(path, mode='r'))  # a plain array: slices of a memmap are slow to make
     metadata, stored = _parse(data)
   except OSError as error:
-    raise UserError(f'{path}: cannot be read ({error.strerror or error})') from error
+    raise UserError(f'{path}: cannot be read ({error.strerror or error}); check the path') from error
   except (ValueError, struct.error) as error:
     raise UserError(f'{path}: not a GGUF file, truncated or damaged ({error}); fetch it again') from error
   config = _config(metadata, stored, path)
@@ -132,9 +132,16 @@ def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, _Stored]]:
     raise ValueError(f'general.alignment is {alignment!r}')
   start = position + -position % alignment
   stored = {name: _Stored(shape, kind, start + offset) for name, shape, kind, offset in headers}
+  if len(stored) != len(headers):
+    raise ValueError('two of its tensors have the same name')
   for name, (shape, kind, offset) in stored.items():
     if offset + _size(shape, kind) > len(view):
       raise ValueError(f'it ends after {len(view)} bytes, before the end of tensor {name[:40]!r}')
+  end = 0
+  for name, (shape, kind, offset) in sorted(stored.items(), key=lambda item: item[1].offset):
+    if offset < end:
+      raise ValueError(f'tensor {name[:40]!r} begins before the end of another')
+    end = offset + _size(shape, kind)
   return metadata, stored
 
 

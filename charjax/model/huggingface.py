@@ -84,12 +84,11 @@ def _shards(folder: Path) -> list[Path]:
   weight_map = _json(index).get('weight_map')
   if not isinstance(weight_map, dict) or not weight_map:
     raise UserError(f'{index}: field weight_map is missing; fetch it again')
-  names = {str(name) for name in weight_map.values()}
-  for name in names:
+  for name in weight_map.values():
     # The index comes with the checkpoint: it must not lead out of its folder.
-    if Path(name).name != name:
-      raise UserError(f'{index}: shard {name[:80]!r} is not a plain file name; fetch the checkpoint again')
-  return [folder / name for name in sorted(names)]
+    if not isinstance(name, str) or Path(name).name != name or name == '..':
+      raise UserError(f'{index}: shard {str(name)[:80]!r} is not a plain file name; fetch the checkpoint again')
+  return [folder / name for name in sorted(set(weight_map.values()))]
 
 
 def _text(folder: Path, raw: Mapping[str, Any], config: ModelConfig) -> tuple[ChatTemplate, Tokenizer]:

@@ -107,7 +107,7 @@ def bpe_from_gguf(metadata: Mapping[str, Any], where: str, reply_end: str = '') 
   except KeyError as error:
     raise UserError(f'{where}: field {error.args[0]} is missing; is this a complete file?') from error
   except Exception as error:  # The library raises bare Exceptions.
-    raise UserError(f'{where}: the tokenizer in it is damaged ({one_line(error)})') from error
+    raise UserError(f'{where}: the tokenizer in it is damaged ({one_line(error)}); fetch it again') from error
   return _with_ends(backend, where, [eos_id], pad_id, reply_end)
 
 
@@ -135,6 +135,11 @@ def from_tokenizer_json(
     raise UserError(f'{path}: no such file; fetch it') from error
   except Exception as error:  # The library raises bare Exceptions.
     raise UserError(f'{path}: not a tokenizer.json ({one_line(error)}); fetch it again') from error
+  tokens: dict[int, str] = {}
+  for token, i in backend.get_vocab().items():
+    if i in tokens:
+      raise UserError(f'{path}: tokens {tokens[i][:40]!r} and {token[:40]!r} both have id {i}; fetch it again')
+    tokens[i] = token
   eos_id = backend.token_to_id(eos) if eos else None
   ids = [*eos_ids, *([] if eos_id is None else [eos_id])]
   return _with_ends(backend, path, ids, backend.token_to_id(pad) if pad else None, reply_end)

@@ -2,13 +2,24 @@
 
 import functools
 import importlib
+from collections.abc import Sequence
 
 from charjax.workdir import Row, Session, Stage
+
+_EDITED = ('messages', 'replies', 'rankings')  # whose JSON Lines a person may have put right by hand
 
 
 def _run(name: str, session: Session) -> Row:
   # Imported when it runs: the stages bring JAX with them, which `charjax --help` need not wait for.
   return importlib.import_module(f'charjax.stages.{name}').run(session)
+
+
+def _check(name: str, reads: Sequence[str], session: Session) -> None:
+  if name == 'report':
+    importlib.import_module('charjax.report.read').read_run(session.workdir)
+  for read in reads:
+    if read in _EDITED:
+      importlib.import_module(f'charjax.stages.{read}').load(session)
 
 
 def _stage(name: str, reads: tuple[str, ...], products: tuple[str, ...], files: tuple[str, ...] = ()) -> Stage:
@@ -21,6 +32,7 @@ def _stage(name: str, reads: tuple[str, ...], products: tuple[str, ...], files: 
     fields=('seed', 'model', 'character', *own),
     products=products,
     files=files,
+    check=functools.partial(_check, name, reads),
   )
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
+from charjax import bounded
 from charjax.character import Trait
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
@@ -28,7 +28,7 @@ from charjax.stages import messages, policy, preference, prompts
 from charjax.stages.statistics import interval, share
 from charjax.training.heads import bind, read_rewards, reply_states
 from charjax.training.losses import kl_from_logits
-from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write_text
+from charjax.workdir import Row, Session, chunks, numbered_rows, write_jsonl, write_text
 
 CONDITIONS = ('base', 'prompted', 'prompted_examples', 'trained')
 _WINS = {'win_rate': 'base', 'win_rate_vs_prompted': 'prompted'}  # whose replies are to be beaten
@@ -305,18 +305,35 @@ def read_neutral(path: str) -> list[Row]:
     if expect is not None:
       try:
         re.compile(expect)
+        bounded.search(expect, _repetitive(expect))
       except (re.error, TypeError, RecursionError, OverflowError) as error:
         raise UserError(f'{path}:{i}: expect is no regular expression ({error}); mend it or write null') from error
+      except bounded.Refused as error:
+        raise UserError(f'{path}:{i}: expect is too slow ({error}); do not repeat what repeats itself') from error
     rows.append({field: _text(path, i, row, field) for field in ('message', 'reference')} | {'expect': expect})
   return rows
 
 
+def _repetitive(pattern: str) -> str:
+  """A text like those that small models fall into, and on which a careless pattern searches without end."""
+  return '\n'.join(c * 100 + '!' for c in sorted({*'a0 ', *filter(str.isalnum, pattern)})[:40])
+
+
+def _found(pattern: str, text: str) -> bool:
+  try:
+    return bounded.search(pattern, text)
+  except bounded.Refused as error:
+    raise UserError(
+      f'config.evaluation.neutral: expect {pattern[:80]!r} is too slow for an answer of the model ({error}); do not '
+      'repeat what repeats itself'
+    ) from error
+
+
 def _lines(path: str) -> list[tuple[int, Row]]:
-  rows = read_jsonl(path)
+  rows = numbered_rows(path)
   if not rows:
     raise UserError(f'{path}: the file is empty; write one JSON object a line')
-  numbers = [i for i, line in enumerate(epath.Path(path).read_bytes().split(b'\n'), 1) if line.strip()]
-  return list(zip(numbers, rows, strict=True))
+  return rows
 
 
 def _text(path: str, line: int, row: Row, field: str) -> str:
@@ -347,10 +364,7 @@ def _neutral(session: Session, rows: Sequence[Row], drawn: Sequence[Row], traine
       answers = sample(
         decoder, [asked[i] for i in expected], keys, model.eos_ids, settings, adapter=adapter, width=config.prompt_width
       )
-      hits = [
-        bool(re.search(rows[i]['expect'], model.text(reply.tokens), re.IGNORECASE))
-        for i, reply in zip(expected, answers, strict=True)
-      ]
+      hits = [_found(rows[i]['expect'], model.text(reply.tokens)) for i, reply in zip(expected, answers, strict=True)]
       accuracy[condition] = np.array(hits, np.float64)
   own = [row for row in drawn if row['trait'] is None and row['condition'] == 'base']
   out: Row = {'log_prob': summarise(log_prob), 'accuracy': summarise(accuracy, share) if expected else None}

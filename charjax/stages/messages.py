@@ -10,6 +10,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -19,7 +20,7 @@ from charjax.engine.sample import Sampling, sample
 from charjax.errors import UserError
 from charjax.progress import Progress
 from charjax.stages import prompts
-from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl
+from charjax.workdir import Row, Session, chunks, numbered_rows, read_jsonl, write_jsonl
 
 NEUTRAL_SEEDS = (
   'How long should I cook spaghetti?',
@@ -176,5 +177,28 @@ def _pairs_of_words(text: str) -> frozenset[tuple[str, str]]:
 
 
 def load(session: Session) -> list[Row]:
-  """The messages of this run."""
-  return read_jsonl(session.folder('messages') / 'messages.jsonl')
+  """The messages of this run, which a person may have edited.
+
+  Raises:
+    UserError: naming the line and the field.
+  """
+  path = session.folder('messages') / 'messages.jsonl'
+  fields = {'id': str, 'trait': (str, type(None)), 'split': str, 'text': str}
+  rows = numbered_rows(path, fields)
+  allowed: dict[str, list[Any]] = {
+    'trait': [*(trait.id for trait in session.character.traits), None],
+    'split': ['train', 'heldout'],
+  }
+  seen: dict[str, int] = {}
+  for line, row in rows:
+    for field, values in allowed.items():
+      if row[field] not in values:
+        raise UserError(f'{path}:{line}: field {field} is {row[field]!r}; choose from {", ".join(map(str, values))}')
+    if not row['id'] or '/' in row['id']:
+      raise UserError(f'{path}:{line}: field id is {row["id"]!r}; give it a name of its own, without a slash')
+    if not row['text'].strip():
+      raise UserError(f'{path}:{line}: field text is empty; write some, or remove the line')
+    if row['id'] in seen:
+      raise UserError(f'{path}:{line}: field id is {row["id"]!r}, as in line {seen[row["id"]]}; rename one of them')
+    seen[row['id']] = line
+  return [row for _, row in rows]

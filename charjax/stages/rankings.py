@@ -32,7 +32,7 @@ from charjax.stages.rankers import (
 )
 from charjax.stages.statistics import correlation, share
 from charjax.training.losses import soft_labels
-from charjax.workdir import Row, Session, chunks, write_jsonl, write_text
+from charjax.workdir import Row, Session, chunks, numbered_rows, write_jsonl, write_text
 
 Group = tuple[list[Answer], list[str]]  # the replies to one message, and their ids
 
@@ -360,3 +360,27 @@ def _sampled_audit(ranked: Sequence[Row], by_id: dict[str, Row]) -> Row:
     'length_correlation': correlation(scores, tokens),
     'circular': {name: float(np.mean(values)) for name, values in wins.items()},
   }
+
+
+def load(session: Session) -> list[Row]:
+  """The rankings of this run, which a person may have edited.
+
+  Raises:
+    UserError: naming the line and the field.
+  """
+  path = session.folder('rankings') / 'rankings.jsonl'
+  rows = numbered_rows(path, {'message': str, 'replies': list, 'probabilities': list})
+  known = {row['id']: row['message'] for row in replies.load(session)}
+  for line, row in rows:
+    names, table = row['replies'], row['probabilities']
+    lost = [name for name in names if not isinstance(name, str) or known.get(name) != row['message']]
+    if lost or not names:
+      raise UserError(f'{path}:{line}: field replies: {lost[:1]} is no reply to {row["message"]!r}; remove the line')
+    square = [each for each in table if isinstance(each, list) and len(each) == len(names)]
+    numbers = [value for each in square for value in each if type(value) in (int, float) and 0 <= value <= 1]
+    if len(table) != len(names) or len(numbers) != len(names) ** 2:
+      raise UserError(
+        f'{path}:{line}: field probabilities must hold, for {len(names)} replies, as many lists of as many numbers '
+        'from 0 to 1; remove the line'
+      )
+  return [row for _, row in rows]

@@ -16,7 +16,7 @@ from charjax.engine.sample import Sampling, sample
 from charjax.errors import UserError
 from charjax.progress import Progress
 from charjax.stages import messages, prompts
-from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl
+from charjax.workdir import Row, Session, chunks, numbered_rows, write_jsonl
 
 CONDITIONS = ('shown', 'plain', 'opposed')
 _QUOTED_WORDS = 6  # a run of this many words of what was shown makes a reply a quotation
@@ -115,5 +115,25 @@ def runs_of_words(texts: Sequence[str]) -> set[tuple[str, ...]]:
 
 
 def load(session: Session) -> list[Row]:
-  """The replies of this run."""
-  return read_jsonl(session.folder('replies') / 'replies.jsonl')
+  """The replies of this run, which a person may have edited.
+
+  Raises:
+    UserError: naming the line and the field.
+  """
+  path = session.folder('replies') / 'replies.jsonl'
+  fields = {'id': str, 'message': str, 'condition': str, 'text': str, 'tokens': int, 'finish': str}
+  rows = numbered_rows(path, fields)
+  asked = {row['id'] for row in messages.load(session)}
+  seen: dict[str, int] = {}
+  for line, row in rows:
+    for field, values in (('condition', CONDITIONS), ('finish', ('stop', 'length'))):
+      if row[field] not in values:
+        raise UserError(f'{path}:{line}: field {field} is {row[field]!r}; choose from {", ".join(values)}')
+    if row['message'] not in asked:
+      raise UserError(f'{path}:{line}: field message is {row["message"]!r}, which is no message; remove the line')
+    if not re.fullmatch(re.escape(f'{row["message"]}/{row["condition"]}/') + '[0-9]{1,9}', row['id']):
+      raise UserError(f'{path}:{line}: field id is {row["id"]!r}; it must be MESSAGE/CONDITION/NUMBER')
+    if row['id'] in seen:
+      raise UserError(f'{path}:{line}: field id is {row["id"]!r}, as in line {seen[row["id"]]}; remove one of them')
+    seen[row['id']] = line
+  return [row for _, row in rows]
