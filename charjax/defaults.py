@@ -61,6 +61,8 @@ def get_config() -> ConfigDict:
   config.rankings.batch_size = 32
 
   config.preference = ConfigDict()
+  config.preference.labels = 'soft'  # or 'hard': the likelier of two replies is better for sure; ties stay ties
+  config.preference.loss = 'bradley_terry'  # or 'margin', or 'plackett_luce': of whole rankings, without probabilities
   config.preference.head_steps = 60  # of fitting the heads to the starting weights, before anything else is trained
   config.preference.head_decay = 0.1
   config.preference.head_plain = 0.05  # share of the penalty on what varies among plain replies, where no trait speaks
@@ -119,19 +121,21 @@ def get_config() -> ConfigDict:
 
 _LEAST = {
   'messages': {'train_per_trait': 1, 'heldout_per_trait': 0, 'train_neutral': 1, 'heldout_neutral': 0, 'batch_size': 1},
-  'replies': {'shown': 0, 'plain': 0, 'opposed': 0, 'batch_size': 1, 'max_new_tokens': 1},
-  'rankings': {'messages_per_chunk': 1, 'batch_size': 1, 'skipped_replies': 0},
+  'replies': {'shown': 0, 'plain': 0, 'opposed': 0, 'examples': 0, 'batch_size': 1, 'max_new_tokens': 1},
+  'rankings': {'examples': 0, 'messages_per_chunk': 1, 'batch_size': 1, 'skipped_replies': 0},
   'preference': {'epochs': 0, 'messages_per_batch': 1, 'skipped_steps': 1, 'save_every': 1},
   'policy': {
     'steps': 1, 'prompts_per_step': 1, 'replies_per_prompt': 2, 'ranked_replies': 0, 'ranked_weight': 0,
     'ranked_likelihood': 0, 'max_new_tokens': 1, 'kl': 0, 'other_traits': 0, 'neutral_weight': 0, 'save_every': 1,
     'samples_every': 1, 'skipped_steps': 1,
   },
-  'evaluation': {'samples': 1, 'batch_size': 1, 'max_new_tokens': 1},
+  'evaluation': {'examples': 0, 'samples': 1, 'batch_size': 1, 'max_new_tokens': 1},
 }  # fmt: skip
 _CHOICES = {
   'replies.show': ('trait', 'character'),
   'rankings.ranker': ('auto', 'likelihood', 'pairwise', 'pointwise'),
+  'preference.labels': ('soft', 'hard'),
+  'preference.loss': ('bradley_terry', 'margin', 'plackett_luce'),
 }
 
 
@@ -151,6 +155,10 @@ def check(config: ConfigDict) -> None:
       raise UserError(f'config.{name} is {config[section][field]!r}; choose from {", ".join(choices)}')
   policy, preference, replies = config.policy, config.preference, config.replies
   ranked = replies.shown + replies.plain + replies.opposed
+  if ranked < 2:
+    raise UserError(
+      f'config.replies: shown, plain and opposed are {ranked} together; a ranking takes 2 replies to a message or more'
+    )
   if policy.ranked_replies == 1 or policy.ranked_replies > ranked:
     raise UserError(
       f'config.policy.ranked_replies is {policy.ranked_replies}, and {ranked} a message are ranked; set it to 0, or '

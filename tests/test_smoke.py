@@ -1,5 +1,6 @@
 """The whole loop through the command line, in real processes, on the tiny random model of configs/smoke.py."""
 
+import itertools
 import json
 import math
 import os
@@ -157,3 +158,102 @@ def test_killed_and_started_again_it_ends_the_same(finished, tmp_path):
   assert 'going on where it was cut off' in last.stdout
   expected, found = contents(workdir), contents(killed)
   assert [name for name in PRODUCTS if expected[name] != found[name]] == []
+
+
+# Choices of the recipe: labels, loss, what is shown, examples, and how many replies are shown, plain and opposed. Any
+# two of them stand in every combination of their values.
+GRID = (
+  ('soft', 'bradley_terry', 'trait', 0, (1, 1, 0)),
+  ('soft', 'bradley_terry', 'character', 2, (3, 1, 1)),
+  ('hard', 'bradley_terry', 'trait', 4, (4, 2, 2)),
+  ('hard', 'margin', 'trait', 0, (3, 1, 1)),
+  ('soft', 'margin', 'trait', 2, (4, 2, 2)),
+  ('soft', 'margin', 'character', 4, (1, 1, 0)),
+  ('soft', 'plackett_luce', 'character', 0, (4, 2, 2)),
+  ('hard', 'plackett_luce', 'character', 2, (1, 1, 0)),
+  ('soft', 'plackett_luce', 'trait', 4, (3, 1, 1)),
+)
+
+# One process for all of them: what is compiled for one serves others of its shapes. It tells which labels and loss the
+# fit of the heads and the train step of each run asked for.
+_RUN_GRID = """
+import json, sys
+from charjax.main import main
+from charjax.stages import preference
+from charjax.training import heads
+
+asked = []
+
+def watch(module):
+  original = module.preference_loss
+  def preference_loss(*arguments):
+    asked[-1].append([module.__name__, *arguments[-2:]])
+    return original(*arguments)
+  module.preference_loss = preference_loss
+
+watch(heads)
+watch(preference)
+for workdir, flags in json.load(sys.stdin):
+  asked.append([])
+  for stage in ('replies', 'rankings', 'preference', 'policy'):
+    code = main([stage, f'--workdir={workdir}', *flags])
+    if code:
+      sys.exit(f'{workdir}: {stage} ended with {code}')
+print(json.dumps(asked))
+"""
+
+
+def flags_of(labels: str, loss: str, show: str, examples: int, replies: tuple[int, int, int]) -> list[str]:
+  shown, plain, opposed = replies
+  fields = {
+    'preference.labels': labels,
+    'preference.loss': loss,
+    'preference.messages_per_batch': 8,  # one step of each model
+    'preference.head_steps': 10,
+    'replies.show': show,
+    **{f'{stage}.examples': examples for stage in ('replies', 'rankings', 'evaluation')},
+    'replies.shown': shown,
+    'replies.plain': plain,
+    'replies.opposed': opposed,
+    'policy.ranked_replies': 2,
+    'policy.steps': 1,
+  }
+  return [f'--config={ROOT / "configs" / "smoke.py"}', *(f'--config.{name}={value}' for name, value in fields.items())]
+
+
+@pytest.fixture(scope='module')
+def grid(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, list[list[str]]]]:
+  """For each line of the grid, a loop up to the policy on the finished run's messages, and what its losses were."""
+  folder = tmp_path_factory.mktemp('grid')
+  runs = []
+  for number, choices in enumerate(GRID):
+    shutil.copytree(finished[0] / 'messages', folder / str(number) / 'messages')
+    runs.append((str(folder / str(number)), flags_of(*choices)))
+  done = subprocess.run(
+    [sys.executable, '-c', _RUN_GRID], input=json.dumps(runs), cwd=ROOT, env=environment(), capture_output=True,
+    text=True, timeout=1200, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3000:]
+  return [(Path(run), asked) for (run, _), asked in zip(runs, json.loads(done.stdout.splitlines()[-1]), strict=True)]
+
+
+def test_the_grid_holds_every_pair_of_choices():
+  for one, other in itertools.combinations(zip(*GRID, strict=True), 2):
+    assert set(zip(one, other, strict=True)) == set(itertools.product(one, other))
+
+
+@pytest.mark.parametrize('number', range(len(GRID)))
+def test_every_choice_of_the_recipe_runs(grid, number):
+  labels, loss, *_, replies = GRID[number]
+  workdir, asked = grid[number]
+  used = ('charjax.training.heads', 'charjax.stages.preference')
+  assert {tuple(each) for each in asked} == {(module, labels, loss) for module in used}
+  rows = [json.loads(line) for line in (workdir / 'rankings' / 'rankings.jsonl').read_text().splitlines()]
+  assert max(len(row['replies']) for row in rows) == sum(replies)
+  learned = [
+    [json.loads(line) for line in (workdir / stage / 'metrics.jsonl').read_text().splitlines()]
+    for stage in ('preference', 'policy')
+  ]
+  # Both models' heads are fitted, then a step of each.
+  assert [len(some) for some in learned] == [2 * (10 + 1), 1]
+  assert all(math.isfinite(row['loss']) for some in learned for row in some)
