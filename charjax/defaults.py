@@ -131,7 +131,7 @@ _LEAST = {
   },
   'evaluation': {'examples': 0, 'samples': 1, 'batch_size': 1, 'max_new_tokens': 1},
 }  # fmt: skip
-_CHOICES = {
+CHOICES = {
   'replies.show': ('trait', 'character'),
   'rankings.ranker': ('auto', 'likelihood', 'pairwise', 'pointwise'),
   'preference.labels': ('soft', 'hard'),
@@ -149,7 +149,7 @@ def check(config: ConfigDict) -> None:
     for field, least in fields.items():
       if config[section][field] < least:
         raise UserError(f'config.{section}.{field} is {config[section][field]}; it must be at least {least}')
-  for name, choices in _CHOICES.items():
+  for name, choices in CHOICES.items():
     section, field = name.split('.')
     if config[section][field] not in choices:
       raise UserError(f'config.{name} is {config[section][field]!r}; choose from {", ".join(choices)}')

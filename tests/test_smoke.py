@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from charjax import defaults
+
 ROOT = Path(__file__).parent.parent
 STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation', 'report')
 # All that two runs of the same config must have in common to the byte; the report shows times.
@@ -160,24 +162,24 @@ def test_killed_and_started_again_it_ends_the_same(finished, tmp_path):
   assert [name for name in PRODUCTS if expected[name] != found[name]] == []
 
 
-# Choices of the recipe: labels, loss, what is shown, examples, and how many replies are shown, plain and opposed. Any
-# two of them stand in every combination of their values.
+# ---- choices of the recipe ----
+
+# Labels, loss, what is shown, examples, replies (shown, plain, opposed), ranked replies of the policy. With the
+# finished run, which is the default, they hold every value, and labels and losses in all combinations. Lines that
+# share their replies stand together: the second draws and ranks none.
+DEFAULT = ('soft', 'bradley_terry', 'trait', 4, (4, 2, 1), 3)
 GRID = (
-  ('soft', 'bradley_terry', 'trait', 0, (1, 1, 0)),
-  ('soft', 'bradley_terry', 'character', 2, (3, 1, 1)),
-  ('hard', 'bradley_terry', 'trait', 4, (4, 2, 2)),
-  ('hard', 'margin', 'trait', 0, (3, 1, 1)),
-  ('soft', 'margin', 'trait', 2, (4, 2, 2)),
-  ('soft', 'margin', 'character', 4, (1, 1, 0)),
-  ('soft', 'plackett_luce', 'character', 0, (4, 2, 2)),
-  ('hard', 'plackett_luce', 'character', 2, (1, 1, 0)),
-  ('soft', 'plackett_luce', 'trait', 4, (3, 1, 1)),
+  ('soft', 'margin', 'trait', 4, (4, 2, 1), 3),
+  ('hard', 'plackett_luce', 'trait', 4, (4, 2, 1), 3),
+  ('hard', 'bradley_terry', 'character', 2, (4, 2, 2), 3),
+  ('soft', 'plackett_luce', 'character', 2, (4, 2, 2), 3),
+  ('hard', 'margin', 'trait', 0, (1, 1, 0), 2),
 )
 
-# One process for all of them: what is compiled for one serves others of its shapes. It tells which labels and loss the
-# fit of the heads and the train step of each run asked for.
+# One process for all of them: what is compiled for one serves the others. It tells what labels and loss the fit of the
+# heads and the train step of each asked for.
 _RUN_GRID = """
-import json, sys
+import json, shutil, sys
 from charjax.main import main
 from charjax.stages import preference
 from charjax.training import heads
@@ -193,58 +195,63 @@ def watch(module):
 
 watch(heads)
 watch(preference)
-for workdir, flags in json.load(sys.stdin):
+for start, workdir, flags in json.load(sys.stdin):
+  shutil.copytree(start, workdir)
   asked.append([])
   for stage in ('replies', 'rankings', 'preference', 'policy'):
-    code = main([stage, f'--workdir={workdir}', *flags])
-    if code:
+    if code := main([stage, f'--workdir={workdir}', *flags]):
       sys.exit(f'{workdir}: {stage} ended with {code}')
 print(json.dumps(asked))
 """
 
 
-def flags_of(labels: str, loss: str, show: str, examples: int, replies: tuple[int, int, int]) -> list[str]:
-  shown, plain, opposed = replies
-  fields = {
-    'preference.labels': labels,
-    'preference.loss': loss,
-    'preference.messages_per_batch': 8,  # one step of each model
-    'preference.head_steps': 10,
-    'replies.show': show,
-    **{f'{stage}.examples': examples for stage in ('replies', 'rankings', 'evaluation')},
-    'replies.shown': shown,
-    'replies.plain': plain,
-    'replies.opposed': opposed,
-    'policy.ranked_replies': 2,
-    'policy.steps': 1,
-  }
-  return [f'--config={ROOT / "configs" / "smoke.py"}', *(f'--config.{name}={value}' for name, value in fields.items())]
+def runs_of_grid(finished: Path, folder: Path) -> list[tuple[str, str, list[str]]]:
+  """For each line of the grid: the folder it starts from, its own, and its flags."""
+  runs, before = [], (finished, DEFAULT)
+  for number, choices in enumerate(GRID):
+    labels, loss, show, examples, replies, ranked = choices
+    fields = {
+      'preference.labels': labels,
+      'preference.loss': loss,
+      'preference.messages_per_batch': 8,  # a step of each model
+      'replies.show': show,
+      **{f'{stage}.examples': examples for stage in ('replies', 'rankings', 'evaluation')},
+      **{f'replies.{name}': count for name, count in zip(('shown', 'plain', 'opposed'), replies, strict=True)},
+      'policy.ranked_replies': ranked,
+      'policy.steps': 1,
+    }
+    flags = [f'--config={ROOT / "configs" / "smoke.py"}', *(f'--config.{key}={fields[key]}' for key in fields)]
+    start = before[0] if before[1][2:] == choices[2:] else finished
+    before = (folder / str(number), choices)
+    runs.append((str(start), str(before[0]), flags))
+  return runs
 
 
 @pytest.fixture(scope='module')
 def grid(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, list[list[str]]]]:
-  """For each line of the grid, a loop up to the policy on the finished run's messages, and what its losses were."""
-  folder = tmp_path_factory.mktemp('grid')
-  runs = []
-  for number, choices in enumerate(GRID):
-    shutil.copytree(finished[0] / 'messages', folder / str(number) / 'messages')
-    runs.append((str(folder / str(number)), flags_of(*choices)))
+  """The folder of each line of the grid, its loop run up to the policy, and what its losses were."""
+  runs = runs_of_grid(finished[0], tmp_path_factory.mktemp('grid'))
   done = subprocess.run(
     [sys.executable, '-c', _RUN_GRID], input=json.dumps(runs), cwd=ROOT, env=environment(), capture_output=True,
     text=True, timeout=1200, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-3000:]
-  return [(Path(run), asked) for (run, _), asked in zip(runs, json.loads(done.stdout.splitlines()[-1]), strict=True)]
+  asked = json.loads(done.stdout.splitlines()[-1])
+  return [(Path(workdir), each) for (_, workdir, _), each in zip(runs, asked, strict=True)]
 
 
-def test_the_grid_holds_every_pair_of_choices():
-  for one, other in itertools.combinations(zip(*GRID, strict=True), 2):
-    assert set(zip(one, other, strict=True)) == set(itertools.product(one, other))
+def test_the_grid_holds_every_choice():
+  labels, losses, show, examples, replies, _ = zip(DEFAULT, *GRID, strict=True)
+  assert set(zip(labels, losses, strict=True)) == set(itertools.product(labels, losses))
+  assert {'preference.labels': set(labels), 'preference.loss': set(losses), 'replies.show': set(show)} == {
+    name: set(defaults.CHOICES[name]) for name in ('preference.labels', 'preference.loss', 'replies.show')
+  }
+  assert set(examples) == {0, 2, 4} and {sum(each) for each in replies} >= {2, 8}
 
 
-@pytest.mark.parametrize('number', range(len(GRID)))
+@pytest.mark.parametrize('number', range(len(GRID)), ids=[f'{line[0]}-{line[1]}' for line in GRID])
 def test_every_choice_of_the_recipe_runs(grid, number):
-  labels, loss, *_, replies = GRID[number]
+  labels, loss, *_, replies, _ = GRID[number]
   workdir, asked = grid[number]
   used = ('charjax.training.heads', 'charjax.stages.preference')
   assert {tuple(each) for each in asked} == {(module, labels, loss) for module in used}
@@ -255,5 +262,5 @@ def test_every_choice_of_the_recipe_runs(grid, number):
     for stage in ('preference', 'policy')
   ]
   # Both models' heads are fitted, then a step of each.
-  assert [len(some) for some in learned] == [2 * (10 + 1), 1]
+  assert [len(some) for some in learned] == [2 * (60 + 1), 1]
   assert all(math.isfinite(row['loss']) for some in learned for row in some)
