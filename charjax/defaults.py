@@ -63,6 +63,8 @@ def get_config() -> ConfigDict:
   config.rankings.batch_size = 32
 
   config.preference = ConfigDict()
+  config.preference.labels = 'soft'  # or 'hard': the likelier of two replies is better for sure; ties stay ties
+  config.preference.loss = 'bradley_terry'  # or 'margin', or 'plackett_luce': of whole rankings, without probabilities
   config.preference.head_steps = 60  # of fitting the heads to the starting weights, before anything else is trained
   config.preference.head_decay = 0.1
   config.preference.head_plain = 0.05  # share of the penalty on what varies among plain replies, where no trait speaks
@@ -158,11 +160,13 @@ _ABOVE_ZERO = (
   'messages.top_p', 'replies.top_p', 'evaluation.top_p', 'preference.max_gradient', 'policy.max_gradient',
   'policy.temperature', 'policy.ranked_beta', 'policy.ranked_temperature',
 )  # fmt: skip
-_CHOICES = {
+CHOICES = {
   'model.dtype': ('float32', 'bfloat16'),
   'model.compute_dtype': ('float32', 'bfloat16'),
   'replies.show': ('trait', 'character'),
   'rankings.ranker': ('auto', 'likelihood', 'pairwise', 'pointwise'),
+  'preference.labels': ('soft', 'hard'),
+  'preference.loss': ('bradley_terry', 'margin', 'plackett_luce'),
 }
 
 
@@ -180,7 +184,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(f'config.{name} is {value}; it must be {limits}')
       if name in _ABOVE_ZERO and value == 0:
         raise UserError(f'config.{name} is {value}; it must be above 0')
-  for name, choices in _CHOICES.items():
+  for name, choices in CHOICES.items():
     section, field = name.split('.')
     if config[section][field] not in choices:
       raise UserError(f'config.{name} is {config[section][field]!r}; choose from {", ".join(choices)}')
@@ -191,6 +195,10 @@ def check(config: ConfigDict) -> None:
     )
   policy, preference, replies = config.policy, config.preference, config.replies
   ranked = replies.shown + replies.plain + replies.opposed
+  if ranked < 2:
+    raise UserError(
+      f'config.replies: shown, plain and opposed are {ranked} together; a ranking takes 2 replies to a message or more'
+    )
   if policy.ranked_replies == 1 or policy.ranked_replies > ranked:
     raise UserError(
       f'config.policy.ranked_replies is {policy.ranked_replies}, and {ranked} a message are ranked; set it to 0, or '

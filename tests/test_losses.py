@@ -38,48 +38,86 @@ def test_soft_labels(seed):
     assert float(found[m, i, j]) == pytest.approx(expected, rel=1e-5)
 
 
-def bradley_terry_64(scores, probability, real, weight):
+def test_hard_labels_are_sure_of_all_but_ties():
+  assert losses.hard_labels(jnp.array([0.05, 0.4999, 0.5, 0.5001, 1.0])).tolist() == [0, 0, 0.5, 1, 1]
+
+
+def preference_64(scores, probability, real, weight, labels, loss):
+  """The sum over messages and the sum of weights of each loss, a pair or a choice at a time."""
   total = weights = 0.0
   for m in range(len(scores)):
-    pairs = [(i, j) for i, j in itertools.combinations(range(scores.shape[1]), 2) if real[m, i] and real[m, j]]
-    if not pairs:
+    there = np.flatnonzero(real[m])
+    if len(there) < 2:
       continue
     each = []
-    for i, j in pairs:
-      p = sigmoid(scores[m, i] - scores[m, j])
-      each.append(-probability[m, i, j] * np.log(p) - (1 - probability[m, i, j]) * np.log(1 - p))
+    if loss == 'plackett_luce':
+      # Labels made from scores hold their order; of equals the first comes first.
+      left = sorted(there, key=lambda i, m=m: -(probability[m, i, there] > 0.5).sum())
+      while len(left) > 1:
+        each.append(-scores[m, left[0]] + np.log(np.exp(scores[m, left]).sum()))
+        left = left[1:]
+    else:
+      for i, j in itertools.combinations(there, 2):
+        p = probability[m, i, j]
+        target = p if labels == 'soft' else (p > 0.5) + 0.5 * (p == 0.5)
+        margin = np.tanh(np.log(p / (1 - p)) / 2) if loss == 'margin' else 0.0
+        right = sigmoid(scores[m, i] - scores[m, j] - margin)
+        each.append(-target * np.log(right) - (1 - target) * np.log(1 - right))
     total += weight[m] * np.mean(each)
     weights += weight[m]
   return total, weights
 
 
-@pytest.mark.parametrize('seed', range(3))
-def test_bradley_terry(seed):
-  rng = np.random.default_rng(seed)
-  scores, probability = rng.normal(size=(5, 4)) * 2, rng.uniform(size=(5, 4, 4))
-  real = rng.uniform(size=(5, 4)) < 0.7
-  real[0], real[1] = True, [False, True, False, False]  # all pairs, none
-  weight = rng.uniform(0.5, 2, 5)
-  found = losses.bradley_terry(*map(jnp.asarray, (scores, probability, real, weight)))
-  np.testing.assert_allclose(found, bradley_terry_64(scores, probability, real, weight), rtol=1e-5)
+def labelled(rng, messages, k):
+  """Scores of a model, soft labels of a ranker's scores (some of them equal), which replies are real, weights."""
+  ranker = rng.integers(-3, 4, (messages, k)).astype(np.float64)
+  probability = np.clip(sigmoid(ranker[:, :, None] - ranker[:, None, :]), 0.05, 0.95)
+  real = rng.uniform(size=(messages, k)) < 0.7
+  real[0], real[1] = True, np.arange(k) == 1  # all pairs, none
+  # What labels say of replies that are not there must not matter.
+  probability = np.where(real[:, :, None] & real[:, None, :], probability, rng.uniform(size=probability.shape))
+  return rng.normal(size=(messages, k)) * 2, probability, real, rng.uniform(0.5, 2, messages)
 
 
-def test_bradley_terry_stays_finite_for_scores_far_apart():
-  value, _ = losses.bradley_terry(
-    jnp.array([[1e4, -1e4]]), jnp.full((1, 2, 2), 0.25), jnp.ones((1, 2), bool), jnp.ones(1)
-  )
-  assert float(value) == pytest.approx(0.75 * 2e4)
+LOSSES = ('bradley_terry', 'margin', 'plackett_luce')
 
 
+@pytest.mark.parametrize('labels', ['soft', 'hard'])
+@pytest.mark.parametrize('loss', LOSSES)
+@pytest.mark.parametrize(('seed', 'k'), [(0, 2), (1, 4), (2, 8)])
+def test_preference_loss(labels, loss, seed, k):
+  data = labelled(np.random.default_rng(seed), 9, k)
+  found = losses.preference_loss(*map(jnp.asarray, data), labels, loss)
+  np.testing.assert_allclose(found, preference_64(*data, labels, loss), rtol=1e-5)
+
+
+def test_of_two_replies_a_ranking_is_a_hard_label():
+  data = labelled(np.random.default_rng(0), 40, 2)
+  data[1][:] = np.where(data[1] == 0.5, 0.6, data[1])
+  ranking, pairs = (losses.preference_loss(*data, 'hard', loss) for loss in ('plackett_luce', 'bradley_terry'))
+  np.testing.assert_allclose(ranking, pairs, rtol=1e-6)
+
+
+@pytest.mark.parametrize('loss', LOSSES)
+def test_preference_losses_stay_finite_for_scores_far_apart(loss):
+  labels = jnp.array([[[0.5, 0.25], [0.75, 0.5]]])
+  value, _ = losses.preference_loss(jnp.array([[1e4, -1e4]]), labels, jnp.ones((1, 2), bool), jnp.ones(1), 'soft', loss)
+  assert float(value) == pytest.approx(2e4 if loss == 'plackett_luce' else 0.75 * 2e4, rel=1e-4)
+
+
+@pytest.mark.parametrize('loss', LOSSES)
 @pytest.mark.parametrize('bad', BAD)
-def test_replies_that_are_not_real_give_bradley_terry_no_gradient(bad):
-  real = np.array([[True, True, False], [True, False, False]])
-  scores = np.where(real, np.array([[0.3, -0.4, 0], [0.1, 0, 0]]), bad).astype(np.float32)
-  labels = np.full((2, 3, 3), 0.7, np.float32)
-  value, gradient = jax.value_and_grad(lambda s: losses.bradley_terry(s, labels, real, jnp.ones(2))[0])(scores)
-  slope = sigmoid(0.7) - 0.7
+def test_replies_that_are_not_real_give_preference_losses_no_gradient(bad, loss):
+  real = np.array([[True, True, False], [False, True, False], [False, False, False]])
+  scores = np.where(real, np.array([[0.3, -0.4, 0], [0, 0.1, 0], [0, 0, 0]]), bad).astype(np.float32)
+  labels = np.full((3, 3, 3), 0.5, np.float32)
+  labels[0, :2, :2] = [[0.5, 0.7], [0.3, 0.5]]
+  value, gradient = jax.value_and_grad(lambda s: losses.preference_loss(s, labels, real, jnp.ones(3), 'soft', loss)[0])(
+    scores
+  )
+  slope = {'bradley_terry': sigmoid(0.7) - 0.7, 'margin': sigmoid(0.3) - 0.7, 'plackett_luce': sigmoid(0.7) - 1}[loss]
   assert np.isfinite(value)
-  np.testing.assert_allclose(gradient, [[slope, -slope, 0], [0, 0, 0]], atol=1e-6)
+  np.testing.assert_allclose(gradient, [[slope, -slope, 0], [0, 0, 0], [0, 0, 0]], atol=1e-6)
 
 
 def policy_gradient_64(log_probs, sampled, advantages, mask, clip):

@@ -1,5 +1,6 @@
 """The whole loop through the command line, in real processes, on the tiny random model of configs/smoke.py."""
 
+import itertools
 import json
 import math
 import os
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from charjax import defaults
 
 ROOT = Path(__file__).parent.parent
 STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation', 'report')
@@ -177,3 +180,107 @@ def test_killed_and_started_again_it_ends_the_same(finished, tmp_path):
   assert 'going on where it was cut off' in last.stdout
   expected, found = contents(workdir), contents(killed)
   assert [name for name in PRODUCTS if expected[name] != found[name]] == []
+
+
+# ---- choices of the recipe ----
+
+# Labels, loss, what is shown, examples, replies (shown, plain, opposed), ranked replies of the policy. With the
+# finished run, which is the default, they hold every value, and labels and losses in all combinations. Lines that
+# share their replies stand together: the second draws and ranks none.
+DEFAULT = ('soft', 'bradley_terry', 'trait', 4, (4, 2, 1), 3)
+GRID = (
+  ('soft', 'margin', 'trait', 4, (4, 2, 1), 3),
+  ('hard', 'plackett_luce', 'trait', 4, (4, 2, 1), 3),
+  ('hard', 'bradley_terry', 'character', 2, (4, 2, 2), 3),
+  ('soft', 'plackett_luce', 'character', 2, (4, 2, 2), 3),
+  ('hard', 'margin', 'trait', 0, (1, 1, 0), 2),
+)
+
+# One process for all of them: what is compiled for one serves the others. It tells what labels and loss the fit of the
+# heads and the train step of each asked for.
+_RUN_GRID = """
+import json, shutil, sys
+from charjax.main import main
+from charjax.stages import preference
+from charjax.training import heads
+
+asked = []
+
+def watch(module):
+  original = module.preference_loss
+  def preference_loss(*arguments):
+    asked[-1].append([module.__name__, *arguments[-2:]])
+    return original(*arguments)
+  module.preference_loss = preference_loss
+
+watch(heads)
+watch(preference)
+for start, workdir, flags in json.load(sys.stdin):
+  shutil.copytree(start, workdir)
+  asked.append([])
+  for stage in ('replies', 'rankings', 'preference', 'policy'):
+    if code := main([stage, f'--workdir={workdir}', *flags]):
+      sys.exit(f'{workdir}: {stage} ended with {code}')
+print(json.dumps(asked))
+"""
+
+
+def runs_of_grid(finished: Path, folder: Path) -> list[tuple[str, str, list[str]]]:
+  """For each line of the grid: the folder it starts from, its own, and its flags."""
+  runs, before = [], (finished, DEFAULT)
+  for number, choices in enumerate(GRID):
+    labels, loss, show, examples, replies, ranked = choices
+    fields = {
+      'preference.labels': labels,
+      'preference.loss': loss,
+      'preference.messages_per_batch': 8,  # a step of each model
+      'replies.show': show,
+      **{f'{stage}.examples': examples for stage in ('replies', 'rankings', 'evaluation')},
+      **{f'replies.{name}': count for name, count in zip(('shown', 'plain', 'opposed'), replies, strict=True)},
+      'policy.ranked_replies': ranked,
+      'policy.steps': 1,
+    }
+    flags = [f'--config={ROOT / "configs" / "smoke.py"}', *(f'--config.{key}={fields[key]}' for key in fields)]
+    start = before[0] if before[1][2:] == choices[2:] else finished
+    before = (folder / str(number), choices)
+    runs.append((str(start), str(before[0]), flags))
+  return runs
+
+
+@pytest.fixture(scope='module')
+def grid(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, list[list[str]]]]:
+  """The folder of each line of the grid, its loop run up to the policy, and what its losses were."""
+  runs = runs_of_grid(finished[0], tmp_path_factory.mktemp('grid'))
+  done = subprocess.run(
+    [sys.executable, '-c', _RUN_GRID], input=json.dumps(runs), cwd=ROOT, env=environment(), capture_output=True,
+    text=True, timeout=1200, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3000:]
+  asked = json.loads(done.stdout.splitlines()[-1])
+  return [(Path(workdir), each) for (_, workdir, _), each in zip(runs, asked, strict=True)]
+
+
+def test_the_grid_holds_every_choice():
+  labels, losses, show, examples, replies, _ = zip(DEFAULT, *GRID, strict=True)
+  assert set(zip(labels, losses, strict=True)) == set(itertools.product(labels, losses))
+  assert {'preference.labels': set(labels), 'preference.loss': set(losses), 'replies.show': set(show)} == {
+    name: set(defaults.CHOICES[name]) for name in ('preference.labels', 'preference.loss', 'replies.show')
+  }
+  assert set(examples) == {0, 2, 4} and {sum(each) for each in replies} >= {2, 8}
+
+
+@pytest.mark.parametrize('number', range(len(GRID)), ids=[f'{line[0]}-{line[1]}' for line in GRID])
+def test_every_choice_of_the_recipe_runs(grid, number):
+  labels, loss, *_, replies, _ = GRID[number]
+  workdir, asked = grid[number]
+  used = ('charjax.training.heads', 'charjax.stages.preference')
+  assert {tuple(each) for each in asked} == {(module, labels, loss) for module in used}
+  rows = [json.loads(line) for line in (workdir / 'rankings' / 'rankings.jsonl').read_text().splitlines()]
+  assert max(len(row['replies']) for row in rows) == sum(replies)
+  learned = [
+    [json.loads(line) for line in (workdir / stage / 'metrics.jsonl').read_text().splitlines()]
+    for stage in ('preference', 'policy')
+  ]
+  # Both models' heads are fitted, then a step of each.
+  assert [len(some) for some in learned] == [2 * (60 + 1), 1]
+  assert all(math.isfinite(row['loss']) for some in learned for row in some)

@@ -10,6 +10,7 @@ report.json. The judge shares ranker and starting weights with the other, so it 
 and not against a ranker that is wrong: the kept contrast pairs do that.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -33,7 +34,7 @@ from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
 from charjax.training.heads import bind, fit_head, make_trainable, read_rewards, reply_states
 from charjax.training.interrupts import Interrupts
-from charjax.training.losses import bradley_terry, pair_accuracy
+from charjax.training.losses import pair_accuracy, preference_loss
 from charjax.training.skipped import Skipped
 from charjax.training.step import init_optimizer, make_optimizer, make_step
 from charjax.workdir import Row, Session, read_jsonl, write_jsonl, write_text
@@ -131,14 +132,16 @@ def _add_states(lower: Decoder, trainable: Any, examples: Sequence[Row], bar: Pr
 # ---- training ----
 
 
-def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _loss(
+  trainable: Any, decoder: Any, batch: Row, *, labels: str, loss: str
+) -> tuple[jax.Array, dict[str, jax.Array]]:
   used, adapter = bind(decoder, trainable)
   before = (compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter),)
   states = mean_states(hidden_states(used, batch['rows'], adapter=adapter, before=before), batch['rows'])
   real = batch['real']
   every = read_rewards(trainable, states).reshape(*real.shape, -1)
   scores = jnp.take_along_axis(every, batch['trait'][:, None, None], 2)[..., 0]
-  total, weight = bradley_terry(scores, batch['probabilities'], real, batch['weight'])
+  total, weight = preference_loss(scores, batch['probabilities'], real, batch['weight'], labels, loss)
   return total / jnp.maximum(weight, 1e-8), {'accuracy': pair_accuracy(scores, batch['probabilities'], real)}
 
 
@@ -172,7 +175,8 @@ def _fit_head(session: Session, examples: Sequence[Row], k: int, metrics: Metric
 
   return fit_head(
     states, labels['probabilities'], labels['real'], labels['trait'], _plain_states(examples),
-    len(session.character.traits), config.head_decay, config.head_plain, config.head_steps, record,
+    len(session.character.traits), config.head_decay, config.head_plain, config.head_steps, config.labels, config.loss,
+    record,
   )  # fmt: skip
 
 
@@ -211,7 +215,9 @@ def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row],
       return trainable
     longest = max(len(reply) for example in examples for reply in example['replies'])
     shapes = FixedShapes([example['prompt'] for example in examples], longest)
-    step_function = make_step(_loss, optimizer, trainable, layout)
+    step_function = make_step(
+      functools.partial(_loss, labels=config.labels, loss=config.loss), optimizer, trainable, layout
+    )
     skipped = Skipped(folder, config.skipped_steps)
     for step in range(start + 1, steps + 1):
       some = next(data)
@@ -291,7 +297,8 @@ def _measure(session: Session, trainable: Any, unseen: Sequence[Row], kept: Sequ
       hit = (scores[i] > scores[j]) == (wanted > 0.5)
       right[kind].append(hit)
       by_trait[traits[example['trait']].id].append(hit)
-      probability.append(1 / (1 + math.exp(-float(scores[i] - scores[j]))))
+      # Hard labels of few messages may be told apart without an error, and then by any distance.
+      probability.append(1 / (1 + math.exp(min(float(scores[j] - scores[i]), 700.0))))
       label.append(wanted)
   p, q = np.clip(np.array(probability), 1e-6, 1 - 1e-6), np.array(label)
   pairs: dict[str, list[bool]] = {trait.id: [] for trait in traits}

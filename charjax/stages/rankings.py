@@ -19,6 +19,7 @@ import numpy as np
 
 from charjax.character import Pair, Trait
 from charjax.errors import UserError
+from charjax.model.language_model import LanguageModel
 from charjax.progress import Progress
 from charjax.stages import messages, replies
 from charjax.stages.rankers import (
@@ -51,7 +52,7 @@ def run(session: Session) -> Row:
 
   with Progress('audit', len(traits), 'traits') as bar:
     rows = chunks(folder, 'audit', traits, 1, examine, bar)
-  length, length_why = _length_treatment(rows)
+  length, length_why = length_treatment(rows)
   ranker, why = _choose(config.ranker, _audit(rows, length))
   if ranker != 'likelihood':
     # Only now is it known that this ranker's figures on the kept pairs are wanted.
@@ -62,7 +63,7 @@ def run(session: Session) -> Row:
     'traits': {t.id: _audit([row], length, tuple(t.opposites)) for t, row in zip(traits, rows, strict=True)},
     'overall': _audit(rows, length),
   }
-  temperature = fit_temperature(_margins(rows, ranker, 'choosing', length))
+  temperature = fit_temperature(written_margins(rows, ranker, 'choosing', length))
   audit |= {
     'ranker': ranker,
     'why': why,
@@ -94,7 +95,7 @@ def run(session: Session) -> Row:
 # ---- the audit on written pairs ----
 
 
-def _written(trait: Trait) -> tuple[Pair, ...]:
+def written_pairs(trait: Trait) -> tuple[Pair, ...]:
   return tuple(pair for pair in trait.pairs if pair.use != 'shown')
 
 
@@ -105,18 +106,23 @@ def _examine(session: Session, trait: Trait, groups: Sequence[Group]) -> Row:
   pairs; the kept ones follow if one of the two is chosen.
   """
   config, model = session.config.rankings, session.model
-  pairs = _written(trait)
+  pairs = written_pairs(trait)
   settings = Settings(examples=config.examples, batch_size=config.batch_size)
   row: Row = {'trait': trait.id, 'uses': [pair.use for pair in pairs], 'opposites': [pair.opposite for pair in pairs]}
   kept = [pair for pair in pairs if pair.use == 'kept']
   for name, chosen, examples in (('examples', pairs, config.examples), ('no_examples', kept, 0)):
-    ratio, tokens = evidence(model, trait, _both(chosen), dataclasses.replace(settings, examples=examples))
-    row[name] = {'ratio': ratio.tolist(), 'tokens': tokens.tolist()}
+    row[name] = weigh(model, trait, chosen, dataclasses.replace(settings, examples=examples))
   choosing = [pair for pair in pairs if pair.use == 'choosing']
   for name in ('pairwise', 'pointwise'):
     row[name] = _ask(session, name, trait, choosing)
   row['triples'] = _triples(session, trait, groups[: config.triples])
   return row
+
+
+def weigh(model: LanguageModel, trait: Trait, pairs: Sequence[Pair], settings: Settings) -> Row:
+  """What the likelihood ranker says of written pairs: ratios and token counts of the replies in `_both`."""
+  ratio, tokens = evidence(model, trait, _both(pairs), settings)
+  return {'ratio': ratio.tolist(), 'tokens': tokens.tolist()}
 
 
 def _examine_kept(session: Session, ranker: str, traits: Sequence[Trait], _: int) -> list[Row]:
@@ -155,7 +161,7 @@ def _triples(session: Session, trait: Trait, groups: Sequence[Group]) -> list[bo
   return [bool(value) for value in found]
 
 
-def _margins(rows: Sequence[Row], ranker: str, use: str, length: str, shown: str = 'examples') -> np.ndarray:
+def written_margins(rows: Sequence[Row], ranker: str, use: str, length: str, shown: str = 'examples') -> np.ndarray:
   """Score of the reply in character minus that of the other, over the written pairs of one use that were read."""
   found = []
   for row in rows:
@@ -176,16 +182,16 @@ def _audit(rows: Sequence[Row], length: str, opposites: Sequence[str] = ()) -> R
   """The figures of one trait, or of several pooled: per ranker, on the choosing pairs and on the kept ones."""
   audit: Row = {}
   for ranker in RANKERS:
-    right = _margins(rows, ranker, 'kept', length) > 0
+    right = written_margins(rows, ranker, 'kept', length) > 0
     kept = {'accuracy': share(right), 'sides': _sides(rows, right, opposites)} if len(right) else None
     # Only the likelihood ranker is shown examples.
     shown = ranker == 'likelihood'
     audit[ranker] = {
       'examples': kept if shown else None,
       'no_examples': None if shown else kept,
-      'choosing': share(_margins(rows, ranker, 'choosing', length) > 0),
+      'choosing': share(written_margins(rows, ranker, 'choosing', length) > 0),
     }
-  without = _margins(rows, 'likelihood', 'kept', length, 'no_examples') > 0
+  without = written_margins(rows, 'likelihood', 'kept', length, 'no_examples') > 0
   if len(without):
     audit['likelihood']['no_examples'] = {'accuracy': share(without), 'sides': _sides(rows, without, opposites)}
   odds = [np.stack([row['pairwise']['inside'], row['pairwise']['outside']], 1) for row in rows]
@@ -231,13 +237,13 @@ def _choose(wanted: str, overall: Row) -> tuple[str, str]:
   return best, f'best accuracy on the choosing pairs: {figures}'
 
 
-def _length_treatment(rows: Sequence[Row]) -> tuple[str, str]:
+def length_treatment(rows: Sequence[Row]) -> tuple[str, str]:
   """Per token or whole reply: by accuracy on the choosing pairs, then by how little the score follows the length."""
   choosing = np.concatenate([np.tile(np.array(row['uses'], str) == 'choosing', 2) for row in rows])
   ratio, tokens = (np.concatenate([row['examples'][name] for row in rows]) for name in ('ratio', 'tokens'))
   accuracy, follows = {}, {}
   for length in _LENGTHS:
-    right = _margins(rows, 'likelihood', 'choosing', length) > 0
+    right = written_margins(rows, 'likelihood', 'choosing', length) > 0
     accuracy[length] = float(right.mean()) if len(right) else 0.0
     follows[length] = abs(correlation(treat_length(ratio, tokens, length)[choosing], tokens[choosing]) or 0.0)
   best = min(_LENGTHS, key=lambda length: (-round(accuracy[length], 2), follows[length]))

@@ -18,7 +18,7 @@ from charjax.engine.score import Rows, hidden_states, map_rows, mean_states
 from charjax.mesh import shardings
 from charjax.model.decoder import Decoder, Prefix
 from charjax.model.lora import Adapter
-from charjax.training.losses import bradley_terry, pair_accuracy
+from charjax.training.losses import pair_accuracy, preference_loss
 
 
 class RewardHead(nnx.Module):
@@ -94,37 +94,43 @@ def _own_scores(v_nd: jax.Array, scaled_mkd: jax.Array, trait_m: jax.Array) -> j
   return jnp.einsum('mkd,md->mk', scaled_mkd, v_nd[trait_m])
 
 
-def _fit_loss(v_nd: jax.Array, data: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _fit_loss(v_nd: jax.Array, data: Any, labels: str, loss: str) -> tuple[jax.Array, dict[str, jax.Array]]:
   scaled_mkd, probability_mkk, real_mk, trait_m, weight_m, decay = data
   scores_mk = _own_scores(v_nd, scaled_mkd, trait_m)
-  total, weight = bradley_terry(scores_mk, probability_mkk, real_mk, weight_m)
+  total, weight = preference_loss(scores_mk, probability_mkk, real_mk, weight_m, labels, loss)
   metrics = {'loss': total / weight, 'accuracy': pair_accuracy(scores_mk, probability_mkk, real_mk)}
   return total + decay * jnp.square(v_nd).sum(), metrics
 
 
-@jax.jit
-def _fit_step(v_nd: jax.Array, state: Any, data: Any) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+@partial(jax.jit, static_argnames=('labels', 'loss'))
+def _fit_step(
+  v_nd: jax.Array, state: Any, data: Any, labels: str, loss: str
+) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
   def value(v_nd: jax.Array) -> jax.Array:
-    return _fit_loss(v_nd, data)[0]
+    return _fit_loss(v_nd, data, labels, loss)[0]
 
   found, gradient = optax.value_and_grad_from_state(value)(v_nd, state=state)
   updates, state = _LBFGS.update(gradient, state, v_nd, value=found, grad=gradient, value_fn=value)
   v_nd = optax.apply_updates(v_nd, updates)
-  return v_nd, state, _fit_loss(v_nd, data)[1]
+  return v_nd, state, _fit_loss(v_nd, data, labels, loss)[1]
 
 
-@partial(jax.jit, static_argnames=('traits',))
-def _best_lengths(v_nd: jax.Array, data: Any, traits: int) -> jax.Array:
-  """The factor [N] of each direction with the least loss on its own messages; convex, so that a grid is enough."""
+@partial(jax.jit, static_argnames=('traits', 'labels', 'loss'))
+def _best_lengths(v_nd: jax.Array, data: Any, traits: int, labels: str, loss: str) -> jax.Array:
+  """The factor [N] of each direction with the least loss on its own messages; convex, so that a grid is enough.
+
+  Where hard labels or rankings are told apart without an error, the longer the better: the first factor that leaves
+  no loss in float32 is taken, or the grid's last.
+  """
   scaled_mkd, probability_mkk, real_mk, trait_m, weight_m, _ = data
   scores_mk = _own_scores(v_nd, scaled_mkd, trait_m)
   factors = jnp.geomspace(0.1, 1000, 161)
 
-  def loss(factor: jax.Array, trait: jax.Array) -> jax.Array:
+  def value(factor: jax.Array, trait: jax.Array) -> jax.Array:
     own_m = jnp.where(trait_m == trait, weight_m, 0.0)
-    return bradley_terry(scores_mk * factor, probability_mkk, real_mk, own_m)[0]
+    return preference_loss(scores_mk * factor, probability_mkk, real_mk, own_m, labels, loss)[0]
 
-  losses = jax.vmap(lambda trait: jax.vmap(lambda factor: loss(factor, trait))(factors))(jnp.arange(traits))
+  losses = jax.vmap(lambda trait: jax.vmap(lambda factor: value(factor, trait))(factors))(jnp.arange(traits))
   return factors[losses.argmin(1)]
 
 
@@ -148,13 +154,15 @@ def fit_head(
   decay: float,
   plain_share: float,
   steps: int,
+  labels: str = 'soft',
+  loss: str = 'bradley_terry',
   on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
 ) -> np.ndarray:
-  """The directions [N, D] that fit soft labels best while the states stay as they are, by L-BFGS.
+  """The directions [N, D] that fit the labels best while the states stay as they are, by L-BFGS.
 
   A head on a trunk that is not trained is a convex problem; trained from here, the trunk moves less and what it
   learns carries further (Kumar et al. 2022, arXiv 2202.10054). Minimises the mean over each trait's messages of the
-  Bradley-Terry loss, plus `decay` times a squared norm of each direction, in units in which each of the D states
+  chosen loss, plus `decay` times a squared norm of each direction, in units in which each of the D states
   varies by 1 / sqrt(D) among the replies. The penalty is to choose directions and not to make all rewards small: in
   the end each direction has the length that fits its labels best.
 
@@ -173,6 +181,8 @@ def fit_head(
     decay: above 0.
     plain_share: from 0 to below 1.
     steps: of L-BFGS.
+    labels: 'soft' or 'hard', as `preference_loss` takes them.
+    loss: its name there; all of them are convex in the directions.
     on_step: called with each step's number, loss and accuracy.
   """
   spread_d = states_mkd[real_mk].std(0)
@@ -186,7 +196,7 @@ def fit_head(
   v_nd = jnp.zeros((traits, states_mkd.shape[-1]), jnp.float32)
   state = _LBFGS.init(v_nd)
   for number in range(1, steps + 1):
-    v_nd, state, metrics = _fit_step(v_nd, state, data)
+    v_nd, state, metrics = _fit_step(v_nd, state, data, labels, loss)
     on_step(number, {name: float(value) for name, value in metrics.items()})
-  lengths_n = _best_lengths(v_nd, data, traits)
+  lengths_n = _best_lengths(v_nd, data, traits, labels, loss)
   return np.asarray((v_nd * lengths_n[:, None]) @ to_dd.T, np.float32)
