@@ -1,4 +1,4 @@
-"""The whole loop on SmolLM2-135M-Instruct with four traits, on two CPU cores. About 19 minutes.
+"""The whole loop on SmolLM2-135M-Instruct with four traits, on two CPU cores. About 20 minutes.
 
 charjax run --config=configs/quickstart.py --workdir=runs/quickstart
 """
@@ -64,7 +64,7 @@ def get_config() -> ConfigDict:
   config.policy.prompt_width = 48
   config.policy.samples_every = 6
 
-  config.evaluation.samples = 3
+  config.evaluation.samples = 4
   config.evaluation.temperature = 0.7
   config.evaluation.top_p = 1.0
   config.evaluation.max_new_tokens = 40
