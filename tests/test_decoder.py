@@ -207,6 +207,21 @@ def test_scanned_and_unrolled_layers_agree(config):
   assert_close(scanned, unrolled, 1e-5)
 
 
+@pytest.mark.parametrize('tap', [1, 2])
+@pytest.mark.parametrize('scan', [False, True])
+def test_a_tap_gives_what_the_lower_layers_end_in_on_the_way(config, scan, tap):
+  decoder = build(config, scan_layers=scan)
+  tokens = np.array(texts(config, (9, 9, 9)))
+  positions, mask = np.tile(3 + np.arange(9), (3, 1)), np.tril(np.ones((3, 9, 9), bool))
+  lower = lower_layers(decoder, tap)
+  before, cut = ((compute_prefix(d, np.array([[4, 5, 6]]), np.array([3])),) for d in (decoder, lower))
+  (tapped, last), kv = forward(decoder, tokens, positions, mask, before=before, tap=tap)
+  expected, expected_kv = forward(decoder, tokens, positions, mask, before=before)
+  np.testing.assert_allclose(last, expected, atol=1e-6)
+  jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), kv, expected_kv)
+  np.testing.assert_allclose(tapped, forward(lower, tokens, positions, mask, before=cut)[0], atol=1e-6)
+
+
 def test_the_lower_layers_are_a_decoder_of_their_own(config):
   decoder, rows = build(config, scan_layers=True), texts(config)
   lower = lower_layers(decoder, 1)

@@ -130,8 +130,9 @@ def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
   hidden = hidden_states(decoders[0], rows, before=(compute_prefix(decoders[0], shapes.prefix, shapes.length),))
   before = np.asarray(token_log_probs(decoders[0], hidden, rows, 2.0, END)).reshape(2, 4, -1)
   drawn = np.asarray(token_log_probs(decoders[0], hidden, rows, 0.7)).reshape(2, 4, -1)[:, 0]
+  neutral = shapes.rows([Group(prompts[0], [[9, 10]])], 1)
   batch = shapes.shared() | {
-    'rows': rows, 'neutral': shapes.rows([Group(prompts[0], [[9, 10]])], 1), 'before': drawn,
+    'rows': rows, 'neutral': neutral, 'before': drawn,
     'advantages': np.zeros(drawn.shape, np.float32), 'weight': weight, 'eos': END, 'temperature': 0.7, 'clip': 0.2,
     'ranked_temperature': 2.0, 'ranked_weight': 2.0, 'ranked_beta': 0.3, 'ranked_likelihood': 0.0,
     'neutral_weight': 0.0,
@@ -150,6 +151,13 @@ def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
   ]
   more, _ = policy._loss(trained, decoders[0], batch | {'ranked_likelihood': 0.5})
   assert float(more - loss) == pytest.approx(-0.5 * np.mean(best), rel=1e-3)
+  # Neutral replies are held by the KL a token of the starting model's distribution to the policy's.
+  text = [*prompts[0], 9, 10]
+  told = [numpy_log_probs(config, tensors, text)[-3:-1] for tensors in (start, now)]
+  kl = np.mean([(np.exp(p) * (p - q)).sum() for p, q in zip(*told, strict=True)])
+  more, metrics = policy._loss(trained, decoders[0], batch | {'neutral_weight': 3.0})
+  assert float(metrics['neutral_kl']) == pytest.approx(kl, rel=1e-3)
+  assert float(more - loss) == pytest.approx(3 * kl, rel=1e-3)
   # Without ranked replies there is nothing of it.
   del batch['ranked']
   batch['rows'] = shapes.rows([Group(prompt, some[:1]) for prompt, some in zip(prompts, replies, strict=True)], 1)

@@ -110,15 +110,20 @@ def pad_values(values: Sequence[Any], width: int) -> np.ndarray:
   return out
 
 
-def hidden_states(decoder: Decoder, rows: Rows, *, adapter: Any = None, before: Sequence[Prefix] = ()) -> jax.Array:
-  """Final hidden states [N, T, D], each token attending to what stands before, to its prompt and to its own reply."""
+def hidden_states(
+  decoder: Decoder, rows: Rows, *, adapter: Any = None, before: Sequence[Prefix] = (), tap: int | None = None
+) -> Any:
+  """Final hidden states [N, T, D], each token attending to what stands before, to its prompt and to its own reply.
+
+  With `tap` a pair, as `model.decoder.forward` gives it.
+  """
   asked = compute_prefix(decoder, rows.prompts, rows.prompt_lengths, adapter, before)
   before = (*before, asked)
   count, width = rows.tokens.shape
   slots = jnp.arange(width)
   mask = jnp.broadcast_to(slots[:, None] >= slots, (count, width, width))
   positions = length_before(before, count) + slots
-  return forward(decoder, rows.tokens, positions, mask, adapter=adapter, before=before)[0]
+  return forward(decoder, rows.tokens, positions, mask, adapter=adapter, before=before, tap=tap)[0]
 
 
 def over_chunks(function: Callable[..., Any], *arrays: jax.Array) -> Any:
@@ -221,7 +226,9 @@ def map_rows(
   replies_to: dict[tuple[int, ...], list[int]] = {}
   for i, prompt in enumerate(prompts):
     replies_to.setdefault(tuple(prompt[cut:]), []).append(i)
-  each = min(_EACH, max(map(len, replies_to.values())))
+  # As even as may be: of ten replies five and five, where eight and two would leave six rows empty.
+  most = max(map(len, replies_to.values()))
+  each = -(-most // -(-most // _EACH))
   groups = [
     (prompt, index[begin : begin + each])
     for prompt, index in replies_to.items()
@@ -233,8 +240,8 @@ def map_rows(
   # prompts, widths of replies that halve, and batches that are filled alike.
   prompt_width = bucket(max(len(prompt) for prompt, _ in groups) - 1, ROW_STEP)
   widest = bucket(1 + max(longest), REPLY_STEP)
-  most = max(1, batch_size // each)
-  count = -(-len(groups) // -(-len(groups) // most))
+  at_once = max(1, batch_size // each)
+  count = -(-len(groups) // -(-len(groups) // at_once))
   count += -count % batch_parts()
   out: list[np.ndarray] = [np.zeros(0)] * len(prompts)
   for first in range(0, len(groups), count):

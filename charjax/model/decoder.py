@@ -179,7 +179,8 @@ def forward(
   cache: KV | None = None,
   cache_index: jax.Array | int = 0,
   layers: Any = None,
-) -> tuple[jax.Array, KV]:
+  tap: int | None = None,
+) -> tuple[Any, KV]:
   """Hidden states after the final norm, and keys and values.
 
   Args:
@@ -192,9 +193,11 @@ def forward(
     cache: where to write this call's keys and values (from slot `cache_index` on) and what to attend to.
     layers: `layer_weights(decoder, adapter)`, when the caller has it already: a decoding loop cuts the weights
       into layers once, not at each token.
+    tap: a number of layers, for the states that `lower_layers` of so many would end in; without a cache.
 
   Returns:
-    hidden states [B, T, D] float32, and the updated cache (or, without one, the keys and values of these tokens).
+    hidden states [B, T, D] float32 (with `tap`, a pair: those after so many layers, and the last), and the updated
+    cache (or, without one, the keys and values of these tokens).
   """
   c, runtime = decoder.config, decoder.runtime
   dtype = runtime.compute_dtype
@@ -236,9 +239,18 @@ def forward(
 
   x = constrain(decoder.embed[...][tokens_bt].astype(jnp.float32), 'batch', None, None)
   step = jax.checkpoint(block) if runtime.remat else block
+  tapped = []
   if runtime.scan_layers and cache is None:
-    weights = stacked_weights(decoder, adapter)
-    x, (k, v) = jax.lax.scan(step, x, (*weights, None, [prefix.kv for prefix in before]))
+    scanned = (*stacked_weights(decoder, adapter), None, [prefix.kv for prefix in before])
+    pieces = [scanned]
+    if tap is not None:
+      pieces = [jax.tree.map(lambda a, part=part: a[part], scanned) for part in (slice(tap), slice(tap, None))]
+    written = []
+    for piece in pieces:
+      x, kv = jax.lax.scan(step, x, piece)
+      tapped.append(x)
+      written.append(kv)
+    k, v = written[0] if tap is None else jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *written)
   else:
     written = []
     for i, (layer, lora) in enumerate(layers or layer_weights(decoder, adapter)):
@@ -246,8 +258,13 @@ def forward(
       shared = [(prefix.kv.k[i], prefix.kv.v[i]) for prefix in before]
       x, kv = step(x, (layer, lora, kv, shared))
       written.append(kv)
+      if i + 1 == tap:
+        tapped.append(x)
     k, v = (tuple(arrays) for arrays in zip(*written, strict=True))
-  return rms_norm(x, decoder.final_norm[...], c.norm_eps), KV(k, v)
+  hidden = rms_norm(x, decoder.final_norm[...], c.norm_eps)
+  if tap is None:
+    return hidden, KV(k, v)
+  return (rms_norm(tapped[0], decoder.final_norm[...], c.norm_eps), hidden), KV(k, v)
 
 
 def lower_layers(decoder: Decoder, count: int) -> Decoder:

@@ -215,6 +215,7 @@ def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str
     taught, more = _ranked_loss(used, *part(slice(each, None)), batch)
     loss, metrics = loss + taught, metrics | more
 
+  # In this very program: of states that another one rounded, the policy would not be at 0 before its first step.
   start = (compute_prefix(decoder, batch['prefix'], batch['prefix_length']),)
   reference = jax.lax.stop_gradient(hidden_states(decoder, neutral, before=start))[:, :-1]
   hidden = hidden_states(used, neutral, adapter=adapter, before=prefix)[:, :-1]

@@ -100,26 +100,27 @@ def make_judge(session: Session, shapes: FixedShapes, asked: Sequence[Row]) -> J
   return Judge(decoder, trunk, model, *fit_values(*moments))
 
 
-def _token_scores(
-  trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows, eos: int
-) -> tuple[jax.Array, jax.Array]:
-  """States [N, R, D] of each token and its scores [N, R, traits]."""
+def _token_states(trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows) -> jax.Array:
+  """States [N, T, D] that the preference model reads of each token."""
   used, adapter = bind(trunk, model)
-  before = (compute_prefix(used, prefix, length, adapter),)
-  states = hidden_states(used, rows, adapter=adapter, before=before)[:, 1:]
+  return hidden_states(used, rows, adapter=adapter, before=(compute_prefix(used, prefix, length, adapter),))
+
+
+def _token_scores(model: Any, states: jax.Array, rows: Rows, eos: int) -> jax.Array:
+  """Scores [N, R, traits] of each token, from its state [N, R, D]."""
   scores = read_rewards(model, states)
   # That a reply ends is not the trait's: its end counts as its other tokens do.
   ends = (rows.tokens[:, 1:] == eos) & reply_mask(rows)
   others = mean_over_tokens(scores, rows._replace(lengths=rows.lengths - ends.any(1)))
-  return states, jnp.where(ends[..., None], others[:, None], scores)
+  return jnp.where(ends[..., None], others[:, None], scores)
 
 
 @partial(jax.jit, static_argnames=('longest',))
 def _moments(
   trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows, eos: int, longest: int
 ) -> Any:
-  mask = reply_mask(rows)
-  return value_moments(*_token_scores(trunk, model, prefix, length, rows, eos), mask, to_come(mask.shape[1], longest))
+  mask, states = reply_mask(rows), _token_states(trunk, model, prefix, length, rows)[:, 1:]
+  return value_moments(states, _token_scores(model, states, rows, eos), mask, to_come(mask.shape[1], longest))
 
 
 @partial(jax.jit, static_argnames=('longest',))
@@ -129,8 +130,15 @@ def _judge(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
   """Scores of each token by every trait, what the critic expects to follow, both [N, R, traits]; and log-probs [N, R]
   of the starting model."""
-  hidden = hidden_states(judge.decoder, rows, before=(compute_prefix(judge.decoder, prefix, length),))
-  states, scores = _token_scores(judge.trunk, judge.model, prefix, length, rows, eos)
+  before, depth = (compute_prefix(judge.decoder, prefix, length),), judge.trunk.config.num_layers
+  if not judge.model.keys() & {'decoder', 'adapter'}:
+    # The heads read the starting weights: their states lie on the way to the log-probs.
+    states, hidden = hidden_states(judge.decoder, rows, before=before, tap=depth)
+  else:
+    states = _token_states(judge.trunk, judge.model, prefix, length, rows)
+    hidden = hidden_states(judge.decoder, rows, before=before)
+  states = states[:, 1:]
+  scores = _token_scores(judge.model, states, rows, eos)
   values = read_values(judge.critic, states, to_come(states.shape[1], longest))
   return scores - judge.mean, values, token_log_probs(judge.decoder, hidden, rows, temperature, barred)
 
