@@ -47,7 +47,15 @@ def test_ranked_replies_take_turns_in_and_out_of_character(tmp_path):
   write_jsonl(
     tmp_path / 'replies' / 'replies.jsonl',
     [
-      {'id': f'{m}/{condition}/{k}', 'message': m, 'condition': condition, 'text': text, 'finish': finish}
+      {
+        'id': f'{m}/{condition}/{k}',
+        'message': m,
+        'condition': condition,
+        'text': text,
+        'finish': finish,
+        'tokens': len(text.split()),
+        'log_prob': 0.0,
+      }  # fmt: skip
       for m, condition, k, text, finish in rows
     ],
   )
