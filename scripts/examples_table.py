@@ -1,12 +1,12 @@
 """Prints how often the likelihood ranker is right on a character's written pairs, by number of examples shown.
 
-  python scripts/examples_table.py [CHARACTER ...] [--model=PATH] >> TABLE.md
+  python scripts/examples_table.py [CHARACTER ...] [--model=PATH]
 
 CHARACTER is a shipped character or a .toml file, `assistant` by default; PATH is what config.model.path takes. The
 table is Markdown, a row a trait: how many of its kept and of its choosing pairs are right with 0, 2 and 4 worked
 examples, then the share of all traits' pairs with its 95% interval. As in a run, whether a reply counts by its tokens'
-mean or sum is chosen on the choosing pairs. About 4 minutes for nine traits of 28 pairs with SmolLM2-135M-Instruct on
-two CPU cores.
+mean or sum is chosen on the choosing pairs. Nine traits of 28 pairs took eight minutes of processor time with
+SmolLM2-135M-Instruct.
 """
 
 import sys
