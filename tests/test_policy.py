@@ -43,7 +43,10 @@ def test_ranked_replies_take_turns_in_and_out_of_character(tmp_path):
     ('a', 'opposed', 0, '4', 'stop'),
     ('b', 'opposed', 1, '5', 'stop'),  # its others were dropped
   ]
-  (tmp_path / 'replies').mkdir()
+  for name in ('messages', 'replies'):
+    (tmp_path / name).mkdir()
+  asked = [{'id': m, 'trait': 'a', 'split': 'train', 'text': 'Hi'} for m in 'ab']
+  write_jsonl(tmp_path / 'messages' / 'messages.jsonl', asked)
   write_jsonl(
     tmp_path / 'replies' / 'replies.jsonl',
     [
@@ -55,7 +58,7 @@ def test_ranked_replies_take_turns_in_and_out_of_character(tmp_path):
         'finish': finish,
         'tokens': len(text.split()),
         'log_prob': 0.0,
-      }  # fmt: skip
+      }
       for m, condition, k, text, finish in rows
     ],
   )
