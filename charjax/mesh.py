@@ -25,6 +25,14 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
+# A decorator for whatever steps, draws or scores: each array that it works on must have been put on the devices by name
+# (`shard_batch`, `replicate`), and an array of the host, a Python number or an array on other devices is an error where
+# it would otherwise be copied anew at every call, unseen. On the CPU it catches all that on its way to a device, as
+# elsewhere; on the way back (`np.asarray`, `float`) nothing there, since the host reads a CPU device's memory where it
+# lies. Results are therefore fetched by `jax.device_get`, which says so.
+no_silent_transfers = jax.transfer_guard('disallow')
+
+
 def make_mesh(shape: Sequence[int]) -> Mesh:
   """A (data, fsdp, tensor) mesh; one size may be -1 and takes the devices that are left.
 
@@ -90,13 +98,19 @@ def shardings(tree: Any) -> Any:
 
 
 def shard_batch(tree: Any) -> Any:
-  """Puts host arrays on the mesh, split along their first axis; without a mesh they stay where they are."""
+  """Puts host arrays on the mesh, split along their first axis (numbers: whole); without a mesh, on the one device."""
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
-    return tree
+    return jax.device_put(tree)
 
   def put(array: np.ndarray) -> jax.Array:
-    axes = ('batch',) + (None,) * (np.ndim(array) - 1)
+    axes = ('batch', *(None,) * np.ndim(array))[: np.ndim(array)]
     return jax.device_put(array, NamedSharding(mesh, spec(np.shape(array), axes, mesh)))
 
   return jax.tree.map(put, tree)
+
+
+def replicate(tree: Any) -> Any:
+  """Puts host arrays and numbers on every device of the mesh, whole; without a mesh, on the one device."""
+  mesh = jax.sharding.get_mesh()
+  return jax.device_put(tree, None if mesh.empty else NamedSharding(mesh, PartitionSpec()))

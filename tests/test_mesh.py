@@ -1,21 +1,35 @@
-"""Eight devices: the numbers of one, arrays that are really split, and one program a step."""
+"""Eight devices: the numbers of one, arrays and activations that are really split, nothing moved unseen, and one
+program a step."""
+
+import contextlib
+import functools
+import inspect
+import re
+import sys
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from flax import nnx
 from jax.sharding import PartitionSpec
 from llama_reference import random_tensors, tiny_config
+from verify_mesh import misplaced
 
+from charjax.engine import sample as sampling
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
-from charjax.engine.score import Group, hidden_states, make_rows, mean_states, reply_log_probs, score
+from charjax.engine.score import Group, hidden_states, make_rows, map_rows, mean_states, reply_log_probs, score
 from charjax.errors import UserError
-from charjax.mesh import constrain, make_mesh, shard_batch, shardings, spec
+from charjax.mesh import constrain, make_mesh, replicate, shard_batch, shardings, spec
+from charjax.model import decoder as decoders
 from charjax.model.decoder import Runtime
+from charjax.model.lora import Adapter
 from charjax.model.weights import make_decoder
+from charjax.training.checkpoint import Checkpoints
 from charjax.training.heads import bind, make_trainable, read_rewards, reply_states
 from charjax.training.losses import bradley_terry
 from charjax.training.step import init_optimizer, make_optimizer, make_step
@@ -67,13 +81,14 @@ def train(lora_rank):
   # A learning rate that moves parameters by much more than the tolerance.
   optimizer = make_optimizer(1e-3, warmup=1, steps=3, weight_decay=0.1, max_gradient=1.0)
   state, layout = init_optimizer(optimizer, trainable)
+  assert jax.sharding.get_mesh().empty or not misplaced((decoder, trainable, state))
   step = make_step(loss, optimizer, trainable, layout)
   batch = {'rows': rows_of_all()}
   history = []
   for _ in range(3):
     trainable, state, metrics = step(trainable, state, decoder, shard_batch(batch))
     history.append({name: float(value) for name, value in metrics.items()})
-  return history, trainable, state, step._cache_size()
+  return history, trainable, state, step.__wrapped__._cache_size()
 
 
 @pytest.fixture(scope='module')
@@ -111,7 +126,7 @@ def test_scores_and_replies_are_those_of_one_device(mesh, on_one_device):
   indirect=['mesh'],
   ids=[*(f'{shape}-all parameters' for shape in MESHES), '(2, 2, 2)-adapter'],
 )
-def test_training_is_that_of_one_device_and_compiled_once(mesh, on_one_device, lora_rank):
+def test_training_is_that_of_one_device_and_compiled_once(mesh, on_one_device, lora_rank, tmp_path):
   history, trainable, state, compiled = train(lora_rank)
   expected_history, expected, _, expected_compiled = on_one_device[lora_rank]
   assert compiled == expected_compiled == 1
@@ -125,6 +140,13 @@ def test_training_is_that_of_one_device_and_compiled_once(mesh, on_one_device, l
   for tree in (trainable, moments.mu, moments.nu):
     for leaf, sharding in zip(jax.tree.leaves(tree), wanted, strict=True):
       assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+  assert not misplaced((trainable, state))
+  # And as they come back from a checkpoint.
+  with Checkpoints(epath.Path(tmp_path), 0) as checkpoints:
+    checkpoints.save(3, trainable, state, {})
+    step, *trees, _ = checkpoints.restore(trainable, state)
+  assert step == 3 and not misplaced(trees)
+  assert_alike(trees, (trainable, state), 0)
 
 
 def test_each_device_holds_its_part_of_parameters_and_moments(mesh):
@@ -159,11 +181,123 @@ def test_activations_are_split_inside_a_program(mesh):
   assert {shard.data.shape for shard in split.addressable_shards} == {(8 // rows, 3, 4 // heads, 5)}
 
 
+# ---- what a program says of its activations, and what it becomes ----
+
+# Numbers of rows and tokens that no other dimension has.
+ROWS, WIDTH, PROMPT = 40, 24, 16
+SPLIT = Counter({
+  # Of the forward pass of the prompts, and of the rows after them.
+  ((48, 32), 'tensor,-'): 2,  # the embedding, for looking rows up
+  ((ROWS, PROMPT, 32), 'data+fsdp,-,-'): 2, ((ROWS, WIDTH, 32), 'data+fsdp,-,-'): 2,  # between blocks
+  ((ROWS, PROMPT, 4, 8), 'data+fsdp,-,tensor,-'): 2, ((ROWS, WIDTH, 4, 8), 'data+fsdp,-,tensor,-'): 2,  # queries, mixed
+  ((ROWS, 2, PROMPT, 8), 'data+fsdp,tensor,-,-'): 2, ((ROWS, 2, WIDTH, 8), 'data+fsdp,tensor,-,-'): 2,  # keys, values
+  ((ROWS, PROMPT, 64), 'data+fsdp,-,tensor'): 1, ((ROWS, WIDTH, 64), 'data+fsdp,-,tensor'): 1,  # gated
+  # Of the output head, in chunks: hidden states, ids and logits.
+  ((2, 512, 32), '-,data+fsdp,-'): 1, ((2, 512), '-,data+fsdp'): 1, ((512, 48), 'data+fsdp,tensor'): 1,
+})  # fmt: skip
+
+
+def constraints(lowered):
+  """How often each layout is asked for of a shape in a program's text."""
+  found = Counter()
+  pattern = r'sdy\.sharding_constraint %\S+ <@mesh, \[(.*?)\]> : tensor<([\dx]+)x\w+>'
+  for layout, shape in re.findall(pattern, lowered.as_text()):
+    axes = [names.replace('"', '').replace(', ', '+') or '-' for names in re.findall(r'{(.*?)}', layout)]
+    found[tuple(map(int, shape.split('x'))), ','.join(axes)] += 1
+  return found
+
+
+def scorer():
+  groups = [Group([1, 2, 3], [[4, 5, 6]])] * ROWS
+  rows = shard_batch(make_rows(groups, 1, PROMPT, WIDTH))
+  # A function that is new each time, since JAX would know another's program from the last time.
+  return jax.jit(functools.partial(reply_log_probs)).lower(build(), rows)
+
+
+def sampler():
+  tokens, real = np.ones((ROWS, PROMPT), np.int32), np.ones((ROWS, PROMPT), bool)
+  batch = shard_batch((tokens, real, np.zeros((ROWS, 2), np.uint32)))
+  function = jax.jit(lambda *args: sampling._sample.__wrapped__(*args, max_new_tokens=8, top_p=0.9))
+  return function.lower(build(), None, (), *batch, *replicate((np.array([7], np.int32), np.float32(1))))
+
+
+def whole(compiled, rows, width):
+  """The arrays of a compiled program, one device's part of it, that hold all rows of a batch or all their tokens."""
+  shapes = {
+    tuple(map(int, shape.split(','))) for shape in re.findall(r'\b(?:f32|bf16)\[([\d,]+)\]', compiled.as_text())
+  }
+  tokens = {rows * width, rows * (width - 1)}
+  return sorted(shape for shape in shapes if (len(shape) > 2 and rows in shape) or tokens & set(shape))
+
+
+@pytest.mark.parametrize('mesh', [(2, 2, 2), (1, 4, 2)], indirect=True, ids=str)
+def test_a_program_s_activations_are_split(mesh):
+  names = [name for name in ('data', 'fsdp') if mesh.shape[name] > 1]
+  expected = Counter({(s, axes.replace('data+fsdp', '+'.join(names))): count for (s, axes), count in SPLIT.items()})
+  program = scorer()
+  assert not expected - constraints(program)
+  assert not whole(program.compile(), ROWS, WIDTH)
+  program = sampler()
+  batch = '+'.join(names)
+  slots = constraints(program)
+  # The prompts in one scanned layer; then a token at a time in two, with a cache of 24 slots. Logits for either.
+  assert slots[(ROWS, 2, 24, 8), f'{batch},tensor,-,-'] == 4 and slots[(ROWS, 1, 64), f'{batch},-,tensor'] == 2
+  assert slots[(ROWS, PROMPT, 64), f'{batch},-,tensor'] == 1 and slots[(ROWS, 48), f'{batch},tensor'] == 2
+  assert not whole(program.compile(), ROWS, PROMPT)
+
+
+LINES = inspect.getsource(decoders).splitlines()
+PLACES = [number for number, line in enumerate(LINES, 1) if 'constrain(' in line]
+
+
+@pytest.mark.parametrize('mesh', [(2, 2, 2)], indirect=True, ids=str)
+@pytest.mark.parametrize('place', PLACES)
+def test_no_constraint_of_the_decoder_can_be_left_out_unseen(mesh, place, monkeypatch):
+  assert len(PLACES) == 8
+
+  def forgetful(array, *axes):
+    return array if sys._getframe(1).f_lineno == place else constrain(array, *axes)
+
+  monkeypatch.setattr(decoders, 'constrain', forgetful)
+  assert sum((SPLIT - constraints(scorer())).values()) in (1, 2, 4)
+
+
+# ---- nothing moves unseen ----
+
+
+@pytest.mark.parametrize('shape', [None, (2, 2, 2)], ids=str)
+def test_what_was_not_put_on_the_devices_is_refused(shape):
+  refused = functools.partial(pytest.raises, jax.errors.JaxRuntimeError, match=r'Disallowed .*transfer')
+  with jax.set_mesh(make_mesh(shape)) if shape else contextlib.nullcontext():
+    trainable, put = replicate({'w': np.ones(8, np.float32)}), shard_batch(np.arange(8.0))
+    optimizer = make_optimizer(1e-3, warmup=1, steps=3, weight_decay=0.1, max_gradient=1.0)
+    state, layout = init_optimizer(optimizer, trainable)
+    step = make_step(lambda t, _, batch: ((t['w'] * batch[0]).sum() * batch[1], {}), optimizer, trainable, layout)
+    with refused():
+      step(trainable, state, None, (np.arange(8.0), replicate(np.float32(2))))
+    with refused():
+      step(trainable, state, None, (put, np.float32(2)))
+    with refused():
+      step(trainable, state, None, (put, 2.0))
+    _, _, metrics = step(trainable, state, None, (put, replicate(np.float32(2))))
+    assert float(metrics['loss']) == 56
+    decoder = build()
+    scaled = jax.jit(lambda before, rows, scale: rows.tokens * scale)
+    with refused():
+      map_rows(lambda before, rows: scaled(before, rows, 2.0), decoder, PROMPTS, REPLIES)
+    adapter = jax.tree.map(np.asarray, Adapter(CONFIG, 2, rngs=nnx.Rngs(0)))
+    with refused():
+      sample(decoder, PROMPTS, item_keys(0, 'test', KEYS), EOS, Sampling(5, batch_size=8), adapter=adapter)
+
+
 def test_batches_are_split_by_rows(mesh):
   rows = shard_batch(rows_of_all())
   parts = mesh.shape['data'] * mesh.shape['fsdp']
   for array in rows:
     assert {shard.data.shape for shard in array.addressable_shards} == {(8 // parts, *array.shape[1:])}
+  # Numbers go to every device, as does what `replicate` is given.
+  for array in (shard_batch(np.float32(2)), replicate(np.arange(8))):
+    assert array.sharding.is_fully_replicated and len(array.sharding.device_set) == 8
 
 
 @pytest.mark.parametrize('mesh', [(2, 2, 2)], indirect=True, ids=str)

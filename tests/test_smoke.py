@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -12,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from smoke import ROOT, command, environment, run
 
 from charjax import defaults
 
-ROOT = Path(__file__).parent.parent
 STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation', 'report')
 # All that two runs of the same config must have in common to the byte; the report shows times.
 PRODUCTS = (
@@ -35,32 +34,13 @@ PRODUCTS = (
 CONDITIONS = {'base', 'prompted', 'prompted_examples', 'trained', 'delta'}
 
 
-def command(workdir: Path, *flags: str) -> list[str]:
-  config = f'--config={ROOT / "configs" / "smoke.py"}'
-  return [sys.executable, '-m', 'charjax.main', 'run', config, f'--workdir={workdir}', *flags]
-
-
-def environment() -> dict[str, str]:
-  # One device, as a user's CPU has: the eight of conftest.py are for the tests of sharding.
-  return {**os.environ, 'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
-
-
-def run(workdir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-  return subprocess.run(
-    command(workdir, *flags), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, check=False
-  )
-
-
 def contents(workdir: Path) -> dict[str, bytes]:
   return {name: (workdir / name).read_bytes() for name in PRODUCTS}
 
 
-@pytest.fixture(scope='module')
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-  workdir = tmp_path_factory.mktemp('smoke') / 'run'
-  done = run(workdir)
-  assert done.returncode == 0, done.stderr[-3000:]
-  return workdir, done.stdout
+@pytest.fixture
+def finished(smoke_run: tuple[Path, str]) -> tuple[Path, str]:
+  return smoke_run
 
 
 def test_every_stage_leaves_what_the_contract_names(finished):

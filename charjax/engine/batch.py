@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from charjax.mesh import replicate
 from charjax.model.decoder import Decoder, Prefix, forward
 
 Tokens = Sequence[int]
@@ -87,11 +88,10 @@ def prefill(decoder: Decoder, tokens: Tokens, adapter: Any = None) -> tuple[Pref
   # Nearly all rows are read after the chat template's own opening, which is short.
   short = PREFIX_STEP // 2
   padded, _ = pad([tokens], short if len(tokens) <= short else bucket(len(tokens), PREFIX_STEP))
-  return (_prefill(decoder, padded, np.array([len(tokens)], np.int32), adapter),)
+  return (_prefill(decoder, *replicate((padded, np.array([len(tokens)], np.int32))), adapter),)
 
 
-def item_keys(seed: int, stage: str, items: Sequence[str]) -> jax.Array:
-  """A random key for each item, a function of (seed, stage, item) alone: the order of work does not matter."""
+def item_keys(seed: int, stage: str, items: Sequence[str]) -> np.ndarray:
+  """The data [B, 2] of a threefry key for each item: of (seed, stage, item) alone, so that order does not matter."""
   digests = [hashlib.sha256(f'{seed}/{stage}/{item}'.encode()).digest()[:8] for item in items]
-  data = np.frombuffer(b''.join(digests), np.uint32).reshape(-1, 2)
-  return jax.random.wrap_key_data(jnp.asarray(data), impl='threefry2x32')
+  return np.frombuffer(b''.join(digests), np.uint32).reshape(-1, 2)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from charjax.engine.batch import Tokens, bucket, common_prefix, length_before, pad, prefill
-from charjax.mesh import shard_batch
+from charjax.mesh import batch_parts, no_silent_transfers, replicate, shard_batch
 from charjax.model.decoder import KV, Decoder, Prefix, forward, layer_weights, logits, make_cache
 
 _BLOCK = 256  # the vocabulary is searched in blocks of this many tokens
@@ -124,7 +124,7 @@ def _sample(
   shared: tuple[Prefix, ...],
   tokens_bt: jax.Array,
   real_bt: jax.Array,
-  keys_b: jax.Array,
+  key_data_b2: jax.Array,
   eos: jax.Array,
   temperature: jax.Array,
   *,
@@ -136,6 +136,7 @@ def _sample(
   layers = layer_weights(decoder, adapter)
   lengths = real_bt.sum(-1)
   slots = jnp.arange(width + max_new_tokens)
+  keys_b = jax.random.wrap_key_data(key_data_b2, impl='threefry2x32')
   start = width - lengths  # prompts are padded on the left, so that all rows write the same slot
 
   def pick(hidden_bd: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -180,10 +181,11 @@ def _sample(
   return state.tokens, state.log_probs, state.done
 
 
+@no_silent_transfers
 def sample(
   decoder: Decoder,
   prompts: Sequence[Tokens],
-  keys: jax.Array,
+  keys: np.ndarray,
   eos_ids: Sequence[int],
   settings: Sampling,
   *,
@@ -210,15 +212,17 @@ def sample(
   rest = [list(prompt[cut:]) for prompt in prompts]
   width = bucket(max(width, *(len(row) for row in rest)), _WIDTH_STEP)
   ends = np.resize(np.asarray(eos_ids, np.int32), max(4, len(eos_ids)))  # repeated: one length, one program
+  ends, temperature = replicate((ends, np.float32(settings.temperature)))
+  # A batch that the devices do not divide evenly would be decoded whole by each of them.
+  size = settings.batch_size + -settings.batch_size % batch_parts()
   replies: list[Reply] = []
-  for begin in range(0, len(rest), settings.batch_size):
-    rows = rest[begin : begin + settings.batch_size]
-    missing = settings.batch_size - len(rows)
-    tokens, real = pad([*rows, *[[]] * missing], width, left=True)
-    batch_keys = keys[np.minimum(np.arange(begin, begin + settings.batch_size), len(rest) - 1)]
+  for begin in range(0, len(rest), size):
+    rows = rest[begin : begin + size]
+    tokens, real = pad([*rows, *[[]] * (size - len(rows))], width, left=True)
+    batch_keys = keys[np.minimum(np.arange(begin, begin + size), len(rest) - 1)]
     drawn = _sample(
-      decoder, adapter, shared, *shard_batch((tokens, real)), batch_keys, ends,
-      np.float32(settings.temperature), max_new_tokens=settings.max_new_tokens, top_p=settings.top_p,
+      decoder, adapter, shared, *shard_batch((tokens, real, batch_keys)), ends, temperature,
+      max_new_tokens=settings.max_new_tokens, top_p=settings.top_p,
     )  # fmt: skip
     ids, log_probs, done = (np.asarray(x) for x in jax.device_get(drawn))
     for i in range(len(rows)):

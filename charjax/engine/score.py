@@ -25,7 +25,7 @@ from charjax.engine.batch import (
   pad,
   prefill,
 )
-from charjax.mesh import batch_parts, shard_batch
+from charjax.mesh import batch_parts, constrain, no_silent_transfers, replicate, shard_batch
 from charjax.model.decoder import Decoder, Prefix, forward, logits
 
 _CHUNK = 512  # tokens whose full-vocabulary logits are held at once
@@ -70,8 +70,8 @@ class FixedShapes:
   """Shapes that all batches of a training run share, so that each of its programs is compiled once.
 
   Attributes:
-    prefix: tokens [1, P] that all prompts begin with, padded to at least one.
-    length: [1] how many of them are real.
+    prefix: tokens [1, P] that all prompts begin with, padded to at least one; on the devices.
+    length: [1] how many of them are real; on the devices.
   """
 
   def __init__(self, prompts: Sequence[Tokens], longest_reply: int):
@@ -79,8 +79,8 @@ class FixedShapes:
     self._cut = common_prefix(prompts)
     self._prompt_width = bucket(max(map(len, prompts)) - self._cut - 1, REPLY_STEP)
     self._width = bucket(1 + longest_reply, REPLY_STEP)
-    self.prefix = pad([prompts[0][: self._cut]], max(1, self._cut))[0]
-    self.length = np.array([self._cut], np.int32)
+    prefix, _ = pad([prompts[0][: self._cut]], max(1, self._cut))
+    self.prefix, self.length = replicate((prefix, np.array([self._cut], np.int32)))
 
   def rows(self, groups: Sequence[Group], each: int, count: int = 0) -> Rows:
     """Groups of up to `each` replies, without the prefix, as host arrays, with empty groups up to `count`."""
@@ -136,6 +136,9 @@ def over_chunks(function: Callable[..., Any], *arrays: jax.Array) -> Any:
   chunk = min(_CHUNK, count)
   flat = [a.reshape(count, *a.shape[2:]) for a in arrays]
   flat = [jnp.pad(a, ((0, -count % chunk), *[(0, 0)] * (a.ndim - 1))).reshape(-1, chunk, *a.shape[1:]) for a in flat]
+  # Every device takes its part of each chunk. Left as they were, split by rows, each device would gather all chunks
+  # and compute all logits.
+  flat = [constrain(a, None, 'batch', *(None,) * (a.ndim - 2)) for a in flat]
   out = jax.lax.map(jax.checkpoint(lambda xs: function(*xs)), tuple(flat))
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count].reshape(*lead, *x.shape[2:]), out)
 
@@ -204,6 +207,7 @@ def score(
   return [row[: len(reply)] for row, reply in zip(out, replies, strict=True)]
 
 
+@no_silent_transfers
 def map_rows(
   function: Callable[[Sequence[Prefix], Rows], jax.Array],
   decoder: Decoder,
@@ -268,6 +272,6 @@ def score_options(
   decoder: Decoder, prompts: Sequence[Tokens], options: Sequence[int], *, batch_size: int = 32
 ) -> np.ndarray:
   """Log-probs [len(prompts), len(options)] of each option as the next token after each prompt."""
-  run = partial(_next_tokens, decoder, np.asarray(options, np.int32))
+  run = partial(_next_tokens, decoder, replicate(np.asarray(options, np.int32)))
   values = map_rows(run, decoder, prompts, [[]] * len(prompts), batch_size=batch_size)
   return np.array(values, np.float64).reshape(len(prompts), len(options))

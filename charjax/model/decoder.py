@@ -229,15 +229,19 @@ def forward(
     if kv is not None:
       k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, cache_index, 2)
       v = jax.lax.dynamic_update_slice_in_dim(kv[1], v, cache_index, 2)
+    k, v = (constrain(array, 'batch', 'kv_heads', None, None) for array in (k, v))
     parts = [SharedKV(prefix[0], prefix[1], real) for prefix, real in zip(shared, masks, strict=True)]
-    mixed = attention(q, k, v, mask_bts, parts)
+    mixed = attention(q, k, v, mask_bts, parts).reshape(b, t, c.num_heads, c.head_dim)
+    mixed = constrain(mixed, 'batch', None, 'heads', None)
     x = x + linear(mixed.reshape(b, t, -1), 'o', layer, lora, in_axes=2)
     normed = rms_norm(x, layer['mlp_norm'], c.norm_eps)
     gated = jax.nn.silu(linear(normed, 'gate', layer, lora)) * linear(normed, 'up', layer, lora)
     x = x + linear(constrain(gated, 'batch', None, 'mlp'), 'down', layer, lora)
     return constrain(x, 'batch', None, None), (k, v)
 
-  x = constrain(decoder.embed[...][tokens_bt].astype(jnp.float32), 'batch', None, None)
+  # Looked up in a table that is split along its width, rows would come out so, for all the batch on every device.
+  table = constrain(decoder.embed[...], 'vocab', None)
+  x = constrain(table[tokens_bt].astype(jnp.float32), 'batch', None, None)
   step = jax.checkpoint(block) if runtime.remat else block
   tapped = []
   if runtime.scan_layers and cache is None:
@@ -299,9 +303,9 @@ def layer_weights(decoder: Decoder, adapter: Any = None) -> list[tuple[Any, Any]
 def logits(decoder: Decoder, hidden: jax.Array) -> jax.Array:
   """Output logits [..., V] float32 of final hidden states [..., D]."""
   dtype = decoder.runtime.compute_dtype
-  if decoder.config.tied_embeddings:
-    return matmul(hidden, decoder.embed[...], dtype, 1)
-  return matmul(hidden, decoder.head[...], dtype)
+  tied = decoder.config.tied_embeddings
+  out = matmul(hidden, decoder.embed[...], dtype, 1) if tied else matmul(hidden, decoder.head[...], dtype)
+  return constrain(out, 'batch', *(None,) * (out.ndim - 2), 'vocab')
 
 
 def make_cache(kv: KV, slots: int) -> KV:

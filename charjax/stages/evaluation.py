@@ -22,6 +22,7 @@ from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
 from charjax.engine.score import Rows, hidden_states, map_rows, mean_over_tokens, over_chunks, score
 from charjax.errors import UserError
+from charjax.mesh import replicate
 from charjax.model.decoder import Prefix, logits
 from charjax.progress import Progress
 from charjax.stages import messages, policy, preference, prompts
@@ -197,7 +198,8 @@ def _judge_replies(session: Session, rows: Sequence[Row], judge: Any) -> None:
   judged = [row for row in rows if row['trait'] is not None]
   asked = [model.prompt(prompts.alone(row['prompt'])) for row in judged]
   said = [model.reply(row['text'], row['finish'] == 'stop') for row in judged]
-  scores = np.asarray(read_rewards(judge, reply_states(preference.trunk(session), judge, asked, said)))
+  states = reply_states(preference.trunk(session), judge, asked, said)
+  scores = jax.device_get(read_rewards(judge, replicate(states)))
   for row, values in zip(judged, scores, strict=True):
     row['score'] = round(float(values[places[row['trait']]]), 5)
 

@@ -115,7 +115,7 @@ def _batch(
     arrays['ranked'] = {key: np.stack([item[key] for item in asked]) for key in ('before', 'real', 'preferred', 'best')}
   names = ('temperature', 'clip', 'neutral_weight', 'ranked_temperature', 'ranked_weight', 'ranked_beta')
   settings = {name: np.float32(config[name]) for name in (*names, 'ranked_likelihood')}
-  return shapes.shared() | settings | shard_batch(arrays) | {'eos': np.int32(session.model.eos_ids[0])}
+  return shapes.shared() | shard_batch(arrays | settings | {'eos': np.int32(session.model.eos_ids[0])})
 
 
 def _figures(rollout: Rollout, kl: float) -> dict[str, float]:

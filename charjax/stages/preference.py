@@ -25,7 +25,7 @@ import numpy as np
 from charjax.engine.batch import compute_prefix
 from charjax.engine.score import FixedShapes, Group, hidden_states, mean_states
 from charjax.errors import UserError
-from charjax.mesh import shard_batch
+from charjax.mesh import replicate, shard_batch
 from charjax.model.decoder import Decoder, lower_layers
 from charjax.progress import Metrics, Progress
 from charjax.stages import messages, prompts, replies
@@ -286,7 +286,7 @@ def _measure(session: Session, trainable: Any, unseen: Sequence[Row], kept: Sequ
   by_place: dict[int, list[float]] = defaultdict(list)
   traits = session.character.traits
   for example in unseen:
-    scores = np.asarray(read_rewards(trainable, example['states']))[:, example['trait']]
+    scores = jax.device_get(read_rewards(trainable, replicate(example['states'])))[:, example['trait']]
     rewards += scores.tolist()
     by_place[example['trait']] += scores.tolist()
     tokens += [len(reply) for reply in example['replies']]
@@ -303,7 +303,7 @@ def _measure(session: Session, trainable: Any, unseen: Sequence[Row], kept: Sequ
   p, q = np.clip(np.array(probability), 1e-6, 1 - 1e-6), np.array(label)
   pairs: dict[str, list[bool]] = {trait.id: [] for trait in traits}
   for example in kept:
-    inside, outside = np.asarray(read_rewards(trainable, example['states']))[:, example['trait']]
+    inside, outside = jax.device_get(read_rewards(trainable, replicate(example['states'])))[:, example['trait']]
     pairs[traits[example['trait']].id].append(bool(inside > outside))
   return {
     'accuracy': {kind: float(np.mean(right[kind])) if right[kind] else None for kind in _KINDS},

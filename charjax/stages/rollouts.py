@@ -28,7 +28,7 @@ from charjax.engine.score import (
   reply_mask,
   token_log_probs,
 )
-from charjax.mesh import shard_batch
+from charjax.mesh import no_silent_transfers, replicate, shard_batch
 from charjax.model.decoder import Decoder
 from charjax.progress import Progress
 from charjax.stages import preference, replies
@@ -57,13 +57,15 @@ class Judge(NamedTuple):
     model: the preference model.
     critic: [D + 1, traits] its expectations.
     mean: [traits] of the rewards of the starting model's plain replies, from which scores are counted.
+    eos: the id that ends a reply.
   """
 
   decoder: Decoder
   trunk: Decoder
   model: Any
-  critic: np.ndarray
-  mean: np.ndarray
+  critic: jax.Array
+  mean: jax.Array
+  eos: jax.Array
 
 
 class Rollout(NamedTuple):
@@ -87,7 +89,7 @@ class Rollout(NamedTuple):
 def make_judge(session: Session, shapes: FixedShapes, asked: Sequence[Row]) -> Judge:
   """The judge of a policy: its critic is fitted to the starting model's plain replies to the messages `asked`."""
   decoder, trunk, model = session.model.decoder, preference.trunk(session), preference.load(session, 'train')
-  longest, eos = session.config.policy.max_new_tokens, session.model.eos_ids[0]
+  longest, eos = session.config.policy.max_new_tokens, replicate(np.int32(session.model.eos_ids[0]))
   each = max(1, session.config.replies.plain)
   plain = _replies_by_message(session, ('plain',))
   groups = [Group(item['prompt'], plain[item['id']][:each]) for item in asked if plain[item['id']]]
@@ -97,7 +99,8 @@ def make_judge(session: Session, shapes: FixedShapes, asked: Sequence[Row]) -> J
     rows = shapes.rows(groups[begin : begin + size], each, size)
     more = jax.device_get(_moments(trunk, model, shapes.prefix, shapes.length, shard_batch(rows), eos, longest))
     moments = jax.tree.map(np.add, moments, more) if moments else more
-  return Judge(decoder, trunk, model, *fit_values(*moments))
+  critic, mean = replicate(fit_values(*moments))
+  return Judge(decoder, trunk, model, critic, mean, eos)
 
 
 def _token_states(trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows) -> jax.Array:
@@ -106,7 +109,7 @@ def _token_states(trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Arr
   return hidden_states(used, rows, adapter=adapter, before=(compute_prefix(used, prefix, length, adapter),))
 
 
-def _token_scores(model: Any, states: jax.Array, rows: Rows, eos: int) -> jax.Array:
+def _token_scores(model: Any, states: jax.Array, rows: Rows, eos: jax.Array) -> jax.Array:
   """Scores [N, R, traits] of each token, from its state [N, R, D]."""
   scores = read_rewards(model, states)
   # That a reply ends is not the trait's: its end counts as its other tokens do.
@@ -115,9 +118,10 @@ def _token_scores(model: Any, states: jax.Array, rows: Rows, eos: int) -> jax.Ar
   return jnp.where(ends[..., None], others[:, None], scores)
 
 
+@no_silent_transfers
 @partial(jax.jit, static_argnames=('longest',))
 def _moments(
-  trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows, eos: int, longest: int
+  trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows, eos: jax.Array, longest: int
 ) -> Any:
   mask, states = reply_mask(rows), _token_states(trunk, model, prefix, length, rows)[:, 1:]
   return value_moments(states, _token_scores(model, states, rows, eos), mask, to_come(mask.shape[1], longest))
@@ -125,9 +129,8 @@ def _moments(
 
 @partial(jax.jit, static_argnames=('longest',))
 def _judge(
-  judge: Judge, prefix: jax.Array, length: jax.Array, rows: Rows, temperature: float, barred: Any, eos: int,
-  longest: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+  judge: Judge, prefix: jax.Array, length: jax.Array, rows: Rows, temperature: jax.Array, barred: Any, longest: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Scores of each token by every trait, what the critic expects to follow, both [N, R, traits]; and log-probs [N, R]
   of the starting model."""
   before, depth = (compute_prefix(judge.decoder, prefix, length),), judge.trunk.config.num_layers
@@ -138,11 +141,12 @@ def _judge(
     states = _token_states(judge.trunk, judge.model, prefix, length, rows)
     hidden = hidden_states(judge.decoder, rows, before=before)
   states = states[:, 1:]
-  scores = _token_scores(judge.model, states, rows, eos)
+  scores = _token_scores(judge.model, states, rows, judge.eos)
   values = read_values(judge.critic, states, to_come(states.shape[1], longest))
   return scores - judge.mean, values, token_log_probs(judge.decoder, hidden, rows, temperature, barred)
 
 
+@no_silent_transfers
 def judge_ranked(session: Session, shapes: FixedShapes, judge: Judge, asked: Sequence[Row]) -> list[Row]:
   """The items `asked`, each with what the loss needs to know of its `ranked` replies, S places of R tokens.
 
@@ -155,22 +159,22 @@ def judge_ranked(session: Session, shapes: FixedShapes, judge: Judge, asked: Seq
   if not places:
     return list(asked)
   found = []
+  temperature = replicate(np.float32(config.ranked_temperature))
   with Progress('ranked replies', len(asked), 'messages') as bar:
     for begin in range(0, len(asked), config.prompts_per_step):
       some = asked[begin : begin + config.prompts_per_step]
       rows = shapes.rows([Group(item['prompt'], item['ranked']) for item in some], places, config.prompts_per_step)
-      scores, _, before = jax.device_get(
-        _judge(
-          judge, shapes.prefix, shapes.length, shard_batch(rows), config.ranked_temperature, eos, eos,
-          config.max_new_tokens,
-        )
-      )  # fmt: skip
       mask = reply_mask(rows) & (rows.tokens[:, 1:] != eos)
-      real, before = mask.any(1).reshape(-1, places), before.reshape(-1, places, before.shape[1])
-      earned = mean_over_tokens(scores, rows).reshape(*real.shape, -1)[: len(some)]
-      rewards = jnp.einsum('msn,mn->ms', earned, np.stack([item['earns'] for item in some]))
-      preferred = np.asarray(soft_labels(rewards, 1.0, *limits))
-      best = np.where(real[: len(some)], rewards, -np.inf).argmax(1)
+      real = mask.any(1).reshape(-1, places)
+      earns = np.zeros((len(real), len(session.character.traits)), np.float32)
+      earns[: len(some)] = [item['earns'] for item in some]
+      rows, earns = shard_batch((rows, earns))
+      scores, _, before = _judge(
+        judge, shapes.prefix, shapes.length, rows, temperature, judge.eos, config.max_new_tokens
+      )
+      rewards, preferred, before = jax.device_get((*_preferences(scores, rows, earns, *limits), before))
+      before = before.reshape(-1, places, before.shape[1])
+      best = np.where(real, rewards, -np.inf).argmax(1)
       for m, item in enumerate(some):
         more = {'before': before[m], 'real': real[m], 'preferred': preferred[m], 'best': best[m]}
         found.append(item | more)
@@ -178,6 +182,17 @@ def judge_ranked(session: Session, shapes: FixedShapes, judge: Judge, asked: Seq
   return found
 
 
+@partial(jax.jit, static_argnames=('low', 'high'))
+def _preferences(
+  scores: jax.Array, rows: Rows, earns: jax.Array, low: float, high: float
+) -> tuple[jax.Array, jax.Array]:
+  """Rewards [M, S] of ranked replies, and how surely the first of two is better [M, S, S], from scores of tokens."""
+  earned = mean_over_tokens(scores, rows).reshape(len(earns), -1, earns.shape[1])
+  rewards = jnp.einsum('msn,mn->ms', earned, earns)
+  return rewards, soft_labels(rewards, 1.0, low, high)
+
+
+@no_silent_transfers
 def roll_out(
   session: Session, shapes: FixedShapes, judge: Judge, trainable: Any, asked: Sequence[Row], step: int
 ) -> Rollout:
@@ -194,10 +209,9 @@ def roll_out(
   )  # fmt: skip
   said = iter(drawn)
   rows = shapes.rows([Group(item['prompt'], [next(said).tokens for _ in range(each)]) for item in asked], each)
+  temperature, kl, trace = replicate(tuple(np.float32(x) for x in (config.temperature, config.kl, config.trace)))
   scores, values, reference = jax.device_get(
-    _judge(
-      judge, shapes.prefix, shapes.length, shard_batch(rows), config.temperature, None, eos[0], config.max_new_tokens
-    )
+    _judge(judge, shapes.prefix, shapes.length, shard_batch(rows), temperature, None, config.max_new_tokens)
   )
   mask = reply_mask(rows)
   before = pad_values([reply.log_probs for reply in drawn], mask.shape[1])
@@ -205,17 +219,20 @@ def roll_out(
 
   earns = np.array([item['earns'] for item in group], np.float32)
   scores, values = (np.einsum('nrc,nc->nr', array, earns) for array in (scores, values))
-  rewards = np.asarray(mean_over_tokens(scores, rows), np.float32)
-  grouped = (array.reshape(len(asked), each, -1) for array in (scores, values, log_ratio, mask))
-  share = to_come(mask.shape[1], config.max_new_tokens)
-  advantages = np.asarray(_advantages(*grouped, share, config.trace, config.kl)).reshape(mask.shape)
+  rewards = jax.device_get(_mean_over_tokens(*shard_batch((scores, rows))))
+  grouped = shard_batch(tuple(array.reshape(len(asked), each, -1) for array in (scores, values, log_ratio, mask)))
+  share = replicate(to_come(mask.shape[1], config.max_new_tokens))
+  advantages = jax.device_get(_advantages(*grouped, share, trace, kl)).reshape(mask.shape)
   advantages = advantages * np.array([item['weight'] for item in group], np.float32)[:, None]
   return Rollout(drawn, before, log_ratio, advantages, rewards)
 
 
+_mean_over_tokens = jax.jit(mean_over_tokens)
+
+
 @jax.jit
 def _advantages(
-  scores: jax.Array, values: jax.Array, log_ratio: jax.Array, mask: jax.Array, share: jax.Array, trace: float, kl: float
+  scores: jax.Array, values: jax.Array, log_ratio: jax.Array, mask: jax.Array, share: jax.Array, trace: Any, kl: Any
 ) -> jax.Array:
   """Advantages of each token [M, K, R], among the K replies to each of M prompts."""
 

@@ -43,7 +43,7 @@ class Skipped:
     file = self._folder / FOLDER / f'{step:06d}.npz'
     if is_first_process():
       file.parent.mkdir(parents=True, exist_ok=True)
-      leaves = jax.tree_util.tree_leaves_with_path(batch)
+      leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(batch))
       arrays: Any = {jax.tree_util.keystr(path, simple=True, separator='.'): np.asarray(leaf) for path, leaf in leaves}
       with file.open('wb') as out:
         np.savez(out, **arrays)

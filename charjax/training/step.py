@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from charjax.mesh import shardings
+from charjax.mesh import no_silent_transfers, shardings
 
 # (trainable, frozen, batch) -> (loss, metrics)
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
@@ -43,6 +43,7 @@ def init_optimizer(optimizer: optax.GradientTransformation, trainable: Any) -> t
 def make_step(loss: Loss, optimizer: optax.GradientTransformation, trainable: Any, layout: Any) -> Callable[..., Any]:
   """step(trainable, state, frozen, batch) -> (trainable, state, metrics), jitted; the first two are given up.
 
+  All that it is given must be on the devices already (mesh.shard_batch, mesh.replicate).
   A step whose loss or gradient is not finite changes nothing and says so in metrics['skipped'].
   """
 
@@ -57,6 +58,5 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, trainable: An
     )
     return trainable, state, metrics | {'loss': value, 'grad_norm': norm, 'skipped': ~finite}
 
-  if layout is None:
-    return jax.jit(step, donate_argnums=(0, 1))
-  return jax.jit(step, donate_argnums=(0, 1), out_shardings=(shardings(trainable), layout, None))
+  layouts = None if layout is None else (shardings(trainable), layout, None)
+  return no_silent_transfers(jax.jit(step, donate_argnums=(0, 1), out_shardings=layouts))

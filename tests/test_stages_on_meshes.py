@@ -1,0 +1,59 @@
+"""Training stages on eight devices beside one: the same numbers, arrays in their parts, activations split.
+
+`scripts/verify_mesh.py` does the same for every stage and more shapes, in minutes.
+"""
+
+import shutil
+
+import jax
+import pytest
+import verify_mesh
+from test_mesh import constraints, whole
+
+from charjax.stages import preference
+
+SHAPE = (2, 2, 2)
+STAGES = ('preference', 'policy')
+# Messages, replies to each that are read together, and their tokens with one before and padding.
+MESSAGES, WIDTH = 8, 32
+
+
+@pytest.fixture(scope='module')
+def compared(smoke_run, tmp_path_factory):
+  """What `verify_mesh.verify` found, on the messages, replies and rankings of the smoke run."""
+  top = tmp_path_factory.mktemp('meshes')
+  for name in ('messages', 'replies', 'rankings'):
+    shutil.copytree(smoke_run[0] / name, top / 'one' / name)
+  said, expected = verify_mesh.reference(top / 'one', STAGES)
+  return verify_mesh.verify(top / 'one', said, expected, SHAPE, top / 'many', STAGES)
+
+
+def test_log_probs_rewards_and_ten_losses_are_those_of_one_device(compared):
+  far, *_ = compared
+  assert set(far) == {
+    *(f'forced {name}' for name in ('log_probs', *preference.MODELS)),
+    'preference losses',
+    'policy losses',
+    'first rollout',
+  }
+  assert {name: distance for name, distance in far.items() if distance > 1e-4} == {}
+
+
+def test_what_is_trained_and_its_moments_lie_in_their_parts_at_all_times(compared):
+  _, _, problems, _ = compared
+  assert problems == []
+
+
+@pytest.mark.parametrize(('stage', 'each'), [(0, 7), (1, 6)], ids=STAGES)
+def test_the_activations_of_a_train_step_are_split(compared, stage, each):
+  step, arguments = compared[3][stage].functions[0]
+  rows = MESSAGES * each
+  with jax.set_mesh(verify_mesh.mesh.make_mesh(SHAPE)):
+    program = step.__wrapped__.lower(*arguments)
+  asked, batch = constraints(program), 'data+fsdp'
+  # Between blocks, queries, keys and values, inside the MLP: of the pass forward, and of its gradient.
+  assert asked[(rows, WIDTH, 32), f'{batch},-,-'] >= 3
+  assert asked[(rows, WIDTH, 4, 8), f'{batch},-,tensor,-'] >= 4
+  assert asked[(rows, 2, WIDTH, 8), f'{batch},tensor,-,-'] >= 4
+  assert asked[(rows, WIDTH, 64), f'{batch},-,tensor'] >= 2
+  assert not whole(program.compile(), rows, WIDTH)
