@@ -225,9 +225,9 @@ def runs_of_grid(finished: Path, folder: Path) -> list[tuple[str, str, list[str]
 
 
 @pytest.fixture(scope='module')
-def grid(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, list[list[str]]]]:
+def grid(smoke_run: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, list[list[str]]]]:
   """The folder of each line of the grid, its loop run up to the policy, and what its losses were."""
-  runs = runs_of_grid(finished[0], tmp_path_factory.mktemp('grid'))
+  runs = runs_of_grid(smoke_run[0], tmp_path_factory.mktemp('grid'))
   done = subprocess.run(
     [sys.executable, '-c', _RUN_GRID], input=json.dumps(runs), cwd=ROOT, env=environment(), capture_output=True,
     text=True, timeout=1200, check=False,
