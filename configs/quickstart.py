@@ -1,4 +1,4 @@
-"""The whole loop on SmolLM2-135M-Instruct with four traits, on two CPU cores. About 20 minutes.
+"""The whole loop on SmolLM2-135M-Instruct with four traits, on two CPU cores. About 21 minutes.
 
 charjax run --config=configs/quickstart.py --workdir=runs/quickstart
 """
