@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Kills the smoke run with SIGKILL at twenty random moments, starting it again each time, and compares what it ends
-# with to a run that nobody disturbed: JSON Lines byte for byte, weights bit for bit. Takes about six minutes on two
+# with to a run that nobody disturbed: JSON Lines byte for byte, weights bit for bit. Takes two to three minutes on two
 # cores after ./scripts/test.sh. KILLS and SEED say how often and when.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
