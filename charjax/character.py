@@ -131,14 +131,14 @@ def source(path: str) -> str:
   parts = _parts(path)
   if len(parts) == 1:
     return _source(path)
-  character = load(path)
+  character, texts = load(path), [_source(part) for part in parts]
   # A string of JSON is one of TOML too.
   head = {'name': character.name, 'description': character.description}
   text = '\n'.join(f'{key} = {json.dumps(value, ensure_ascii=False)}' for key, value in head.items())
-  for part in parts:
-    found = re.search(r'^\[\[traits\]\].*', _source(part), re.DOTALL | re.MULTILINE)
+  for part, own in zip(parts, texts, strict=True):
+    found = re.search(r'^\[\[traits\]\].*', own, re.DOTALL | re.MULTILINE)
     text += f'\n\n# of {part}\n{found[0] if found else ""}'
-  wanted = [trait for part in parts for trait in tomllib.loads(_source(part))['traits']]
+  wanted = [trait for own in texts for trait in tomllib.loads(own)['traits']]
   try:
     same = tomllib.loads(text) == head | {'traits': wanted}
   except ValueError:

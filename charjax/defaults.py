@@ -147,9 +147,9 @@ _LIMITS: dict[str, dict[str, tuple[float, float]]] = {
     'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'steps': _SIZE, 'prompts_per_step': _SIZE,
     'replies_per_prompt': (2, math.inf), 'ranked_replies': _COUNT, 'ranked_weight': _AMOUNT,
     'ranked_beta': _AMOUNT, 'ranked_temperature': _AMOUNT, 'ranked_likelihood': _AMOUNT, 'temperature': _AMOUNT,
-    'max_new_tokens': _SIZE, 'prompt_width': _SIZE, 'kl': _AMOUNT, 'clip': _AMOUNT, 'other_traits': _AMOUNT,
-    'neutral_weight': _AMOUNT, 'warmup': _COUNT, 'weight_decay': _AMOUNT, 'max_gradient': _AMOUNT,
-    'skipped_steps': _SIZE, 'save_every': _SIZE, 'samples_every': _SIZE,
+    'max_new_tokens': _SIZE, 'prompt_width': _SIZE, 'kl': _AMOUNT, 'clip': _AMOUNT, 'trace': _SHARE,
+    'other_traits': _AMOUNT, 'neutral_weight': _AMOUNT, 'warmup': _COUNT, 'weight_decay': _AMOUNT,
+    'max_gradient': _AMOUNT, 'skipped_steps': _SIZE, 'save_every': _SIZE, 'samples_every': _SIZE,
   },
   'evaluation': {
     'examples': _COUNT, 'samples': _SIZE, 'temperature': _AMOUNT, 'top_p': _SHARE, 'max_new_tokens': _SIZE,
@@ -208,8 +208,6 @@ def check(config: ConfigDict) -> None:
     raise UserError(f'config.preference.depth is {preference.depth}; it must be above 0 and at most 1')
   if not 0 <= preference.head_plain < 1:
     raise UserError(f'config.preference.head_plain is {preference.head_plain}; it must be at least 0 and below 1')
-  if not 0 <= policy.trace <= 1:
-    raise UserError(f'config.policy.trace is {policy.trace}; it must be from 0 to 1')
   if policy.trace < 1 and replies.plain < 1:
     raise UserError(
       f'config.policy.trace is {policy.trace}, whose critic learns from plain replies; set config.replies.plain to 1 '

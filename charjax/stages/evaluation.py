@@ -90,9 +90,12 @@ def summarise(values: dict[str, np.ndarray | None], figure: Callable[[np.ndarray
   """Each condition's figure, and delta = trained - base paired by message; null where not measured."""
   found = {c: values.get(c) for c in CONDITIONS}
   out: Row = {c: figure(v) if v is not None else None for c, v in found.items()}
+  return out | {'delta': _delta(values)}
+
+
+def _delta(values: dict[str, np.ndarray | None]) -> Row | None:
   base, trained = values.get('base'), values.get('trained')
-  out['delta'] = interval(trained - base) if base is not None and trained is not None else None
-  return out
+  return interval(trained - base) if base is not None and trained is not None else None
 
 
 def summarise_wins(values: dict[str, np.ndarray | None], tries: Mapping[str, float]) -> Row:
@@ -100,12 +103,12 @@ def summarise_wins(values: dict[str, np.ndarray | None], tries: Mapping[str, flo
 
   Against itself a condition wins half, so that trained - base is a share too, and never certain.
   """
-  out = summarise(values)
-  out |= {c: share(v, tries.get(c, 1)) for c, v in values.items() if v is not None}
+  found = {c: values.get(c) for c in CONDITIONS}
+  out: Row = {c: share(v, tries.get(c, 1)) if v is not None else None for c, v in found.items()}
   base = values['base']
   if out['trained'] is not None and base is not None and (base == 0.5).all():
-    out['delta'] = out['trained'] | {end: out['trained'][end] - 0.5 for end in ('mean', 'low', 'high')}
-  return out
+    return out | {'delta': out['trained'] | {end: out['trained'][end] - 0.5 for end in ('mean', 'low', 'high')}}
+  return out | {'delta': _delta(values)}
 
 
 def comparisons(one: int, other: int) -> float:

@@ -28,7 +28,7 @@ from charjax.errors import UserError
 from charjax.mesh import replicate, shard_batch
 from charjax.model.decoder import Decoder, lower_layers
 from charjax.progress import Metrics, Progress
-from charjax.stages import messages, prompts, replies
+from charjax.stages import messages, prompts, rankings, replies
 from charjax.stages.statistics import correlation, share
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
@@ -97,7 +97,7 @@ def _examples(session: Session) -> list[Row]:
   by_id = {row['id']: row for row in replies.load(session)}
   places = {trait.id: place for place, trait in enumerate(session.character.traits)}
   examples = []
-  for row in read_jsonl(session.folder('rankings') / 'rankings.jsonl'):
+  for row in rankings.load(session):
     message = texts[row['message']]
     rows = [by_id[name] for name in row['replies']]
     place = places[message['trait']]
