@@ -23,14 +23,13 @@ def get_config() -> ConfigDict:
   config.messages.prompt_width = 48
   config.messages.batch_size = 60
 
-  # Batches of 60 rows and 40 tokens, but for the policy: the sampler, which takes long to compile, is compiled for few
-  # shapes.
+  # With the prompt's last token 40: rows that are scored are padded to whole eights.
   config.replies.shown = 3
   config.replies.plain = 1
   config.replies.opposed = 3
   config.replies.temperature = 0.7
   config.replies.top_p = 1.0
-  config.replies.max_new_tokens = 40
+  config.replies.max_new_tokens = 39
   config.replies.prompt_width = 48
   config.replies.batch_size = 60
 
@@ -64,10 +63,10 @@ def get_config() -> ConfigDict:
   config.policy.prompt_width = 48
   config.policy.samples_every = 6
 
-  config.evaluation.samples = 4
+  config.evaluation.samples = 6
   config.evaluation.temperature = 0.7
   config.evaluation.top_p = 1.0
-  config.evaluation.max_new_tokens = 40
+  config.evaluation.max_new_tokens = 39
   config.evaluation.prompt_width = 48
   config.evaluation.batch_size = 60
   return config

@@ -63,7 +63,9 @@ def padded_log_probs(decoder, tokens, real, adapter=None, before=(), *, left):
 
 
 def of_rows(decoder, rows, left=False, adapter=None, before=(), width=16) -> list[np.ndarray]:
-  tokens, real = pad(rows, width, left)
+  tokens, real = pad([row[::-1] for row in rows] if left else rows, width)
+  if left:
+    tokens, real = tokens[:, ::-1], real[:, ::-1]
   out = np.asarray(padded_log_probs(decoder, tokens, real, adapter, before, left=left))
   return [out[i][real[i]] for i in range(len(rows))]
 
@@ -108,7 +110,7 @@ def smol():
 def test_smollm2_decodes_32_texts_greedily_as_transformers_does(smol):
   decoder, peer, tokenizer, prompts = smol
   assert len(prompts) == 32 and common_prefix(prompts) == len(tokenizer.encode(SHARED)) - 1
-  # After a shared prefix, padded on the left, with a cache.
+  # After a shared prefix and prompts of several lengths, with a cache.
   settings = Sampling(12, temperature=0, batch_size=32)
   drawn = sample(decoder, prompts, item_keys(0, 'test', OPENINGS), tokenizer.eos_ids, settings)
   assert tokenizer.decode(drawn[0].tokens).startswith(' Paris')
@@ -190,12 +192,11 @@ def test_a_text_read_bit_by_bit_with_a_cache_is_as_if_read_at_once(config, scan)
   decoder = build(config, scan_layers=scan)
   row = texts(config, [14])[0]
   run = jax.jit(lambda d, t, p, m, c, i: forward(d, t, p, m, cache=c, cache_index=i))
-  cache, hidden = None, []
+  cache, hidden = make_cache(decoder, 1, 16), []
   for begin, end in ((0, 6), (6, 7), (7, 8), (8, 14)):
     positions = np.arange(begin, end)[None]
-    mask = np.arange(end if cache is None else 16)[None, None] <= positions[..., None]
-    states, kv = run(decoder, np.asarray([row[begin:end]]), positions, mask, cache, begin)
-    cache = make_cache(kv, 16) if cache is None else kv
+    mask = np.arange(16)[None, None] <= positions[..., None]
+    states, cache = run(decoder, np.asarray([row[begin:end]]), positions, mask, cache, begin)
     hidden.append(states[0])
   found = jax.nn.log_softmax(logits(decoder, jnp.concatenate(hidden)), -1)
   assert_close([found], [numpy_log_probs(config, random_tensors(config), row)], 1e-4)

@@ -215,8 +215,8 @@ def scorer():
 
 
 def sampler():
-  tokens, real = np.ones((ROWS, PROMPT), np.int32), np.ones((ROWS, PROMPT), bool)
-  batch = shard_batch((tokens, real, np.zeros((ROWS, 2), np.uint32)))
+  one = np.ones(ROWS, np.int32)
+  batch = shard_batch((np.ones((ROWS, PROMPT), np.int32), one * PROMPT, one, one > 0, np.zeros((ROWS, 2), np.uint32)))
   function = jax.jit(lambda *args: sampling._sample.__wrapped__(*args, max_new_tokens=8, top_p=0.9))
   return function.lower(build(), None, (), *batch, *replicate((np.array([7], np.int32), np.float32(1))))
 
@@ -240,9 +240,9 @@ def test_a_program_s_activations_are_split(mesh):
   program = sampler()
   batch = '+'.join(names)
   slots = constraints(program)
-  # The prompts in one scanned layer; then a token at a time in two, with a cache of 24 slots. Logits for either.
-  assert slots[(ROWS, 2, 24, 8), f'{batch},tensor,-,-'] == 4 and slots[(ROWS, 1, 64), f'{batch},-,tensor'] == 2
-  assert slots[(ROWS, PROMPT, 64), f'{batch},-,tensor'] == 1 and slots[(ROWS, 48), f'{batch},tensor'] == 2
+  # The prompts in one scanned layer; then a token at a time in two, with a cache of 8 slots.
+  assert slots[(ROWS, 2, 8, 8), f'{batch},tensor,-,-'] == 4 and slots[(ROWS, 1, 64), f'{batch},-,tensor'] == 2
+  assert slots[(ROWS, PROMPT, 64), f'{batch},-,tensor'] == 1 and slots[(ROWS, 48), f'{batch},tensor'] == 1
   assert not whole(program.compile(), ROWS, PROMPT)
 
 

@@ -16,29 +16,25 @@ from charjax.model.decoder import Decoder, Prefix, forward
 
 Tokens = Sequence[int]
 
-# Lengths are rounded up to buckets counted in these steps: every new bucket is a program to compile, which for a
-# small model takes longer than the padding of a few hundred rows.
-PREFIX_STEP, ROW_STEP, REPLY_STEP = 128, 32, 16
+# Lengths are rounded up to whole steps: every new length is a program to compile, which for a small model takes longer
+# than the padding of a few hundred rows.
+PREFIX_STEP, PROMPT_STEP, REPLY_STEP = 32, 16, 8
 
 
 def bucket(length: int, step: int) -> int:
-  """`length` rounded up to 1, 2, 3, 4, 6, 8 ... steps: few shapes to compile, at most half of each padding."""
-  size = step
-  while size < length:
-    if size + size // 2 >= length and size > step:
-      return size + size // 2
-    size *= 2
-  return size
+  """`length` rounded up to a whole number of steps, which double where it would be more than eight of them."""
+  while length > 8 * step:
+    step *= 2
+  return -(-max(length, 1) // step) * step
 
 
-def pad(rows: Sequence[Tokens], width: int, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
-  """Rows as tokens [B, width] int32 and which of them are real [B, width] bool."""
+def pad(rows: Sequence[Tokens], width: int) -> tuple[np.ndarray, np.ndarray]:
+  """Rows, padded on the right, as tokens [B, width] int32 and which of them are real [B, width] bool."""
   tokens = np.zeros((len(rows), width), np.int32)
   real = np.zeros((len(rows), width), bool)
   for i, row in enumerate(rows):
-    where = slice(width - len(row), width) if left else slice(0, len(row))
-    tokens[i, where] = row
-    real[i, where] = True
+    tokens[i, : len(row)] = row
+    real[i, : len(row)] = True
   return tokens, real
 
 
@@ -85,9 +81,7 @@ def prefill(decoder: Decoder, tokens: Tokens, adapter: Any = None) -> tuple[Pref
   """What stands before all rows, as `forward` takes it; nothing when there are no tokens."""
   if not tokens:
     return ()
-  # Nearly all rows are read after the chat template's own opening, which is short.
-  short = PREFIX_STEP // 2
-  padded, _ = pad([tokens], short if len(tokens) <= short else bucket(len(tokens), PREFIX_STEP))
+  padded, _ = pad([tokens], bucket(len(tokens), PREFIX_STEP))
   return (_prefill(decoder, *replicate((padded, np.array([len(tokens)], np.int32))), adapter),)
 
 

@@ -1,9 +1,12 @@
 """Sampling: what turns prompts into replies, with the log-probs of what was drawn.
 
-Letters: B rows, T prompt tokens, S cache slots, N new tokens, V vocabulary.
+A prompt goes through the model once for all replies to it, as what all prompts begin with does for all prompts.
+
+Letters: A prompts, P tokens of one, B rows (B / A to each prompt), N new tokens, V vocabulary.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from charjax.engine.batch import Tokens, bucket, common_prefix, length_before, pad, prefill
+from charjax.engine.batch import PROMPT_STEP, Tokens, bucket, common_prefix, compute_prefix, length_before, pad, prefill
 from charjax.mesh import batch_parts, no_silent_transfers, replicate, shard_batch
 from charjax.model.decoder import KV, Decoder, Prefix, forward, layer_weights, logits, make_cache
 
 _BLOCK = 256  # the vocabulary is searched in blocks of this many tokens
 _TOP_P_STEPS = 16
-_WIDTH_STEP = 16
+_EACH = 8  # replies that share one pass of their prompt, as in scoring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +125,10 @@ def _sample(
   decoder: Decoder,
   adapter: Any,
   shared: tuple[Prefix, ...],
-  tokens_bt: jax.Array,
-  real_bt: jax.Array,
+  prompts_ap: jax.Array,
+  lengths_a: jax.Array,
+  token_b: jax.Array,
+  real_b: jax.Array,
   key_data_b2: jax.Array,
   eos: jax.Array,
   temperature: jax.Array,
@@ -131,53 +136,43 @@ def _sample(
   max_new_tokens: int,
   top_p: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  rows, width = tokens_bt.shape
-  before = length_before(shared)
+  """Replies [B, N] to A prompts, B / A to each, with their log-probs, and which ended; `token_b` ends the prompts."""
+  rows = len(token_b)
+  before = (*shared, compute_prefix(decoder, prompts_ap, lengths_a, adapter, shared))
+  # Cut into layers once, not at each token.
+  before = tuple(Prefix(KV(tuple(kv.k), tuple(kv.v)), length) for kv, length in before)
   layers = layer_weights(decoder, adapter)
-  lengths = real_bt.sum(-1)
-  slots = jnp.arange(width + max_new_tokens)
+  first = length_before(before, rows)
+  slots = jnp.arange(max_new_tokens)
   keys_b = jax.random.wrap_key_data(key_data_b2, impl='threefry2x32')
-  start = width - lengths  # prompts are padded on the left, so that all rows write the same slot
 
-  def pick(hidden_bd: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys_b)
-    return draw(logits(decoder, hidden_bd), uniform, temperature, top_p)
-
-  def record(state: _State, token: jax.Array, log_prob: jax.Array) -> _State:
+  def decode(state: _State) -> _State:
+    seen = jnp.broadcast_to(slots <= state.step, (rows, 1, max_new_tokens))
+    hidden, cache = forward(
+      decoder, state.token[:, None], first + state.step, seen, layers=layers, before=before,
+      cache=state.cache, cache_index=state.step,
+    )  # fmt: skip
+    uniform_b = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.step)))(keys_b)
+    token, log_prob = draw(logits(decoder, hidden[:, 0]), uniform_b, temperature, top_p)
     live = ~state.done
-    return state._replace(
-      step=state.step + 1,
-      token=token,
-      tokens=state.tokens.at[:, state.step].set(jnp.where(live, token, -1)),
-      log_probs=state.log_probs.at[:, state.step].set(jnp.where(live, log_prob, 0)),
-      done=state.done | jnp.isin(token, eos),
+    return _State(
+      state.step + 1,
+      token,
+      state.done | jnp.isin(token, eos),
+      cache,
+      state.tokens.at[:, state.step].set(jnp.where(live, token, -1)),
+      state.log_probs.at[:, state.step].set(jnp.where(live, log_prob, 0)),
     )
 
-  positions = before + jnp.maximum(slots[None, :width] - start[:, None], 0)
-  seen = (slots[None, None, :width] <= slots[None, :width, None]) & (slots[None, None, :width] >= start[:, None, None])
-  hidden, kv = forward(decoder, tokens_bt, positions, seen, adapter=adapter, before=shared)
-  cache = make_cache(kv, width + max_new_tokens)
-  state = _State(
+  start = _State(
     jnp.int32(0),
-    jnp.zeros(rows, jnp.int32),
-    lengths == 0,  # rows that only fill up the batch
-    cache,
+    token_b,
+    ~real_b,  # rows that only fill up the batch
+    make_cache(decoder, rows, max_new_tokens),
     jnp.full((rows, max_new_tokens), -1, jnp.int32),
     jnp.zeros((rows, max_new_tokens), jnp.float32),
   )
-  state = record(state, *pick(hidden[:, -1], state.step))
-
-  def decode(state: _State) -> _State:
-    index = width + state.step - 1
-    seen = (slots[None] <= index) & (slots[None] >= start[:, None])
-    positions = before + (lengths + state.step - 1)[:, None]
-    hidden, cache = forward(
-      decoder, state.token[:, None], positions, seen[:, None], layers=layers, before=shared,
-      cache=state.cache, cache_index=index,
-    )  # fmt: skip
-    return record(state._replace(cache=cache), *pick(hidden[:, 0], state.step))
-
-  state = jax.lax.while_loop(lambda s: (s.step < max_new_tokens) & ~s.done.all(), decode, state)
+  state = jax.lax.while_loop(lambda s: (s.step < max_new_tokens) & ~s.done.all(), decode, start)
   return state.tokens, state.log_probs, state.done
 
 
@@ -192,9 +187,7 @@ def sample(
   adapter: Any = None,
   width: int = 0,
 ) -> list[Reply]:
-  """Draws one reply to each prompt.
-
-  What all prompts have in common at their beginning goes through the model once.
+  """Draws one reply to each prompt; a prompt that is to have several stands there several times.
 
   Args:
     decoder: the weights.
@@ -209,25 +202,36 @@ def sample(
     return []
   cut = common_prefix(prompts)
   shared = prefill(decoder, prompts[0][:cut], adapter)
-  rest = [list(prompt[cut:]) for prompt in prompts]
-  width = bucket(max(width, *(len(row) for row in rest)), _WIDTH_STEP)
+  places: dict[tuple[int, ...], list[int]] = {}
+  for i, prompt in enumerate(prompts):
+    places.setdefault(tuple(prompt[cut:]), []).append(i)
+  # As many replies to each prompt at a time as leave no row empty.
+  common = math.gcd(*map(len, places.values()))
+  each = max(n for n in range(1, min(_EACH, settings.batch_size) + 1) if common % n == 0)
+  groups = [(p, some[begin : begin + each]) for p, some in places.items() for begin in range(0, len(some), each)]
+  count = settings.batch_size // each
+  # A batch that the devices do not divide evenly would be decoded whole by each of them.
+  count += -count % batch_parts()
+  width = bucket(max(width, *map(len, places)) - 1, PROMPT_STEP)
   ends = np.resize(np.asarray(eos_ids, np.int32), max(4, len(eos_ids)))  # repeated: one length, one program
   ends, temperature = replicate((ends, np.float32(settings.temperature)))
-  # A batch that the devices do not divide evenly would be decoded whole by each of them.
-  size = settings.batch_size + -settings.batch_size % batch_parts()
-  replies: list[Reply] = []
-  for begin in range(0, len(rest), size):
-    rows = rest[begin : begin + size]
-    tokens, real = pad([*rows, *[[]] * (size - len(rows))], width, left=True)
-    batch_keys = keys[np.minimum(np.arange(begin, begin + size), len(rest) - 1)]
+  replies: list[Any] = [None] * len(prompts)
+  for begin in range(0, len(groups), count):
+    some = groups[begin : begin + count]
+    index = np.array([i for _, part in some for i in part])
+    filler = count - len(some)
+    asked, said = pad([*(prompt[:-1] for prompt, _ in some), *[[]] * filler], width)
+    last = np.repeat([prompt[-1] for prompt, _ in some] + [0] * filler, each).astype(np.int32)
+    rows = np.pad(index, (0, filler * each), constant_values=-1)
     drawn = _sample(
-      decoder, adapter, shared, *shard_batch((tokens, real, batch_keys)), ends, temperature,
-      max_new_tokens=settings.max_new_tokens, top_p=settings.top_p,
+      decoder, adapter, shared, *shard_batch((asked, said.sum(-1).astype(np.int32), last, rows >= 0, keys[rows])),
+      ends, temperature, max_new_tokens=settings.max_new_tokens, top_p=settings.top_p,
     )  # fmt: skip
     ids, log_probs, done = (np.asarray(x) for x in jax.device_get(drawn))
-    for i in range(len(rows)):
-      count = int((ids[i] >= 0).sum())
-      replies.append(Reply(ids[i, :count].tolist(), log_probs[i, :count], 'stop' if done[i] else 'length'))
+    for row, i in enumerate(index):
+      length = int((ids[row] >= 0).sum())
+      finish = 'stop' if done[row] else 'length'
+      replies[i] = Reply(ids[row, :length].tolist(), log_probs[row, :length], finish)
   return replies
 
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from charjax.engine.batch import (
+  PROMPT_STEP,
   REPLY_STEP,
-  ROW_STEP,
   Tokens,
   bucket,
   common_prefix,
@@ -77,7 +77,7 @@ class FixedShapes:
   def __init__(self, prompts: Sequence[Tokens], longest_reply: int):
     """Args: prompts, all that will come; longest_reply, in tokens."""
     self._cut = common_prefix(prompts)
-    self._prompt_width = bucket(max(map(len, prompts)) - self._cut - 1, REPLY_STEP)
+    self._prompt_width = bucket(max(map(len, prompts)) - self._cut - 1, PROMPT_STEP)
     self._width = bucket(1 + longest_reply, REPLY_STEP)
     prefix, _ = pad([prompts[0][: self._cut]], max(1, self._cut))
     self.prefix, self.length = replicate((prefix, np.array([self._cut], np.int32)))
@@ -242,7 +242,7 @@ def map_rows(
   order = sorted(range(len(groups)), key=longest.__getitem__)
   # Every shape is a program to compile, which for a small model takes longer than some padding: one width for all
   # prompts, widths of replies that halve, and batches that are filled alike.
-  prompt_width = bucket(max(len(prompt) for prompt, _ in groups) - 1, ROW_STEP)
+  prompt_width = bucket(max(len(prompt) for prompt, _ in groups) - 1, PROMPT_STEP)
   widest = bucket(1 + max(longest), REPLY_STEP)
   at_once = max(1, batch_size // each)
   count = -(-len(groups) // -(-len(groups) // at_once))

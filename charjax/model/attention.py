@@ -37,25 +37,36 @@ def attention(
   """
   b, t, k, g, h = q_btkgh.shape
   scale, f32 = h**-0.5, jnp.float32
-  own = jnp.einsum('btkgh,bksh->bkgts', q_btkgh, k_bksh, preferred_element_type=f32) * scale
-  own = jnp.where(mask_bts[:, None, None], own, _MASKED)
+  # Scores are kept in the order in which the products come out: transposing them would cost as much as the products.
+  own = jnp.einsum('btkgh,bksh->bktgs', q_btkgh, k_bksh, preferred_element_type=f32) * scale
+  own = jnp.where(mask_bts[:, None, :, None], own, _MASKED)
   top = own.max(-1)
   scores = []
   for part in shared:
     groups = part.k.shape[0]
     grouped = q_btkgh.reshape(groups, b // groups, t, k, g, h)
-    before = jnp.einsum('abtkgh,akph->abkgtp', grouped, part.k, preferred_element_type=f32) * scale
+    before = jnp.einsum('abtkgh,akph->akbtgp', grouped, part.k, preferred_element_type=f32) * scale
     before = jnp.where(part.mask[:, None, None, None, None], before, _MASKED)
     scores.append(before)
-    top = jnp.maximum(top, before.max(-1).reshape(top.shape))
+    top = jnp.maximum(top, _by_row(before.max(-1)))
   # The maximum only guards against overflow: the result does not depend on it.
-  top = jax.lax.stop_gradient(top)[..., None]
-  own = jnp.exp(own - top)
+  top = jax.lax.stop_gradient(top)
+  own = jnp.exp(own - top[..., None])
   total = own.sum(-1)
-  out = jnp.einsum('bkgts,bksh->bkgth', own.astype(v_bksh.dtype), v_bksh, preferred_element_type=f32)
+  out = jnp.einsum('bktgs,bksh->bktgh', own.astype(v_bksh.dtype), v_bksh, preferred_element_type=f32)
   for part, before in zip(shared, scores, strict=True):
-    weight = jnp.exp(before - top.reshape(*before.shape[:-1], 1))
-    total += weight.sum(-1).reshape(total.shape)
-    mixed = jnp.einsum('abkgtp,akph->abkgth', weight.astype(part.v.dtype), part.v, preferred_element_type=f32)
-    out += mixed.reshape(out.shape)
-  return jnp.moveaxis(out / total[..., None], 3, 1)
+    weight = jnp.exp(before - _by_group(top, len(part.k))[..., None])
+    total += _by_row(weight.sum(-1))
+    mixed = jnp.einsum('akbtgp,akph->akbtgh', weight.astype(part.v.dtype), part.v, preferred_element_type=f32)
+    out += _by_row(mixed)
+  return jnp.moveaxis(out / total[..., None], 1, 2)
+
+
+def _by_row(array: jax.Array) -> jax.Array:
+  """[A, K, B / A, ...] as [B, K, ...]."""
+  return jnp.moveaxis(array, 1, 2).reshape(-1, array.shape[1], *array.shape[3:])
+
+
+def _by_group(array: jax.Array, groups: int) -> jax.Array:
+  """[B, K, ...] as [A, K, B / A, ...]."""
+  return jnp.moveaxis(array.reshape(groups, -1, *array.shape[1:]), 1, 2)

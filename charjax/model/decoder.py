@@ -308,10 +308,10 @@ def logits(decoder: Decoder, hidden: jax.Array) -> jax.Array:
   return constrain(out, 'batch', *(None,) * (out.ndim - 2), 'vocab')
 
 
-def make_cache(kv: KV, slots: int) -> KV:
-  """A cache of `slots` tokens a row, one array a layer, that starts with the keys and values of a prompt."""
-
-  def widen(array: jax.Array) -> jax.Array:
-    return jnp.pad(array, ((0, 0), (0, 0), (0, slots - array.shape[2]), (0, 0)))
-
-  return KV(*(tuple(widen(layer) for layer in array) for array in kv))
+def make_cache(decoder: Decoder, rows: int, slots: int) -> KV:
+  """An empty cache of `slots` tokens a row, one array a layer."""
+  c = decoder.config
+  empty = tuple(
+    jnp.zeros((rows, c.num_kv_heads, slots, c.head_dim), decoder.runtime.attention_dtype) for _ in range(c.num_layers)
+  )
+  return KV(empty, empty)
