@@ -88,6 +88,7 @@ def get_config() -> ConfigDict:
   config.policy.replies_per_prompt = 8
   # Of the ranked replies to the same message, preferred among each other: shown, opposed and plain in turn.
   config.policy.ranked_replies = 0
+  config.policy.ranked_labels = 0.0  # share of the rankings in what is preferred; the rest is the preference model's
   config.policy.ranked_weight = 1.0  # of that preference loss, beside the policy gradient on drawn replies
   config.policy.ranked_beta = 0.1  # of that preference loss; the higher, the sooner a gain is enough
   config.policy.ranked_temperature = 1.0  # of the log-probs in it
@@ -145,7 +146,7 @@ _LIMITS: dict[str, dict[str, tuple[float, float]]] = {
   },
   'policy': {
     'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'steps': _SIZE, 'prompts_per_step': _SIZE,
-    'replies_per_prompt': (2, math.inf), 'ranked_replies': _COUNT, 'ranked_weight': _AMOUNT,
+    'replies_per_prompt': (2, math.inf), 'ranked_replies': _COUNT, 'ranked_labels': _SHARE, 'ranked_weight': _AMOUNT,
     'ranked_beta': _AMOUNT, 'ranked_temperature': _AMOUNT, 'ranked_likelihood': _AMOUNT, 'temperature': _AMOUNT,
     'max_new_tokens': _SIZE, 'prompt_width': _SIZE, 'kl': _AMOUNT, 'clip': _AMOUNT, 'trace': _SHARE,
     'other_traits': _AMOUNT, 'neutral_weight': _AMOUNT, 'warmup': _COUNT, 'weight_decay': _AMOUNT,

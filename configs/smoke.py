@@ -42,6 +42,7 @@ def get_config() -> ConfigDict:
   config.policy.prompts_per_step = 2
   config.policy.replies_per_prompt = 3
   config.policy.ranked_replies = 3
+  config.policy.ranked_labels = 0.5
   config.policy.ranked_likelihood = 0.1
   config.policy.trace = 0.9
   config.policy.other_traits = 0.3

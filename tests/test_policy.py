@@ -43,7 +43,7 @@ def test_ranked_replies_take_turns_in_and_out_of_character(tmp_path):
     ('a', 'opposed', 0, '4', 'stop'),
     ('b', 'opposed', 1, '5', 'stop'),  # its others were dropped
   ]
-  for name in ('messages', 'replies'):
+  for name in ('messages', 'replies', 'rankings'):
     (tmp_path / name).mkdir()
   asked = [{'id': m, 'trait': 'a', 'split': 'train', 'text': 'Hi'} for m in 'ab']
   write_jsonl(tmp_path / 'messages' / 'messages.jsonl', asked)
@@ -62,10 +62,33 @@ def test_ranked_replies_take_turns_in_and_out_of_character(tmp_path):
       for m, condition, k, text, finish in rows
     ],
   )
+  # In another order than the replies come in, and without the last of them.
+  table = [[0.5, 0.2, 0.9], [0.8, 0.5, 0.7], [0.1, 0.3, 0.5]]
+  ranking = {'message': 'a', 'replies': ['a/plain/0', 'a/opposed/0', 'a/shown/0'], 'probabilities': table}
+  write_jsonl(tmp_path / 'rankings' / 'rankings.jsonl', [ranking])
   everything = rollouts.ranked_replies(Run(tmp_path, ranked_replies=9))
-  assert everything == {'a': [[2, 0], [4, 0], [1, 0], [3, 3, 3]], 'b': [[5, 0]]}
-  assert rollouts.ranked_replies(Run(tmp_path, ranked_replies=2)) == {'a': [[2, 0], [4, 0]], 'b': [[5, 0]]}
-  assert everything['no such message'] == []
+  assert {name: ranked.replies for name, ranked in everything.items()} == {
+    'a': [[2, 0], [4, 0], [1, 0], [3, 3, 3]],
+    'b': [[5, 0]],
+  }
+  expected = [[0.5, 0.3, 0.1, 0.5], [0.7, 0.5, 0.8, 0.5], [0.9, 0.2, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]
+  np.testing.assert_allclose(everything['a'].preferred, expected)
+  assert everything['b'].preferred.tolist() == [[0.5]]
+  first = rollouts.ranked_replies(Run(tmp_path, ranked_replies=2))
+  assert first['a'].replies == [[2, 0], [4, 0]] and first['b'].replies == [[5, 0]]
+  np.testing.assert_allclose(first['a'].preferred, np.array(expected)[:2, :2])
+  assert everything['no such message'].replies == []
+
+
+def test_labels_of_rankings_and_of_the_preference_model_are_mixed_by_share():
+  judged = np.array([[[0.5, 0.9, 0.5], [0.1, 0.5, 0.5], [0.5, 0.5, 0.5]]] * 2, np.float32)
+  real = np.array([[True, True, False], [True, True, False]])
+  ranked = [np.array([[0.5, 0.2], [0.8, 0.5]])]  # the second message was not ranked
+  labels, best = rollouts.mix_labels(judged, ranked, real, 0.75)
+  np.testing.assert_allclose(labels[0, :2, :2], [[0.5, 0.375], [0.625, 0.5]])
+  np.testing.assert_allclose(labels[1, :2, :2], [[0.5, 0.6], [0.4, 0.5]])
+  assert best.tolist() == [1, 0]
+  assert rollouts.mix_labels(judged, ranked, real, 0.0)[1].tolist() == [0, 0]
 
 
 def test_a_reply_earns_by_its_own_trait_and_by_a_share_of_the_rest(tmp_path):

@@ -47,7 +47,7 @@ STAGES: tuple[Stage, ...] = (
   ),
   _stage(
     'policy',
-    reads=('messages', 'replies', 'preference'),
+    reads=('messages', 'replies', 'rankings', 'preference'),
     products=('fingerprint.json', 'metrics.jsonl', 'samples.jsonl'),
   ),
   _stage(

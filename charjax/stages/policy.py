@@ -1,9 +1,9 @@
 """policy: GRPO, and DPO among ranked replies, on the trait messages, with no trait shown, against the preference model.
 
-Reads messages/, replies/ and preference/; writes Orbax checkpoints, metrics.jsonl and samples.jsonl (replies drawn as
-training went on). Replies are drawn by temperature alone, so that their log-probs are those of the distribution
-sampled from; rollouts.py tells what else a step learns from, and what each token earns. The KL penalty to the
-starting model stands in the reward, where its gradient is right; neutral messages are held by an exact KL on replies
+Reads messages/, replies/, rankings/ and preference/; writes Orbax checkpoints, metrics.jsonl and samples.jsonl
+(replies drawn as training went on). Replies are drawn by temperature alone, so that their log-probs are those of the
+distribution sampled from; rollouts.py tells what else a step learns from, and what each token earns. The KL penalty to
+the starting model stands in the reward, where its gradient is right; neutral messages are held by an exact KL on replies
 that the starting model gave once.
 """
 
@@ -101,7 +101,7 @@ def _batch(
   """What the loss of one step takes; to each prompt its drawn replies come first, then its ranked ones."""
   config, said = session.config.policy, iter(rollout.drawn)
   groups = [
-    Group(item['prompt'], [*(next(said).tokens for _ in range(config.replies_per_prompt)), *item['ranked']])
+    Group(item['prompt'], [*(next(said).tokens for _ in range(config.replies_per_prompt)), *item['ranked'].replies])
     for item in asked
   ]
   arrays = {

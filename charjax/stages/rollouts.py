@@ -31,7 +31,7 @@ from charjax.engine.score import (
 from charjax.mesh import no_silent_transfers, replicate, shard_batch
 from charjax.model.decoder import Decoder
 from charjax.progress import Progress
-from charjax.stages import preference, replies
+from charjax.stages import preference, rankings, replies
 from charjax.training.advantages import (
   fit_values,
   read_values,
@@ -68,6 +68,13 @@ class Judge(NamedTuple):
   eos: jax.Array
 
 
+class Ranked(NamedTuple):
+  """Ranked replies to one message: S of them as tokens, and how surely the first of two is better [S, S], as ranked."""
+
+  replies: list[list[int]]
+  preferred: np.ndarray
+
+
 class Rollout(NamedTuple):
   """Replies that were drawn to the prompts of one step, judged. N replies of R tokens.
 
@@ -92,7 +99,9 @@ def make_judge(session: Session, shapes: FixedShapes, asked: Sequence[Row]) -> J
   longest, eos = session.config.policy.max_new_tokens, replicate(np.int32(session.model.eos_ids[0]))
   each = max(1, session.config.replies.plain)
   plain = _replies_by_message(session, ('plain',))
-  groups = [Group(item['prompt'], plain[item['id']][:each]) for item in asked if plain[item['id']]]
+  groups = [
+    Group(item['prompt'], [tokens for _, tokens in plain[item['id']][:each]]) for item in asked if plain[item['id']]
+  ]
   size = max(1, _CRITIC_ROWS // each)
   moments: Any = None
   for begin in range(0, max(1, len(groups)), size):
@@ -151,8 +160,9 @@ def judge_ranked(session: Session, shapes: FixedShapes, judge: Judge, asked: Seq
   """The items `asked`, each with what the loss needs to know of its `ranked` replies, S places of R tokens.
 
   They stay what they are, so that they are judged once. Added are `before` [S, R], log-probs under the starting model;
-  `real` [S], which places are filled; `preferred` [S, S], how surely the first of two replies is better, where a
-  spread of reward counts as one logit; and `best`, the place of the best.
+  `real` [S], which places are filled; `preferred` [S, S], how surely the first of two replies is better, for a share
+  `ranked_labels` by the rankings and else by the preference model, where a spread of reward counts as one logit; and
+  `best`, the place of the best.
   """
   config, eos, places = session.config.policy, session.model.eos_ids[0], session.config.policy.ranked_replies
   limits = session.config.rankings.label_low, session.config.rankings.label_high
@@ -163,7 +173,9 @@ def judge_ranked(session: Session, shapes: FixedShapes, judge: Judge, asked: Seq
   with Progress('ranked replies', len(asked), 'messages') as bar:
     for begin in range(0, len(asked), config.prompts_per_step):
       some = asked[begin : begin + config.prompts_per_step]
-      rows = shapes.rows([Group(item['prompt'], item['ranked']) for item in some], places, config.prompts_per_step)
+      rows = shapes.rows(
+        [Group(item['prompt'], item['ranked'].replies) for item in some], places, config.prompts_per_step
+      )
       mask = reply_mask(rows) & (rows.tokens[:, 1:] != eos)
       real = mask.any(1).reshape(-1, places)
       earns = np.zeros((len(real), len(session.character.traits)), np.float32)
@@ -172,9 +184,9 @@ def judge_ranked(session: Session, shapes: FixedShapes, judge: Judge, asked: Seq
       scores, _, before = _judge(
         judge, shapes.prefix, shapes.length, rows, temperature, judge.eos, config.max_new_tokens
       )
-      rewards, preferred, before = jax.device_get((*_preferences(scores, rows, earns, *limits), before))
+      preferred, before = jax.device_get((_preferences(scores, rows, earns, *limits), before))
       before = before.reshape(-1, places, before.shape[1])
-      best = np.where(real, rewards, -np.inf).argmax(1)
+      preferred, best = mix_labels(preferred, [item['ranked'].preferred for item in some], real, config.ranked_labels)
       for m, item in enumerate(some):
         more = {'before': before[m], 'real': real[m], 'preferred': preferred[m], 'best': best[m]}
         found.append(item | more)
@@ -183,13 +195,22 @@ def judge_ranked(session: Session, shapes: FixedShapes, judge: Judge, asked: Seq
 
 
 @partial(jax.jit, static_argnames=('low', 'high'))
-def _preferences(
-  scores: jax.Array, rows: Rows, earns: jax.Array, low: float, high: float
-) -> tuple[jax.Array, jax.Array]:
-  """Rewards [M, S] of ranked replies, and how surely the first of two is better [M, S, S], from scores of tokens."""
+def _preferences(scores: jax.Array, rows: Rows, earns: jax.Array, low: float, high: float) -> jax.Array:
+  """How surely the first of two ranked replies is better by the preference model, [M, S, S], from scores of tokens."""
   earned = mean_over_tokens(scores, rows).reshape(len(earns), -1, earns.shape[1])
-  rewards = jnp.einsum('msn,mn->ms', earned, earns)
-  return rewards, soft_labels(rewards, 1.0, low, high)
+  return soft_labels(jnp.einsum('msn,mn->ms', earned, earns), 1.0, low, high)
+
+
+def mix_labels(
+  judged_mss: np.ndarray, ranked: Sequence[np.ndarray], real_ms: np.ndarray, share: float
+) -> tuple[np.ndarray, np.ndarray]:
+  """Labels [M, S, S], for a `share` the `ranked` ones of each message, and the place [M] of the reply they favour."""
+  tables_mss = np.full_like(judged_mss, 0.5)
+  for table, found in zip(tables_mss, ranked, strict=False):
+    table[: len(found), : len(found)] = found
+  labels_mss = (1 - share) * judged_mss + share * tables_mss
+  favour_ms = np.where(real_ms[:, None], labels_mss, 0.0).sum(2)
+  return labels_mss, np.where(real_ms, favour_ms, -np.inf).argmax(1)
 
 
 @no_silent_transfers
@@ -274,19 +295,38 @@ def earnings(session: Session) -> dict[str, np.ndarray]:
   return found
 
 
-def ranked_replies(session: Session) -> dict[str, list[list[int]]]:
-  """Of the ranked replies, up to `ranked_replies` to each message, as tokens: in character and not in turn."""
+def ranked_replies(session: Session) -> dict[str, Ranked]:
+  """Of the ranked replies, up to `ranked_replies` to each message: in character and not in turn."""
   most = session.config.policy.ranked_replies
-  found = _replies_by_message(session, _TURNS if most else ())
-  return defaultdict(list, {name: some[:most] for name, some in found.items()})
+  tables = {row['message']: row for row in rankings.load(session)} if most else {}
+  nothing = Ranked([], np.zeros((0, 0), np.float32))
+  found: dict[str, Ranked] = defaultdict(lambda: nothing)
+  for message, some in _replies_by_message(session, _TURNS if most else ()).items():
+    names, tokens = zip(*some[:most], strict=True)
+    found[message] = Ranked(list(tokens), _ranked_labels(tables.get(message), names))
+  return found
 
 
-def _replies_by_message(session: Session, conditions: Sequence[str]) -> dict[str, list[list[int]]]:
-  """Tokens of the ranked replies of some conditions to each message, the conditions in turn."""
+def _ranked_labels(ranking: Row | None, names: Sequence[str]) -> np.ndarray:
+  """[S, S] of the replies `names`; a half, which favours neither, where the ranking leaves one out."""
+  labels = np.full((len(names), len(names)), 0.5, np.float32)
+  if ranking:
+    places = {name: place for place, name in enumerate(ranking['replies'])}
+    known = [i for i, name in enumerate(names) if name in places]
+    index = [places[names[i]] for i in known]
+    labels[np.ix_(known, known)] = np.array(ranking['probabilities'], np.float32)[np.ix_(index, index)]
+  return labels
+
+
+def _replies_by_message(session: Session, conditions: Sequence[str]) -> dict[str, list[tuple[str, list[int]]]]:
+  """Ids and tokens of the ranked replies of some conditions to each message, the conditions in turn."""
   longest = session.config.policy.max_new_tokens
-  found: dict[str, list[tuple[int, int, list[int]]]] = defaultdict(list)
+  found: dict[str, list[tuple[int, int, str, list[int]]]] = defaultdict(list)
   for row in replies.load(session):
     if row['condition'] in conditions:
       tokens = session.model.reply(row['text'], row['finish'] == 'stop')[:longest]
-      found[row['message']].append((int(row['id'].rsplit('/', 1)[1]), conditions.index(row['condition']), tokens))
-  return defaultdict(list, {name: [tokens for *_, tokens in sorted(some)] for name, some in found.items()})
+      number = int(row['id'].rsplit('/', 1)[1])
+      found[row['message']].append((number, conditions.index(row['condition']), row['id'], tokens))
+  return defaultdict(
+    list, {message: [(name, tokens) for *_, name, tokens in sorted(some)] for message, some in found.items()}
+  )
