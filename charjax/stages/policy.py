@@ -3,8 +3,8 @@
 Reads messages/, replies/, rankings/ and preference/; writes Orbax checkpoints, metrics.jsonl and samples.jsonl
 (replies drawn as training went on). Replies are drawn by temperature alone, so that their log-probs are those of the
 distribution sampled from; rollouts.py tells what else a step learns from, and what each token earns. The KL penalty to
-the starting model stands in the reward, where its gradient is right; neutral messages are held by an exact KL on replies
-that the starting model gave once.
+the starting model stands in the reward, where its gradient is right; neutral messages are held by an exact KL on
+replies that the starting model gave once.
 """
 
 import json
