@@ -133,40 +133,51 @@ def _check_character(path: str) -> int:
 
 
 def _chat(rest: Sequence[str], config_spec: str, workdir: str, changes: Sequence[str], options: dict[str, Any]) -> int:
-  """Talks to the model or the run folder that is named, in one of three ways."""
-  given = [*rest, *([workdir] if workdir else []), *([config_spec] if config_spec else [])]
+  """Talks to what is named in one of three ways: a model or a run folder, --workdir or --config."""
+  given = [*rest, *filter(None, [workdir, config_spec])]
   if len(given) != 1:
     raise UserError('charjax chat takes a model or a run folder, or --config=FILE.py: one of them')
+  if 'trait' in options and not options.get('side_by_side'):
+    raise UserError('--trait goes with --side_by_side, where it is shown to the model')
   place = epath.Path(os.path.expanduser(given[0]))
-  run = None if config_spec else _read_record(place)
-  if workdir and run is None:
-    raise UserError(f'--workdir={workdir}: no run was begun there; give the folder of one')
+  record = None if config_spec else _read_record(place)
   if config_spec:
     config = _read_config(config_spec, changes)
   else:
     config = defaults.get_config()
     config.lock()
-    if run is None:
-      config.model.path = str(place)
+    if record is None:
+      config.model.path = _model_path(str(place), bool(workdir))
     else:
-      _merge(config, run, str(place / 'config.json'), '')
+      _merge(config, record, str(place / 'config.json'), '')
+      config.character.path = str(place / 'character.toml')
     config = _override(config, changes)
-  if run is not None:
-    if not (place / 'policy' / 'stage.json').exists():
-      raise UserError(
-        f'{place}: its policy is not trained to the end; run charjax policy, or talk to the model that it starts from: '
-        f'charjax chat {config.model.path}'
-      )
-    config.character.path = str(place / 'character.toml')
+  if record is not None and not (place / 'policy' / 'stage.json').exists():
+    raise UserError(
+      f'{place}: its policy is not trained to the end; run charjax policy, or talk to the model that it starts from: '
+      f'charjax chat {config.model.path}'
+    )
   session = _prepare(config, place)
   from charjax import chat
 
-  settings = chat.Settings(
-    **{'temperature': config.evaluation.temperature, 'max_new_tokens': 512} | options, top_p=config.evaluation.top_p
-  )
+  drawn = {'temperature': config.evaluation.temperature, 'top_p': config.evaluation.top_p, 'max_new_tokens': 512}
   with _devices(config):
-    chat.run(session, run is not None, settings)
+    chat.run(session, record is not None, chat.Settings(**drawn | options))
   return 0
+
+
+def _model_path(path: str, wants_run: bool) -> str:
+  """The path, unless there is neither a model nor a run."""
+  from charjax.model import checkpoint_source
+
+  known = path in (checkpoint_source.EMBEDDED, checkpoint_source.RANDOM)
+  if wants_run or not (known or os.path.isfile(path) or os.path.exists(os.path.join(path, 'config.json'))):
+    what = 'no run was begun there' if wants_run else 'neither a model nor a run folder'
+    raise UserError(
+      f'{path}: {what}; give the --workdir of a run, {checkpoint_source.EMBEDDED}, a .gguf file or a Hugging Face '
+      'directory'
+    )
+  return path
 
 
 def _read_record(folder: epath.Path) -> ml_collections.ConfigDict | None:
@@ -215,6 +226,8 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str], di
   # Libraries that define absl flags of their own (Orbax, Grain) read the defaults.
   flags.FLAGS(['charjax'], known_only=True)
   chat = {name: values[name].value for name in _CHAT_FLAGS if values[name].value is not None}
+  if chat.get('temperature') != chat.get('temperature'):  # A NaN is within all bounds.
+    raise UserError('flag --temperature=nan: give a number, 0 or above')
   return names, values.config, values.workdir, changes, chat
 
 
