@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -130,7 +130,7 @@ def _render(source: str, variables: dict[str, Any] | None) -> str:
 class _Generation(Extension):
   """{% generation %} ... {% endgeneration %}: what stands between, which here is nothing special."""
 
-  tags: ClassVar[set[str]] = {'generation'}
+  tags = {'generation'}  # noqa: RUF012
 
   def parse(self, parser: Parser) -> nodes.Node:
     line = next(parser.stream).lineno

@@ -113,7 +113,7 @@ class Speaker:
       settings: how to draw.
       met: for which programs nobody has to wait any more; others are added.
     """
-    self.text, self.ended, self.note = '', False, ''
+    self.text, self.note, self.ended = '', '', False
     history = [*self.history, prompts.user(message)]
     limit = self.decoder.config.max_length
     room = min(settings.max_new_tokens, max(1, limit // 2))
@@ -181,6 +181,8 @@ def _talk(model: LanguageModel, speakers: Sequence[Speaker], settings: Settings)
       continue
     width = shutil.get_terminal_size().columns - 1
     column = (width - len(_GAP) * (len(speakers) - 1)) // len(speakers)
+    for speaker in speakers:
+      speaker.text = speaker.note = ''
     with _stoppable(interactive) as stop:
       answers = [speaker.answer(model, message, turn, settings, met) for speaker in speakers]
       if len(speakers) > 1 and sys.stdout.isatty() and column >= _NARROWEST:
@@ -318,9 +320,8 @@ def _print_columns(
       next(answer, None)
     going = not all(speaker.ended for speaker in speakers)
     lines = [wrap(speaker.text, width) for speaker in speakers]
-    while all(len(some) > row + 1 or s.ended for some, s in zip(lines, speakers, strict=True)):
-      if row + 1 >= max(map(len, lines)):
-        break
+    last = max(map(len, lines)) - 1
+    while row < last and all(len(some) > row + 1 or s.ended for some, s in zip(lines, speakers, strict=True)):
       draw(row, '\n')
       row += 1
     draw(row, '')
@@ -342,6 +343,9 @@ def _working(text: str) -> Iterator[None]:
   """Says what one waits for, and on a terminal takes it back afterwards."""
   again = sys.stderr.isatty()
   print(text, end='' if again else '\n', file=sys.stderr, flush=True)
-  yield
-  if again:
-    print(f'\r{" " * len(text)}\r', end='', file=sys.stderr, flush=True)
+  try:
+    yield
+  finally:
+    if again:
+      # Two more, in case that Ctrl-C is written after it.
+      print(f'\r{" " * (len(text) + 2)}\r', end='', file=sys.stderr, flush=True)

@@ -43,10 +43,9 @@ class ChatTemplate:
     Raises:
       UserError: the template fails, does what the sandbox forbids, or takes too long.
     """
-    messages = [dict(message) for message in messages]
-    if len(messages) > 1 and [m['role'] for m in messages[:2]] == ['system', 'user'] and not self.takes_system:
+    if [message['role'] for message in messages[:2]] == ['system', 'user'] and not self.takes_system:
       system, user, *rest = messages
-      messages = [user | {'content': f'{system["content"]}\n\n{user["content"]}'}, *rest]
+      messages = [{**user, 'content': f'{system["content"]}\n\n{user["content"]}'}, *rest]
     try:
       return self._render(messages, add_generation_prompt)
     except bounded.Refused as error:
@@ -56,7 +55,7 @@ class ChatTemplate:
 
   def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
     variables = {
-      'messages': messages,
+      'messages': [dict(message) for message in messages],
       'tools': None,
       'documents': None,
       'add_generation_prompt': add_generation_prompt,
