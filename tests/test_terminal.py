@@ -81,16 +81,22 @@ class Terminal:
   def type(self, text: str) -> None:
     os.write(self._file, text.encode())
 
-  def end(self) -> int:
-    """Reads to the end; the exit code."""
-    while self._read():
+  def end(self, key: str = '') -> int:
+    """Reads to the end, and types a key now and then; the exit code."""
+    if key:
+      self.type(key)
+    # A signal between readline's prompt and its wait for a key is seen with the next one.
+    while self._read(2 if key else 300, key):
       pass
     os.close(self._file)
     return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
-  def _read(self) -> bool:
+  def _read(self, seconds: float = 300, key: str = '') -> bool:
     try:
-      found = os.read(self._file, 65536) if select.select([self._file], [], [], 300)[0] else b''
+      while not select.select([self._file], [], [], seconds)[0]:
+        assert key, self.seen[-2000:]
+        self.type(key)
+      found = os.read(self._file, 65536)
     except OSError:  # Linux's way to say that the other end was closed.
       found = b''
     self._raw += found
@@ -108,19 +114,18 @@ def test_ctrl_c_stops_a_reply_and_ctrl_d_ends(endless):
   terminal.type('Hello\n')
   terminal.wait_for('compiling')
   terminal.wait_for('\r +\r[!-~]')
-  os.kill(terminal.pid, signal.SIGINT)
+  terminal.type('\x03')
   terminal.wait_for('stopped')
   terminal.wait_for('\n> ')
   # The conversation goes on, and can begin anew.
   terminal.type('And now?\n')
   terminal.wait_for('And now[?]\r*\n+[^\n]*[!-~]{4}')
-  os.kill(terminal.pid, signal.SIGINT)
+  terminal.type('\x03')
   terminal.wait_for('stopped')
   terminal.wait_for('\n> ')
   terminal.type('/new\n')
   terminal.wait_for('\n> ')
-  terminal.type('\x04')
-  assert terminal.end() == 0
+  assert terminal.end('\x04') == 0
   assert not re.search('[\x1b\x07]', terminal.seen)
 
 
@@ -138,8 +143,7 @@ def test_three_speakers_stand_side_by_side(smoke_run):
   assert rows and {len(row) for row in rows} == {len(header)} and len(header) < 110
   columns = [' '.join(' '.join(cells).split()) for cells in zip(*(row.split(' │ ') for row in rows), strict=True)]
   assert all(columns) and columns[0] != columns[1]
-  os.kill(terminal.pid, signal.SIGINT)
-  assert terminal.end() == 0
+  assert terminal.end('\x03') == 0, terminal.seen[-2000:]
   # A conversation leaves a run as it was.
   assert {path: path.stat().st_mtime_ns for path in sorted(workdir.rglob('*'))} == before
 
@@ -310,11 +314,11 @@ LOOP = '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
     (('random', '--seed=x'), 'seed'),
     (('random', '--config.sed=1'), 'no config field sed; did you mean seed?'),
     (('random', '--trait=honesty'), '--trait goes with --side_by_side'),
-    (('{run}', '--side_by_side', '--trait=humility'), 'there is no such trait; choose from ai_nature, honesty'),
+    (('{run}', '--side_by_side', '--trait=humility'), 'there is no such trait; choose from honesty, ai_nature'),
     ((unfinished,), 'its policy is not trained to the end; run charjax policy'),
     ((lambda folder, _: damaged(folder, '{'),), 'config.json: not valid JSON'),
     ((lambda folder, _: damaged(folder, '{"config": {"sede": 1}}'),), 'no config field sede; did you mean seed?'),
-    ((misfit,), '1000 tokens, but 259 embeddings'),
+    ((misfit,), '260 tokens, but 259 embeddings'),
     ((lambda folder, _: write_model(folder, chat_template=LOOP + TEMPLATE),), 'did not come to an end within 1 s'),
     ((lambda folder, _: write_model(folder, chat_template="{{ ''.__class__.__mro__ }}"),), '__class__'),
   ],
