@@ -6,6 +6,7 @@ other process instead. This file is that process, too; there it imports nothing 
 """
 
 import contextlib
+import datetime
 import functools
 import json
 import re
@@ -18,11 +19,17 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS = 1.0  # of processor time for one template or search; a chat takes less than a thousandth of that
 MEGABYTES = 512
 _MOST_TEXT = 10_000_000  # characters that a template may write
+# What templates that write today's date are told, so that a run stays repeatable: the day on which Llama 3.1's stands
+# still where it is told none.
+_TODAY = datetime.date(2024, 7, 26)
 _LIMITS = f'it did not come to an end within {SECONDS:g} s and {MEGABYTES} MB'
 
 
@@ -31,10 +38,10 @@ class Refused(Exception):
 
 
 def render(source: str, variables: dict[str, Any] | None) -> str:
-  """A Jinja template as text, rendered as transformers does (trim_blocks, lstrip_blocks, loop controls).
+  """A Jinja template as text, rendered as transformers does (trim_blocks, lstrip_blocks, loop controls, the
+  `generation` block around what the assistant says), but for the date: today is always the same day.
 
-  The sandbox refuses attributes that lead to the interpreter and changes to what it is given. `strftime_now` is left
-  undefined, so that a template that would write today's date falls back to its fixed one and a run stays repeatable.
+  The sandbox refuses attributes that lead to the interpreter and changes to what it is given.
 
   Args:
     source: the template.
@@ -104,10 +111,11 @@ _WORKER = _Worker()
 @functools.lru_cache(maxsize=8)
 def _compiled(source: str) -> jinja2.Template:
   environment = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
+    trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols', _Generation]
   )
   environment.filters['tojson'] = _to_json
   environment.globals['raise_exception'] = _raise_exception
+  environment.globals['strftime_now'] = _TODAY.strftime
   return environment.from_string(source)
 
 
@@ -119,9 +127,26 @@ def _render(source: str, variables: dict[str, Any] | None) -> str:
   return text
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
+class _Generation(Extension):
+  """{% generation %} ... {% endgeneration %}: what stands between, which here is nothing special."""
+
+  tags = {'generation'}  # noqa: RUF012
+
+  def parse(self, parser: Parser) -> nodes.Node:
+    line = next(parser.stream).lineno
+    body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
+    # A call, as in transformers: what is set inside is unknown outside.
+    return nodes.CallBlock(self.call_method('_written'), [], [], body).set_lineno(line)
+
+  def _written(self, caller: Callable[[], str]) -> str:
+    return caller()
+
+
+def _to_json(
+  value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
   """Jinja's own filter escapes for HTML what the model would then read."""
-  return json.dumps(value, ensure_ascii=False, indent=indent)
+  return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: Any) -> NoReturn:

@@ -25,24 +25,29 @@ from ml_collections import config_flags
 from charjax import character as characters
 from charjax import defaults
 from charjax import workdir as workdirs
-from charjax.errors import UserError
+from charjax.errors import UserError, one_line
 from charjax.stages import STAGES
 
 _USAGE = f"""charjax: train a character into a language model
 
   charjax run --config=FILE.py --workdir=DIR     the whole loop, stage by stage
   charjax STAGE --config=FILE.py --workdir=DIR   one of {', '.join(stage.name for stage in STAGES)}
+  charjax chat MODEL|DIR [--side_by_side]        talk to a model, or to what the run in DIR made of it
   charjax character check FILE                   what is wrong with a character's examples
   charjax help                                   this text
 
   --config=FILE.py[:argument][,field=value...]   a config file, what its get_config takes, and changes
   --config.some.field=value                      a change of one field
   --workdir=DIR                                  where the run lives; the same command goes on with it
+  --side_by_side [--trait=ID]                    chat: the model, shown its character (or one trait), and trained
+  --temperature=0.7 --max_new_tokens=512 --seed=0   chat: how replies are drawn
 
 A finished stage is skipped, one that was cut off goes on, one whose inputs or settings changed is made anew.
 """
 
 _PACKAGES = ('charjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+
+_CHAT_FLAGS = ('side_by_side', 'trait', 'temperature', 'max_new_tokens', 'seed')
 
 _AWAY = 'move it away, or choose another --workdir'
 _ALLOW = 'make it writable, or choose another --workdir'
@@ -92,7 +97,7 @@ def _command(arguments: list[str]) -> int:
   if {'--help', '-h', '-help', '--helpfull'} & set(arguments) or arguments[:1] == ['help']:
     print(_USAGE, end='')
     return 0
-  names, config_spec, workdir, changes = _parse(arguments)
+  names, config_spec, workdir, changes, chat = _parse(arguments)
   if not names:
     raise UserError('no command given; `charjax help` lists them')
   known = [stage.name for stage in STAGES]
@@ -101,8 +106,12 @@ def _command(arguments: list[str]) -> int:
     if len(rest) != 2 or rest[0] != 'check':
       raise UserError('charjax character takes `check FILE`')
     return _check_character(rest[1])
+  if command == 'chat':
+    return _chat(rest, config_spec, workdir, changes, chat)
+  if chat:
+    raise UserError(f'--{next(iter(chat))} is a flag of charjax chat; `charjax help` lists those of {command}')
   if command not in ('run', *known):
-    raise UserError(f'there is no command {command}{_nearest(command, ["run", "character", *known])}')
+    raise UserError(f'there is no command {command}{_nearest(command, ["run", "chat", "character", *known])}')
   if rest:
     raise UserError(f'unexpected argument {rest[0]}; flags begin with --, and `charjax help` lists them')
   if not config_spec:
@@ -123,11 +132,72 @@ def _check_character(path: str) -> int:
   return int(any(finding.problems for finding in findings))
 
 
+def _chat(rest: Sequence[str], config_spec: str, workdir: str, changes: Sequence[str], options: dict[str, Any]) -> int:
+  """Talks to what is named in one of three ways: a model or a run folder, --workdir or --config."""
+  given = [*rest, *filter(None, [workdir, config_spec])]
+  if len(given) != 1:
+    raise UserError('charjax chat takes a model or a run folder, or --config=FILE.py: one of them')
+  if 'trait' in options and not options.get('side_by_side'):
+    raise UserError('--trait goes with --side_by_side, where it is shown to the model')
+  place = epath.Path(os.path.expanduser(given[0]))
+  record = None if config_spec else _read_record(place)
+  if config_spec:
+    config = _read_config(config_spec, changes)
+  else:
+    config = defaults.get_config()
+    config.lock()
+    if record is None:
+      config.model.path = _model_path(str(place), bool(workdir))
+    else:
+      _merge(config, record, str(place / 'config.json'), '')
+      config.character.path = str(place / 'character.toml')
+    config = _override(config, changes)
+  if record is not None and not (place / 'policy' / 'stage.json').exists():
+    raise UserError(
+      f'{place}: its policy is not trained to the end; run charjax policy, or talk to the model that it starts from: '
+      f'charjax chat {config.model.path}'
+    )
+  session = _prepare(config, place)
+  from charjax import chat
+
+  drawn = {'temperature': config.evaluation.temperature, 'top_p': config.evaluation.top_p, 'max_new_tokens': 512}
+  with _devices(config):
+    chat.run(session, record is not None, chat.Settings(**drawn | options))
+  return 0
+
+
+def _model_path(path: str, wants_run: bool) -> str:
+  """The path, unless there is neither a model nor a run."""
+  from charjax.model import checkpoint_source
+
+  known = path in (checkpoint_source.EMBEDDED, checkpoint_source.RANDOM)
+  if wants_run or not (known or os.path.isfile(path) or os.path.exists(os.path.join(path, 'config.json'))):
+    what = 'no run was begun there' if wants_run else 'neither a model nor a run folder'
+    raise UserError(
+      f'{path}: {what}; give the --workdir of a run, {checkpoint_source.EMBEDDED}, a .gguf file or a Hugging Face '
+      'directory'
+    )
+  return path
+
+
+def _read_record(folder: epath.Path) -> ml_collections.ConfigDict | None:
+  """The config that a run was started with; None if the folder is not a run's."""
+  try:
+    record = json.loads((folder / 'config.json').read_text())
+  except OSError:
+    return None
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{folder / "config.json"}: not valid JSON ({one_line(error)}); restore the file') from error
+  # A Hugging Face checkpoint has a config.json, too.
+  found = record.get('config') if isinstance(record, dict) else None
+  return ml_collections.ConfigDict(found) if isinstance(found, dict) else None
+
+
 # ---- flags and config ----
 
 
-def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str]]:
-  """Splits arguments into (command words, --config, --workdir, the --config.field=value changes)."""
+def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str], dict[str, Any]]:
+  """Splits arguments into (command words, --config, --workdir, the --config.field=value changes, flags of chat)."""
   changes, others = [], []
   rest = iter(arguments)
   for argument in rest:
@@ -144,13 +214,21 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str]]:
   values.set_gnu_getopt(True)
   flags.DEFINE_string('config', '', 'a config file', flag_values=values)
   flags.DEFINE_string('workdir', '', 'the run folder', flag_values=values)
+  flags.DEFINE_bool('side_by_side', None, 'all models answer', flag_values=values)
+  flags.DEFINE_string('trait', None, 'whose statement is shown', flag_values=values)
+  flags.DEFINE_float('temperature', None, 'of the draws', lower_bound=0.0, upper_bound=100.0, flag_values=values)
+  flags.DEFINE_integer('max_new_tokens', None, 'of a reply', lower_bound=1, flag_values=values)
+  flags.DEFINE_integer('seed', None, 'of the draws', lower_bound=0, upper_bound=2**31 - 1, flag_values=values)
   try:
     names = values(['charjax', *others])[1:]
   except flags.Error as error:
     raise UserError(f'{error}; `charjax help` lists the flags') from error
   # Libraries that define absl flags of their own (Orbax, Grain) read the defaults.
   flags.FLAGS(['charjax'], known_only=True)
-  return names, values.config, values.workdir, changes
+  chat = {name: values[name].value for name in _CHAT_FLAGS if values[name].value is not None}
+  if chat.get('temperature') != chat.get('temperature'):  # A NaN is within all bounds.
+    raise UserError('flag --temperature=nan: give a number, 0 or above')
+  return names, values.config, values.workdir, changes, chat
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:

@@ -170,10 +170,10 @@ def test_flags_come_before_the_spec_and_the_spec_before_the_file(config):
 
 
 def test_values_may_stand_apart_and_anywhere(tmp_path, config):
-  names, spec, workdir, changes = command_line._parse(
+  names, spec, workdir, changes, chat = command_line._parse(
     ['--config.seed', '3', 'run', '--config', config, '--workdir', str(tmp_path), '--noconfig.some.switch']
   )
-  assert (names, spec, workdir) == (['run'], config, str(tmp_path))
+  assert (names, spec, workdir, chat) == (['run'], config, str(tmp_path), {})
   assert changes == ['--config.seed=3', '--noconfig.some.switch']
 
 

@@ -18,6 +18,10 @@ _PROBE = 'charjaxprobe'
 class ChatTemplate:
   """A Jinja chat template, rendered as transformers does.
 
+  Two things are settled here. A template that has no place for a system message reads it as the opening of the first
+  user message. One that can have the model think before it answers is told not to: a reply is all that comes
+  after the prompt.
+
   The template comes with the checkpoint and is not trusted: see `bounded.render`.
   """
 
@@ -39,18 +43,35 @@ class ChatTemplate:
     Raises:
       UserError: the template fails, does what the sandbox forbids, or takes too long.
     """
-    variables = {
-      'messages': [dict(message) for message in messages],
-      'add_generation_prompt': add_generation_prompt,
-      'bos_token': self.bos,
-      'eos_token': self.eos,
-    }
+    if [message['role'] for message in messages[:2]] == ['system', 'user'] and not self.takes_system:
+      system, user, *rest = messages
+      messages = [{**user, 'content': f'{system["content"]}\n\n{user["content"]}'}, *rest]
     try:
-      return bounded.render(self.source, variables)
+      return self._render(messages, add_generation_prompt)
     except bounded.Refused as error:
       raise UserError(
         f'chat template: it cannot render this conversation ({one_line(error)}); use the template of an instruct model'
       ) from error
+
+  def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    variables = {
+      'messages': [dict(message) for message in messages],
+      'tools': None,
+      'documents': None,
+      'add_generation_prompt': add_generation_prompt,
+      'enable_thinking': False,
+      'bos_token': self.bos,
+      'eos_token': self.eos,
+    }
+    return bounded.render(self.source, variables)
+
+  @functools.cached_property
+  def takes_system(self) -> bool:
+    """Whether it writes what a system message says; Gemma 2's and Mistral's first refuse to."""
+    try:
+      return _PROBE in self._render([{'role': 'system', 'content': _PROBE}, {'role': 'user', 'content': 'Hi'}], True)
+    except bounded.Refused:
+      return False
 
   @functools.cached_property
   def reply_end(self) -> str:

@@ -160,9 +160,15 @@ def _with_ends(
   tokenizer = _Backed(backend.to_str(), ends, pad_id)
   for token, i in special.items():
     # A model of whole words or of pieces may find it by itself, whatever the library is told.
-    if i in tokenizer.encode(token) and token != getattr(backend.model, 'unk_token', None):
+    if i in tokenizer.encode(token) and not _is_unknown(backend, token, i):
       raise UserError(f'{where}: text that reads {token[:40]!r} would be control; use a BPE tokenizer')
   return tokenizer
+
+
+def _is_unknown(backend: tokenizers.Tokenizer, token: str, index: int) -> bool:
+  """Whether it stands for what the vocabulary lacks: text may well be that, and no control."""
+  model = json.loads(backend.to_str())['model']
+  return token == model.get('unk_token') or index == model.get('unk_id')
 
 
 def turn_ends(
