@@ -37,7 +37,13 @@ def _read(decoder: Decoder, adapter: Any, tokens_1t: jax.Array, *, slots: int) -
   width = tokens_1t.shape[1]
   mask = jnp.tril(jnp.ones((1, width, width), bool))
   _, kv = forward(decoder, tokens_1t, jnp.arange(width)[None], mask, adapter=adapter)
-  return make_cache(kv, slots)
+  empty = make_cache(decoder, 1, slots)
+  return KV(
+    *(
+      tuple(jax.lax.dynamic_update_slice_in_dim(*pair, 0, 2) for pair in zip(array, read, strict=True))
+      for array, read in zip(empty, kv, strict=True)
+    )
+  )
 
 
 @partial(jax.jit, static_argnames='top_p', donate_argnames='cache')
