@@ -36,7 +36,7 @@ from charjax.stages.rollouts import Rollout, earnings, judge_ranked, make_judge,
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import Together, batches
 from charjax.training.heads import bind, make_trainable
-from charjax.training.loop import train
+from charjax.training.loop import tell_undivided, train
 from charjax.training.losses import bradley_terry, kl_from_logits, pair_accuracy, policy_gradient
 from charjax.training.step import make_optimizer
 from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write_text
@@ -45,6 +45,7 @@ from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write
 def run(session: Session) -> Row:
   """Trains the policy; returns counts."""
   config, folder, model = session.config.policy, session.folder('policy'), session.model
+  tell_undivided(session.log, 'config.policy.prompts_per_step', config.prompts_per_step, config.prompts_per_step)
   asked = _trait_prompts(session)
   neutral = _neutral_replies(session)
   shapes = FixedShapes([item['prompt'] for item in (*asked, *neutral)], config.max_new_tokens)

@@ -33,7 +33,7 @@ from charjax.stages.statistics import correlation, share
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
 from charjax.training.heads import bind, fit_head, make_trainable, read_rewards, reply_states
-from charjax.training.loop import train
+from charjax.training.loop import tell_undivided, train
 from charjax.training.losses import pair_accuracy, preference_loss
 from charjax.training.step import make_optimizer
 from charjax.workdir import Row, Session, read_jsonl, write_jsonl, write_text
@@ -54,6 +54,9 @@ def run(session: Session) -> Row:
     )
   halves = {'train': examples[0::2], 'judge': examples[1::2]}
   steps = {name: math.ceil(len(half) * config.epochs / config.messages_per_batch) for name, half in halves.items()}
+  if any(steps.values()):
+    size, each = config.messages_per_batch, max(len(example['replies']) for example in examples)
+    tell_undivided(session.log, 'config.preference.messages_per_batch', size, size * each)
   kept, lower = _kept_pairs(session), trunk(session)
   with Progress('reply states', len(examples), 'messages') as bar:
     _add_states(lower, {}, examples, bar)

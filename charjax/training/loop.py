@@ -7,6 +7,7 @@ import jax
 import optax
 from etils import epath
 
+from charjax.mesh import batch_parts
 from charjax.progress import Metrics, Progress
 from charjax.training.checkpoint import Checkpoints
 from charjax.training.interrupts import Interrupts
@@ -86,3 +87,13 @@ def train(
         checkpoints.save(step, trainable, state, data.get_state())
       interrupts.let_through()
   return trainable
+
+
+def tell_undivided(log: Callable[[str], None], field: str, size: int, rows: int) -> None:
+  """Says so where batches of `rows` rows, which come from `size` in `field`, are not split over the devices."""
+  parts = batch_parts()
+  if rows % parts:
+    log(
+      f'{field} is {size}, whose batches do not divide into the {parts} parts of config.mesh (data times fsdp): each '
+      f'device computes the whole of them; a multiple of {parts} is faster'
+    )
