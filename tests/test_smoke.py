@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from smoke import ROOT, command, environment, run
 
-from charjax import defaults
+from charjax import limits
 
 STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation', 'report')
 # All that two runs of the same config must have in common to the byte; the report shows times.
@@ -243,7 +243,7 @@ def test_the_grid_holds_every_choice():
   pairs = {*zip(labels, losses, strict=True), ('soft', 'plackett_luce')}
   assert pairs == set(itertools.product(labels, losses))
   assert {'preference.labels': set(labels), 'preference.loss': set(losses), 'replies.show': set(show)} == {
-    name: set(defaults.CHOICES[name]) for name in ('preference.labels', 'preference.loss', 'replies.show')
+    name: set(limits.CHOICES[name]) for name in ('preference.labels', 'preference.loss', 'replies.show')
   }
   assert set(examples) == {0, 2, 4} and {sum(each) for each in replies} >= {2, 8}
 
