@@ -20,10 +20,8 @@ The form of a file (charjax/characters/assistant.toml is a whole one):
 """
 
 import dataclasses
-import errno
 import json
 import math
-import os
 import re
 import tomllib
 from collections.abc import Collection, Sequence
@@ -32,6 +30,7 @@ from typing import Any, NoReturn
 from etils import epath
 
 from charjax.errors import UserError
+from charjax.files import read_file
 
 USES = ('shown', 'choosing', 'kept')
 
@@ -151,10 +150,8 @@ def source(path: str) -> str:
 def _source(path: str) -> str:
   file = _locate(path)
   try:
-    if os.path.exists(path) and not os.path.isfile(path):  # A device or a pipe may never end.
-      raise OSError(errno.EINVAL, 'not a file')
     size = file.stat().length
-    data = b'' if size > _MAX_BYTES else file.read_bytes()
+    data = b'' if size > _MAX_BYTES else read_file(file)
   except (OSError, ValueError) as error:
     reason = getattr(error, 'strerror', None) or str(error)
     raise UserError(
@@ -183,20 +180,23 @@ def select(character: Character, traits: Sequence[str]) -> Character:
   for entry in traits:
     if not isinstance(entry, str):
       raise UserError(f'character {character.name}: traits: {_short(entry)} is no text; choose from {", ".join(found)}')
-    name, colon, text = entry.partition(':')
+    name, weight = parse_choice(entry)
     if name not in found:
       raise UserError(f'character {character.name}: traits: there is no {_short(name)}; choose from {", ".join(found)}')
-    chosen[name] = found[name]
-    if colon:
-      try:
-        weight = float(text)
-      except ValueError:
-        weight = math.nan
-      if not 0 <= weight <= _MOST_WEIGHT:
-        raise UserError(f'character {character.name}: traits: {_short(entry)}: the weight {_WEIGHT_RULE}')
-      chosen[name] = dataclasses.replace(found[name], weight=weight)
+    if weight is not None and not 0 <= weight <= _MOST_WEIGHT:
+      raise UserError(f'character {character.name}: traits: {_short(entry)}: the weight {_WEIGHT_RULE}')
+    chosen[name] = found[name] if weight is None else dataclasses.replace(found[name], weight=weight)
   kept = chosen or found
   return dataclasses.replace(character, traits=tuple(kept[name] for name in found if name in kept))
+
+
+def parse_choice(entry: str) -> tuple[str, float | None]:
+  """Name and weight of an entry of config.character.traits: None where it gives no weight, NaN if that is no number."""
+  name, colon, text = entry.partition(':')
+  try:
+    return name, float(text) if colon else None
+  except ValueError:
+    return name, math.nan
 
 
 def _parts(path: str) -> list[str]:

@@ -23,7 +23,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from charjax import character as characters
-from charjax import defaults
+from charjax import defaults, limits
 from charjax import workdir as workdirs
 from charjax.errors import UserError, one_line
 from charjax.stages import STAGES
@@ -373,7 +373,7 @@ def _prepare(config: ml_collections.ConfigDict, workdir: epath.Path) -> workdirs
   Raises:
     UserError: naming the first thing that is.
   """
-  defaults.check(config)
+  limits.check(config)
   character = characters.select(characters.load(config.character.path), config.character.traits)
   if config.rankings.minimum_accuracy > 0 and not any(trait.pairs_for('choosing') for trait in character.traits):
     raise UserError(

@@ -25,6 +25,7 @@ from etils import epath
 
 import charjax
 from charjax.errors import UserError
+from charjax.files import read_file
 from charjax.progress import Progress, duration, is_first_process
 
 if TYPE_CHECKING:
@@ -61,11 +62,16 @@ class Stage:
 
 @dataclasses.dataclass
 class Session:
-  """What a stage is given: the config, the character (already narrowed to the run's traits), the folder."""
+  """What a stage is given: the config, the character (already narrowed to the run's traits), the folder.
+
+  Attributes:
+    checked: the stages that `check` has looked through since a stage last worked.
+  """
 
   config: ml_collections.ConfigDict
   character: Character
   workdir: epath.Path
+  checked: set[str] = dataclasses.field(default_factory=set)
 
   def folder(self, stage_name: str) -> epath.Path:
     """Where a stage keeps its files."""
@@ -134,13 +140,11 @@ def numbered_rows(path: epath.PathLike, fields: Mapping[str, Any] | None = None)
   """
   path = epath.Path(path)
   try:
-    if os.path.exists(path) and not os.path.isfile(path):  # A pipe or a device may never end.
-      raise UserError(f'{path}: not a file; give a file of JSON Lines')
-    text = path.read_bytes().decode('utf-8')
+    text = read_file(path).decode('utf-8')
   except (OSError, ValueError) as error:
     if isinstance(error, UnicodeDecodeError):
-      line = error.object[: error.start].count(b'\n') + 1
-      raise UserError(f'{path}:{line}: not UTF-8 text; save the file as UTF-8') from error
+      broken = error.object[: error.start].count(b'\n') + 1
+      raise UserError(f'{path}:{broken}: not UTF-8 text; save the file as UTF-8') from error
     reason = getattr(error, 'strerror', None) or error
     raise UserError(f'{path}: cannot be read ({reason}); check the path') from error
   rows = []
@@ -408,14 +412,23 @@ def check(stages: Sequence[Stage], session: Session) -> None:
       )
     if all(states.get(name, 'done') == 'done' for name in stage.reads):
       _inputs(stage, session)
-      for name in stage.reads:
-        for product in _read_records(session.folder(name))[0]['products']:
-          path = session.folder(name) / product
-          if path.suffix == '.jsonl':
-            read_jsonl(path)
-          elif path.suffix == '.json':
-            _read_json(path)
       stage.check(session)
+      session.checked.add(stage.name)
+
+
+def read_products(session: Session, name: str) -> None:
+  """Reads what a stage made.
+
+  Raises:
+    UserError: a file of it was damaged.
+  """
+  folder = session.folder(name)
+  for product in _read_records(folder)[0]['products']:
+    path = folder / product
+    if path.suffix == '.jsonl':
+      read_jsonl(path)
+    elif path.suffix == '.json':
+      _read_json(path)
 
 
 def _empty(folder: epath.Path) -> None:
@@ -448,7 +461,9 @@ def _perform(stage: Stage, session: Session) -> None:
     session.log(f'{stage.name}: done already' + (f' ({", ".join(edited)} edited since)' if edited else ''))
     _tidy(folder)
     return
-  check([stage], session)
+  if stage.name not in session.checked:
+    check([stage], session)
+  session.checked.clear()
   inputs, config = _inputs(stage, session), relevant_config(stage, session)
   record: Row = {
     'stage': stage.name,

@@ -14,4 +14,5 @@ install_test() {
 ensure test requirements-test.txt requirements-model.txt requirements-tokenizers.txt scripts/test.sh
 "$venv/bin/ruff" check .
 "$venv/bin/mypy"
-exec "$venv/bin/python" -m pytest -q "$@"
+# In two processes, a file of tests to each in turn: most of the time one thread compiles programs.
+exec "$venv/bin/python" -m pytest -q --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

@@ -39,6 +39,7 @@ from charjax import main, mesh, workdir
 from charjax.engine.score import score
 from charjax.stages import STAGES, policy, preference, prompts, replies
 from charjax.stages.rollouts import Rollout
+from charjax.training import loop
 from charjax.training.checkpoint import Checkpoints
 from charjax.training.heads import read_rewards, reply_states
 
@@ -93,9 +94,9 @@ class Steps:
     return watched
 
   @contextlib.contextmanager
-  def watching(self, stage: Any) -> Iterator[None]:
-    self._make = stage.make_step
-    with mock.patch.object(stage, 'make_step', self.make):
+  def watching(self) -> Iterator[None]:
+    self._make = loop.make_step
+    with mock.patch.object(loop, 'make_step', self.make):
       yield
 
 
@@ -150,7 +151,7 @@ def run_policy(session: workdir.Session, said: Sequence[Rollout] = ()) -> tuple[
       apart[0] = max(farthest(a, b) for a, b in zip(found[0][1:], said[0][1:], strict=True))
     return said[step - 1]
 
-  with mock.patch.object(policy, 'roll_out', roll_out), steps.watching(policy):
+  with mock.patch.object(policy, 'roll_out', roll_out), steps.watching():
     run_stage(session, 'policy')
   return found, steps, apart[0]
 
@@ -240,7 +241,7 @@ def verify(
       if name == 'policy':
         _, steps, far['first rollout'] = run_policy(session, said)
       elif name == 'preference':
-        with steps.watching(preference):
+        with steps.watching():
           run_stage(session, name)
       else:
         run_stage(session, name)

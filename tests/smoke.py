@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import FAST
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -15,7 +17,7 @@ def command(workdir: Path, *flags: str) -> list[str]:
 
 def environment() -> dict[str, str]:
   # One device, as a user's CPU has: the eight of conftest.py are for the tests of sharding.
-  return {**os.environ, 'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
+  return {**os.environ, 'XLA_FLAGS': FAST, 'PYTHONPATH': str(ROOT)}
 
 
 def run(workdir: Path, *flags: str) -> subprocess.CompletedProcess[str]:

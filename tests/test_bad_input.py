@@ -648,11 +648,11 @@ FILES = {
   ),
   'a folder of probes': (
     lambda place: f'--config.evaluation.probes={place.folder}',
-    r': not a file; give a file of JSON',
+    r': cannot be read .not a file.; check the path',
   ),
   'a device of probes': (
     flag('--config.evaluation.probes=/dev/zero'),
-    r'/dev/zero: not a file; give a file of JSON Lines',
+    r'/dev/zero: cannot be read .not a file.; check the path',
   ),
   'a broken pattern': (
     neutral(expect='(4'),

@@ -1,6 +1,7 @@
 """Characters load, or fail with one line that says where and what to do; lint sees planted tell-tales."""
 
 import dataclasses
+import itertools
 import pathlib
 
 import pytest
@@ -275,8 +276,8 @@ def test_lint_command(tmp_path, capsys):
 # The characters that ship
 
 
-@pytest.mark.parametrize('name', SHIPPED)
-def test_a_shipped_character_passes_lint(name):
+@pytest.mark.parametrize('name', [*SHIPPED, *('+'.join(pair) for pair in itertools.combinations(SHIPPED, 2))])
+def test_a_shipped_character_passes_lint_alone_and_joined_to_another(name):
   findings = character_lint.lint(characters.load(name))
   assert [f.problems for f in findings] == [()] * len(findings), character_lint.format_table(findings)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from smoke import ROOT, command, environment, run
 
-from charjax import defaults
+from charjax import limits
 
 STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation', 'report')
 # All that two runs of the same config must have in common to the byte; the report shows times.
@@ -95,29 +95,28 @@ def test_second_start_does_nothing_and_a_moved_run_stays_valid(finished, tmp_pat
   assert contents(moved) == contents(workdir)
 
 
-def test_a_changed_field_redoes_what_depends_on_it(finished, tmp_path):
-  workdir, _ = finished
-  copy = tmp_path / 'copy'
-  shutil.copytree(workdir, copy)
-  changed = run(copy, '--config.policy.steps=2')
-  assert changed.returncode == 0, changed.stderr[-3000:]
-  assert all(f'{stage}: done already' in changed.stdout for stage in STAGES[:4])
-  assert 'policy: made anew, since config field policy.steps changed from 4 to 2' in changed.stdout
-  assert 'evaluation: made anew, since policy changed' in changed.stdout
-
-
-def test_numbers_that_are_not_finite_stop_a_run_and_spare_what_was_made(finished, tmp_path):
+def test_numbers_that_are_not_finite_stop_a_run_and_a_changed_field_redoes_what_depends_on_it(finished, tmp_path):
   workdir, _ = finished
   copy = tmp_path / 'copy'
   shutil.copytree(workdir, copy)
   stopped = run(copy, '--config.policy.learning_rate=1e30', '--config.policy.skipped_steps=2')
   assert stopped.returncode == 2 and 'Traceback' not in stopped.stderr, stopped.stderr[-3000:]
+  assert 'policy: made anew, since config field policy.learning_rate changed from 0.001 to 1e+30, and 1 more' in (
+    stopped.stdout
+  )
   assert 'the loss or its gradient was not a finite number' in stopped.stderr.splitlines()[-1]
   assert list((copy / 'policy' / 'not_finite').iterdir())
-  again = run(copy)
-  assert again.returncode == 0, again.stderr[-3000:]
-  assert all(f'{stage}: done already' in again.stdout for stage in STAGES[:4])
-  assert contents(copy) == contents(workdir)
+  # What was made before is spared, and what is made again is as it was.
+  changed = run(copy, '--config.evaluation.samples=1')
+  assert changed.returncode == 0, changed.stderr[-3000:]
+  assert all(f'{stage}: done already' in changed.stdout for stage in STAGES[:4])
+  assert 'evaluation: made anew, since config field evaluation.samples changed from 2 to 1' in changed.stdout
+  assert 'report: made anew, since evaluation changed' in changed.stdout
+  expected, found = contents(workdir), contents(copy)
+  assert {name for name in PRODUCTS if expected[name] != found[name]} == {
+    'evaluation/replies.jsonl',
+    'evaluation/summary.json',
+  }
 
 
 def test_sigterm_while_training_saves_the_step_it_was_in(finished, tmp_path):
@@ -134,6 +133,7 @@ def test_sigterm_while_training_saves_the_step_it_was_in(finished, tmp_path):
     time.sleep(0.02)
   process.send_signal(signal.SIGTERM)
   out, _ = process.communicate(timeout=60)
+  assert 'policy: made anew, since config field policy.steps changed from 4 to 1000' in out
   assert process.returncode == 143 and 'policy: interrupted; give the same command again to go on from here' in out
   steps = len(metrics.read_text().splitlines())
   saved = [path.name for path in (copy / 'policy' / 'checkpoints').iterdir()]
@@ -143,6 +143,7 @@ def test_sigterm_while_training_saves_the_step_it_was_in(finished, tmp_path):
 def test_killed_and_started_again_it_ends_the_same(finished, tmp_path):
   workdir, _ = finished
   killed = tmp_path / 'killed'
+  shutil.copytree(workdir / 'messages', killed / 'messages')
   # Moments that the run is sure to pass: half-way through chunks of text, and through training.
   moments = ('replies/chunks', 'preference/judge', 'policy/checkpoints/2')
   for moment in moments:
@@ -242,7 +243,7 @@ def test_the_grid_holds_every_choice():
   pairs = {*zip(labels, losses, strict=True), ('soft', 'plackett_luce')}
   assert pairs == set(itertools.product(labels, losses))
   assert {'preference.labels': set(labels), 'preference.loss': set(losses), 'replies.show': set(show)} == {
-    name: set(defaults.CHOICES[name]) for name in ('preference.labels', 'preference.loss', 'replies.show')
+    name: set(limits.CHOICES[name]) for name in ('preference.labels', 'preference.loss', 'replies.show')
   }
   assert set(examples) == {0, 2, 4} and {sum(each) for each in replies} >= {2, 8}
 

@@ -10,7 +10,8 @@ import pytest
 import verify_mesh
 from test_mesh import constraints, whole
 
-from charjax.stages import preference
+from charjax import workdir
+from charjax.stages import policy, preference
 
 SHAPE = (2, 2, 2)
 STAGES = ('preference', 'policy')
@@ -57,3 +58,35 @@ def test_the_activations_of_a_train_step_are_split(compared, stage, each):
   assert asked[(rows, 2, WIDTH, 8), f'{batch},tensor,-,-'] >= 4
   assert asked[(rows, WIDTH, 64), f'{batch},-,tensor'] >= 2
   assert not whole(program.compile(), rows, WIDTH)
+
+
+class Told(Exception):
+  pass
+
+
+@pytest.mark.parametrize(
+  ('stage', 'field', 'size', 'said'),
+  [
+    (preference, 'preference.messages_per_batch', 3, True),  # of seven replies: 21 rows
+    (policy, 'policy.prompts_per_step', 6, True),
+    (preference, 'preference.messages_per_batch', 4, False),
+  ],
+)
+def test_batches_that_the_devices_do_not_divide_are_told_of_at_the_start(
+  smoke_run, monkeypatch, stage, field, size, said
+):
+  lines = []
+
+  def tell(_, line):
+    lines.append(line)
+    raise Told
+
+  def work(*_, **__):
+    raise Told
+
+  monkeypatch.setattr(workdir.Session, 'log', tell)
+  monkeypatch.setattr(preference, 'trunk', work)  # where the work begins
+  with jax.set_mesh(verify_mesh.mesh.make_mesh(SHAPE)), pytest.raises(Told):
+    stage.run(verify_mesh.start(smoke_run[0], [f'{field}={size}']))
+  expected = [f'config.{field} is {size}, whose batches do not divide into the 4 parts of config.mesh']
+  assert [line[: len(expected[0])] for line in lines] == expected * said

@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from charjax.character import parse_choice
 from charjax.errors import UserError
 from charjax.workdir import read_jsonl
 
@@ -63,10 +64,10 @@ class Run:
     written = [trait for trait in listed(self.character, 'traits') if isinstance(trait, dict) and trait.get('id')]
     # A run may train some of a character's traits; every stage records which.
     chosen = next((listed(section(stage, 'config_values'), 'character.traits') for stage in self.stages.values()), [])
-    asked = [str(name).partition(':') for name in listed(section(self.config, 'config', 'character'), 'traits')]
-    chosen = chosen or [name for name, *_ in asked]
+    asked = dict(parse_choice(str(entry)) for entry in listed(section(self.config, 'config', 'character'), 'traits'))
+    chosen = chosen or list(asked)
     # The file's own weight, unless the run was given another.
-    weights = {name: {'weight': weight} for name, colon, weight in asked if colon}
+    weights = {name: {'weight': weight} for name, weight in asked.items() if weight is not None}
     written = [trait | weights.get(trait['id'], {}) for trait in written if not chosen or trait['id'] in chosen]
     known = {trait['id'] for trait in written}
     return written + [{'id': name} for name in section(self.summary, 'traits') if name not in known]

@@ -4,7 +4,7 @@ import functools
 import importlib
 from collections.abc import Sequence
 
-from charjax.workdir import Row, Session, Stage
+from charjax.workdir import Row, Session, Stage, read_products
 
 _EDITED = ('messages', 'replies', 'rankings')  # whose JSON Lines a person may have put right by hand
 
@@ -15,11 +15,14 @@ def _run(name: str, session: Session) -> Row:
 
 
 def _check(name: str, reads: Sequence[str], session: Session) -> None:
+  edited = [read for read in reads if read in _EDITED]
+  for read in reads:
+    if read not in edited:
+      read_products(session, read)
   if name == 'report':
     importlib.import_module('charjax.report.read').read_run(session.workdir)
-  for read in reads:
-    if read in _EDITED:
-      importlib.import_module(f'charjax.stages.{read}').load(session)
+  elif edited:  # The last of them is checked against those before it, which are read on the way.
+    importlib.import_module(f'charjax.stages.{edited[-1]}').load(session)
 
 
 def _stage(name: str, reads: tuple[str, ...], products: tuple[str, ...], files: tuple[str, ...] = ()) -> Stage:

@@ -30,65 +30,59 @@ from charjax.engine.score import (
 from charjax.errors import UserError
 from charjax.mesh import shard_batch
 from charjax.model.decoder import Decoder, logits
-from charjax.progress import Metrics, Progress
+from charjax.progress import Progress
 from charjax.stages import messages, prompts
 from charjax.stages.rollouts import Rollout, earnings, judge_ranked, make_judge, ranked_replies, roll_out
 from charjax.training.checkpoint import Checkpoints, fingerprint
-from charjax.training.data import batches
+from charjax.training.data import Together, batches
 from charjax.training.heads import bind, make_trainable
-from charjax.training.interrupts import Interrupts
+from charjax.training.loop import tell_undivided, train
 from charjax.training.losses import bradley_terry, kl_from_logits, pair_accuracy, policy_gradient
-from charjax.training.skipped import Skipped
-from charjax.training.step import init_optimizer, make_optimizer, make_step
+from charjax.training.step import make_optimizer
 from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write_text
 
 
 def run(session: Session) -> Row:
   """Trains the policy; returns counts."""
   config, folder, model = session.config.policy, session.folder('policy'), session.model
+  tell_undivided(session.log, 'config.policy.prompts_per_step', config.prompts_per_step, config.prompts_per_step)
   asked = _trait_prompts(session)
   neutral = _neutral_replies(session)
   shapes = FixedShapes([item['prompt'] for item in (*asked, *neutral)], config.max_new_tokens)
 
-  trainable = _untrained(session)
-  optimizer = make_optimizer(
-    config.learning_rate, config.warmup, config.steps, config.weight_decay, config.max_gradient
-  )
-  state, layout = init_optimizer(optimizer, trainable)
-  step_function = make_step(_loss, optimizer, trainable, layout)
   judge = make_judge(session, shapes, asked)
   asked = judge_ranked(session, shapes, judge, asked)
-  asked_data = batches(asked, config.prompts_per_step, session.config.seed)
-  # At least as many neutral messages as trait messages, so that the rest of the model is held as firmly.
-  neutral_data = batches(neutral, config.prompts_per_step, session.config.seed + 1)
+  data = Together(
+    asked=batches(asked, config.prompts_per_step, session.config.seed),
+    # At least as many neutral messages as trait messages, so that the rest of the model is held as firmly.
+    neutral=batches(neutral, config.prompts_per_step, session.config.seed + 1),
+  )
+
+  def make_batch(step: int, now: Row, trainable: Any) -> tuple[Row, Row]:
+    rollout = roll_out(session, shapes, judge, trainable, now['asked'], step)
+    if step % config.samples_every == 0 or step in (1, config.steps):
+      _save_samples(session, step, now['asked'], rollout)
+    return _batch(session, shapes, now['asked'], now['neutral'], rollout), _figures(rollout, config.kl)
+
   with (
     Checkpoints(folder / 'checkpoints', session.config.seed) as checkpoints,
-    Metrics(folder) as metrics,
-    Interrupts() as interrupts,
     Progress('policy', config.steps, 'steps') as bar,
   ):
-    start, trainable, state, position = checkpoints.restore(trainable, state)
-    if position:
-      asked_data.set_state(position['asked'])
-      neutral_data.set_state(position['neutral'])
-    metrics.truncate_after(start)
-    skipped = Skipped(folder, config.skipped_steps)
-    bar.skip(start)
-    for step in range(start + 1, config.steps + 1):
-      asked_now = next(asked_data)
-      rollout = roll_out(session, shapes, judge, trainable, asked_now, step)
-      batch = _batch(session, shapes, asked_now, next(neutral_data), rollout)
-      trainable, state, values = step_function(trainable, state, model.decoder, batch)
-      values = jax.device_get(values) | _figures(rollout, config.kl)
-      metrics.write(step, values)
-      skipped.watch(step, values, batch)
-      bar.advance(1, f'reward {values["reward"]:.3f}, KL {values["kl"]:.3f} a token')
-      if step % config.samples_every == 0 or step in (1, config.steps):
-        _save_samples(session, step, asked_now, rollout)
-      if step == config.steps or step % config.save_every == 0 or interrupts.came:
-        position = {'asked': asked_data.get_state(), 'neutral': neutral_data.get_state()}
-        checkpoints.save(step, trainable, state, position)
-      interrupts.let_through()
+    trainable = train(
+      folder,
+      checkpoints,
+      _loss,
+      make_optimizer(config.learning_rate, config.warmup, config.steps, config.weight_decay, config.max_gradient),
+      _untrained(session),
+      model.decoder,
+      data,
+      make_batch,
+      steps=config.steps,
+      save_every=config.save_every,
+      skipped_steps=config.skipped_steps,
+      bar=bar,
+      note=lambda values: f'reward {values["reward"]:.3f}, KL {values["kl"]:.3f} a token',
+    )
   _merge_samples(session)
   write_text(folder / 'fingerprint.json', json.dumps({'policy': fingerprint(trainable)}))
   rewarded = sorted({item['trait'] for item in asked})

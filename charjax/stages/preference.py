@@ -33,10 +33,9 @@ from charjax.stages.statistics import correlation, share
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
 from charjax.training.heads import bind, fit_head, make_trainable, read_rewards, reply_states
-from charjax.training.interrupts import Interrupts
+from charjax.training.loop import tell_undivided, train
 from charjax.training.losses import pair_accuracy, preference_loss
-from charjax.training.skipped import Skipped
-from charjax.training.step import init_optimizer, make_optimizer, make_step
+from charjax.training.step import make_optimizer
 from charjax.workdir import Row, Session, read_jsonl, write_jsonl, write_text
 
 MODELS = ('train', 'judge')
@@ -55,6 +54,9 @@ def run(session: Session) -> Row:
     )
   halves = {'train': examples[0::2], 'judge': examples[1::2]}
   steps = {name: math.ceil(len(half) * config.epochs / config.messages_per_batch) for name, half in halves.items()}
+  if any(steps.values()):
+    size, each = config.messages_per_batch, max(len(example['replies']) for example in examples)
+    tell_undivided(session.log, 'config.preference.messages_per_batch', size, size * each)
   kept, lower = _kept_pairs(session), trunk(session)
   with Progress('reply states', len(examples), 'messages') as bar:
     _add_states(lower, {}, examples, bar)
@@ -171,7 +173,7 @@ def _fit_head(session: Session, examples: Sequence[Row], k: int, metrics: Metric
 
   def record(step: int, values: dict[str, float]) -> None:
     metrics.write(step, values)
-    bar.advance(1, f'head loss {values["loss"]:.3f}')
+    bar.advance(1, f'head loss {float(values["loss"]):.3f}')
 
   return fit_head(
     states, labels['probabilities'], labels['real'], labels['trait'], _plain_states(examples),
@@ -190,56 +192,51 @@ def _plain_states(examples: Sequence[Row]) -> np.ndarray:
 
 
 def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row], steps: int, bar: Progress) -> Any:
-  config = session.config.preference
+  config, seed = session.config.preference, _seed(session, name)
   folder = session.folder('preference') / name
-  seed = session.config.seed + MODELS.index(name)
-  trainable = _untrained(session, lower, name)
-  optimizer = make_optimizer(
-    config.learning_rate, min(config.warmup, steps // 4), steps, config.weight_decay, config.max_gradient
-  )
-  state, layout = init_optimizer(optimizer, trainable)
   k = max(len(example['replies']) for example in examples)
-  data = batches(examples, config.messages_per_batch, seed)
-  with Checkpoints(folder, seed) as checkpoints, Metrics(folder) as metrics, Interrupts() as interrupts:
-    start, trainable, state, position = checkpoints.restore(trainable, state)
-    if position:
-      data.set_state(position)
-      bar.skip(config.head_steps + start)
-    else:
-      metrics.truncate_after(0)
-      head = trainable['head'].w
-      head[...] = jax.device_put(_fit_head(session, examples, k, metrics, bar), head[...].sharding)
-      checkpoints.save(0, trainable, state, data.get_state())
-    metrics.truncate_after(config.head_steps + start)
-    if start == steps:
-      return trainable
-    longest = max(len(reply) for example in examples for reply in example['replies'])
-    shapes = FixedShapes([example['prompt'] for example in examples], longest)
-    step_function = make_step(
-      functools.partial(_loss, labels=config.labels, loss=config.loss), optimizer, trainable, layout
+  longest = max(len(reply) for example in examples for reply in example['replies'])
+  shapes = FixedShapes([example['prompt'] for example in examples], longest)
+
+  def fit(trainable: Any, metrics: Metrics) -> None:
+    head = trainable['head'].w
+    head[...] = jax.device_put(_fit_head(session, examples, k, metrics, bar), head[...].sharding)
+
+  def make_batch(_: int, some: Sequence[Row], __: Any) -> tuple[Row, Row]:
+    groups = [Group(example['prompt'], example['replies']) for example in some]
+    rows = shapes.rows(groups, k, config.messages_per_batch)
+    labels = _labels(some, config.messages_per_batch, k)
+    return shapes.shared() | shard_batch({'rows': rows} | labels), {}
+
+  with Checkpoints(folder, seed) as checkpoints:
+    return train(
+      folder,
+      checkpoints,
+      functools.partial(_loss, labels=config.labels, loss=config.loss),
+      make_optimizer(
+        config.learning_rate, min(config.warmup, steps // 4), steps, config.weight_decay, config.max_gradient
+      ),
+      _untrained(session, lower, name),
+      lower,
+      batches(examples, config.messages_per_batch, seed),
+      make_batch,
+      steps=steps,
+      save_every=config.save_every,
+      skipped_steps=config.skipped_steps,
+      bar=bar,
+      note=lambda values: f'{name} loss {float(values["loss"]):.3f}',
+      prepare=fit,
+      prepared=config.head_steps,
     )
-    skipped = Skipped(folder, config.skipped_steps)
-    for step in range(start + 1, steps + 1):
-      some = next(data)
-      groups = [Group(example['prompt'], example['replies']) for example in some]
-      rows = shapes.rows(groups, k, config.messages_per_batch)
-      labels = _labels(some, config.messages_per_batch, k)
-      batch = shapes.shared() | shard_batch({'rows': rows} | labels)
-      trainable, state, values = step_function(trainable, state, lower, batch)
-      values = jax.device_get(values)
-      metrics.write(config.head_steps + step, values)
-      skipped.watch(config.head_steps + step, values, batch)
-      bar.advance(1, f'{name} loss {float(values["loss"]):.3f}')
-      if step == steps or step % config.save_every == 0 or interrupts.came:
-        checkpoints.save(step, trainable, state, data.get_state())
-      interrupts.let_through()
-  return trainable
+
+
+def _seed(session: Session, name: str) -> int:
+  return session.config.seed + MODELS.index(name)
 
 
 def _untrained(session: Session, lower: Decoder, name: str) -> Any:
-  config = session.config.preference
-  seed, traits = session.config.seed + MODELS.index(name), len(session.character.traits)
-  return make_trainable(lower, config.lora_rank, seed, traits=traits, frozen=config.epochs == 0)
+  config, traits = session.config.preference, len(session.character.traits)
+  return make_trainable(lower, config.lora_rank, _seed(session, name), traits=traits, frozen=config.epochs == 0)
 
 
 def _merge_metrics(session: Session) -> None:
@@ -257,7 +254,7 @@ def trunk(session: Session) -> Decoder:
 
 def load(session: Session, name: str) -> Any:
   """A trained preference model ('train' or 'judge'), whose head reads `training.heads.reply_states` of `trunk`."""
-  with Checkpoints(session.folder('preference') / name, session.config.seed + MODELS.index(name)) as checkpoints:
+  with Checkpoints(session.folder('preference') / name, _seed(session, name)) as checkpoints:
     return checkpoints.load(_untrained(session, trunk(session), name))
 
 

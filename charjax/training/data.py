@@ -19,3 +19,20 @@ def batches(examples: Sequence[Any], batch_size: int, seed: int) -> Any:
     .batch(batch_size, batch_fn=list)
     .to_iter_dataset(grain.ReadOptions(num_threads=0))
   )
+
+
+class Together:
+  """Several such iterators as one, over a dict of their batches; its position is a dict of theirs."""
+
+  def __init__(self, **iterators: Any):
+    self._iterators = iterators
+
+  def __next__(self) -> dict[str, Any]:
+    return {name: next(iterator) for name, iterator in self._iterators.items()}
+
+  def get_state(self) -> dict[str, Any]:
+    return {name: iterator.get_state() for name, iterator in self._iterators.items()}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    for name, iterator in self._iterators.items():
+      iterator.set_state(state[name])

@@ -1,0 +1,105 @@
+"""What the fields of a config may be, beyond the type that charjax/defaults.py gives them."""
+
+import math
+
+from ml_collections import ConfigDict
+
+from charjax.errors import UserError
+
+# The least and the most that a number may be.
+_COUNT, _SIZE, _AMOUNT, _SHARE = (0, math.inf), (1, math.inf), (0.0, math.inf), (0.0, 1.0)
+_LIMITS: dict[str, dict[str, tuple[float, float]]] = {
+  '': {'seed': (0, 2**31 - 1)},
+  'messages': {
+    'train_per_trait': _SIZE, 'heldout_per_trait': _COUNT, 'train_neutral': _SIZE, 'heldout_neutral': _COUNT,
+    'seeds_shown': _COUNT, 'opening_words': _COUNT, 'temperature': _AMOUNT, 'top_p': _SHARE, 'max_new_tokens': _SIZE,
+    'near_duplicate': _SHARE, 'batch_size': _SIZE, 'prompt_width': _SIZE,
+  },
+  'replies': {
+    'shown': _COUNT, 'plain': _COUNT, 'opposed': _COUNT, 'examples': _COUNT, 'temperature': _AMOUNT, 'top_p': _SHARE,
+    'max_new_tokens': _SIZE, 'batch_size': _SIZE, 'prompt_width': _SIZE,
+  },
+  'rankings': {
+    'examples': _COUNT, 'label_low': _SHARE, 'label_high': _SHARE, 'minimum_accuracy': _SHARE, 'length_limit': _AMOUNT,
+    'skipped_replies': _COUNT, 'triples': _COUNT, 'messages_per_chunk': _SIZE, 'batch_size': _SIZE,
+  },
+  'preference': {
+    'head_steps': _COUNT, 'head_decay': _AMOUNT, 'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'epochs': _AMOUNT,
+    'messages_per_batch': _SIZE, 'warmup': _COUNT, 'weight_decay': _AMOUNT, 'max_gradient': _AMOUNT,
+    'skipped_steps': _SIZE, 'save_every': _SIZE, 'measured_messages': _COUNT,
+  },
+  'policy': {
+    'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'steps': _SIZE, 'prompts_per_step': _SIZE,
+    'replies_per_prompt': (2, math.inf), 'ranked_replies': _COUNT, 'ranked_labels': _SHARE, 'ranked_weight': _AMOUNT,
+    'ranked_beta': _AMOUNT, 'ranked_temperature': _AMOUNT, 'ranked_likelihood': _AMOUNT, 'temperature': _AMOUNT,
+    'max_new_tokens': _SIZE, 'prompt_width': _SIZE, 'kl': _AMOUNT, 'clip': _AMOUNT, 'trace': _SHARE,
+    'other_traits': _AMOUNT, 'neutral_weight': _AMOUNT, 'warmup': _COUNT, 'weight_decay': _AMOUNT,
+    'max_gradient': _AMOUNT, 'skipped_steps': _SIZE, 'save_every': _SIZE, 'samples_every': _SIZE,
+  },
+  'evaluation': {
+    'examples': _COUNT, 'samples': _SIZE, 'temperature': _AMOUNT, 'top_p': _SHARE, 'max_new_tokens': _SIZE,
+    'batch_size': _SIZE, 'prompt_width': _SIZE,
+  },
+}  # fmt: skip
+_ABOVE_ZERO = (
+  'messages.top_p', 'replies.top_p', 'evaluation.top_p', 'preference.max_gradient', 'policy.max_gradient',
+  'policy.temperature', 'policy.ranked_beta', 'policy.ranked_temperature',
+)  # fmt: skip
+CHOICES = {
+  'model.dtype': ('float32', 'bfloat16'),
+  'model.compute_dtype': ('float32', 'bfloat16'),
+  'replies.show': ('trait', 'character'),
+  'rankings.ranker': ('auto', 'likelihood', 'pairwise', 'pointwise'),
+  'preference.labels': ('soft', 'hard'),
+  'preference.loss': ('bradley_terry', 'margin', 'plackett_luce'),
+}
+
+
+def check(config: ConfigDict) -> None:
+  """What the types of fields cannot say.
+
+  Raises:
+    UserError: naming the field and what it may be.
+  """
+  for section, fields in _LIMITS.items():
+    for field, (least, most) in fields.items():
+      name, value = f'{section}.{field}'.lstrip('.'), (config[section] if section else config)[field]
+      if not least <= value <= most or value == math.inf:  # a NaN fails all comparisons
+        limits = f'at least {least:g}' if most == math.inf else f'from {least:g} to {most:.10g}'
+        raise UserError(f'config.{name} is {value}; it must be {limits}')
+      if name in _ABOVE_ZERO and value == 0:
+        raise UserError(f'config.{name} is {value}; it must be above 0')
+  for name, choices in CHOICES.items():
+    section, field = name.split('.')
+    if config[section][field] not in choices:
+      raise UserError(f'config.{name} is {config[section][field]!r}; choose from {", ".join(choices)}')
+  if config.rankings.label_low > config.rankings.label_high:
+    raise UserError(
+      f'config.rankings.label_low is {config.rankings.label_low}; it must not be above label_high, which is '
+      f'{config.rankings.label_high}'
+    )
+  policy, preference, replies = config.policy, config.preference, config.replies
+  ranked = replies.shown + replies.plain + replies.opposed
+  if ranked < 2:
+    raise UserError(
+      f'config.replies: shown, plain and opposed are {ranked} together; a ranking takes 2 replies to a message or more'
+    )
+  if policy.ranked_replies == 1 or policy.ranked_replies > ranked:
+    raise UserError(
+      f'config.policy.ranked_replies is {policy.ranked_replies}, and {ranked} a message are ranked; set it to 0, or '
+      'from 2 to that number'
+    )
+  if not 0 < preference.depth <= 1:
+    raise UserError(f'config.preference.depth is {preference.depth}; it must be above 0 and at most 1')
+  if not 0 <= preference.head_plain < 1:
+    raise UserError(f'config.preference.head_plain is {preference.head_plain}; it must be at least 0 and below 1')
+  if policy.trace < 1 and replies.plain < 1:
+    raise UserError(
+      f'config.policy.trace is {policy.trace}, whose critic learns from plain replies; set config.replies.plain to 1 '
+      'or more, or the trace to 1'
+    )
+  if policy.max_new_tokens > replies.max_new_tokens and (policy.trace < 1 or policy.ranked_replies):
+    raise UserError(
+      f'config.policy.max_new_tokens is {policy.max_new_tokens}, and the ranked replies that the policy learns from '
+      f'have at most {replies.max_new_tokens} tokens; lower it, or raise config.replies.max_new_tokens'
+    )

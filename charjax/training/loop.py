@@ -1,0 +1,99 @@
+"""The loop around the train step, alike for all that is trained: restored, stepped, watched, written, saved."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from etils import epath
+
+from charjax.mesh import batch_parts
+from charjax.progress import Metrics, Progress
+from charjax.training.checkpoint import Checkpoints
+from charjax.training.interrupts import Interrupts
+from charjax.training.skipped import Skipped
+from charjax.training.step import Loss, init_optimizer, make_step
+
+# (step, what the data gave, trainable) -> the loss's batch, on the devices, and figures that stand beside the loss's.
+MakeBatch = Callable[[int, Any, Any], tuple[Any, Mapping[str, float]]]
+
+
+def train(
+  folder: epath.Path,
+  checkpoints: Checkpoints,
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  trainable: Any,
+  frozen: Any,
+  data: Any,
+  make_batch: MakeBatch,
+  *,
+  steps: int,
+  save_every: int,
+  skipped_steps: int,
+  bar: Progress,
+  note: Callable[[Mapping[str, float]], str],
+  prepare: Callable[[Any, Metrics], None] | None = None,
+  prepared: int = 0,
+) -> Any:
+  """Trains for `steps` steps, or what is left of them after the latest checkpoint; an interrupt waits for the step at
+  hand and for its checkpoint.
+
+  Args:
+    folder: for metrics.jsonl, TensorBoard's events and the batch of a step that was not finite.
+    checkpoints: where the state is kept.
+    loss: of (trainable, frozen, batch).
+    optimizer: for `loss`.
+    trainable: what is trained, as it is before the first step.
+    frozen: weights that the loss reads and that stay as they are.
+    data: an iterator as training.data makes them, whose position is saved.
+    make_batch: what a step's batch is made by.
+    steps: how many there are in all.
+    save_every: steps from one checkpoint to the next; the last step is saved too.
+    skipped_steps: so many steps that were not finite stop the run.
+    bar: counts steps.
+    note: what stands behind the bar, of a step's figures.
+    prepare: called before the first step, unless it is done and saved: changes `trainable` in place, and may write
+      metrics.
+    prepared: lines of metrics, and of the bar's steps, that `prepare` makes; those of the steps are numbered on.
+
+  Returns:
+    What was trained.
+
+  Raises:
+    UserError: too many steps were not finite, or the checkpoint cannot be used.
+  """
+  state, layout = init_optimizer(optimizer, trainable)
+  step_function = make_step(loss, optimizer, trainable, layout)
+  with Metrics(folder) as metrics, Interrupts() as interrupts:
+    start, trainable, state, position = checkpoints.restore(trainable, state)
+    if position:
+      data.set_state(position)
+      bar.skip(prepared + start)
+    elif prepare:
+      metrics.truncate_after(0)
+      prepare(trainable, metrics)
+      checkpoints.save(0, trainable, state, data.get_state())
+    metrics.truncate_after(prepared + start)
+    skipped = Skipped(folder, skipped_steps)
+    for step in range(start + 1, steps + 1):
+      batch, figures = make_batch(step, next(data), trainable)
+      trainable, state, values = step_function(trainable, state, frozen, batch)
+      values = jax.device_get(values) | figures
+      metrics.write(prepared + step, values)
+      skipped.watch(prepared + step, values, batch)
+      bar.advance(1, note(values))
+      if step == steps or step % save_every == 0 or interrupts.came:
+        checkpoints.save(step, trainable, state, data.get_state())
+      interrupts.let_through()
+  return trainable
+
+
+def tell_undivided(log: Callable[[str], None], field: str, size: int, rows: int) -> None:
+  """Says so where batches of `rows` rows, which come from `size` in `field`, are not split over the devices."""
+  parts = batch_parts()
+  if rows % parts:
+    log(
+      f'{field} is {size}, whose batches do not divide into the {parts} parts of config.mesh (data times fsdp): each '
+      f'device computes the whole of them; a multiple of {parts} is faster'
+    )
