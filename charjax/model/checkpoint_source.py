@@ -127,7 +127,8 @@ class Tensors(Mapping[str, np.ndarray]):
       if value.shape[0] != part.end - part.begin:
         value = value[part.begin : part.end]
       place = out[part.index]
-      place[...] = value.reshape(place.shape) if name == 'embed' else value.T.reshape(place.shape)
+      turned = value if name == 'embed' or value.ndim < 2 else value.swapaxes(-2, -1)
+      place[...] = turned.reshape(place.shape)
     return out
 
 
@@ -145,8 +146,8 @@ def assemble(
   Args:
     config: the shape of the model.
     where: the file's path, for error messages.
-    names: our name to the file's, with {layer} and {expert}. Where two of a layer have the same, it holds the rows of
-      both, in the order of `tensor_shapes`.
+    names: our name to the file's, with {layer} and, unless experts are one tensor, {expert}. Where two of a layer have
+      the same, it holds the rows of both, in the order of `tensor_shapes`.
     found: shapes of the tensors in the file, matrices as [out, in].
     read: our name and the file's name to the tensor, [out, in], of any float type.
     ignored: tensors of the file that may be left unread.
@@ -159,7 +160,7 @@ def assemble(
   fused: dict[str, list[str]] = {}
   for name in shapes:
     fused.setdefault(names[name], []).append(name)
-  rows = {name: _file_shape(name, shape, parameters) for name, shape in shapes.items()}
+  rows = {name: _file_shape(name, shape, parameters, '{expert}' in names[name]) for name, shape in shapes.items()}
 
   def places(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The file's tensors that make up ours, and where each stands in it."""
@@ -216,12 +217,19 @@ def _listed(names: Collection[str]) -> str:
   return ', '.join(list(names)[:_LISTED]) + more
 
 
-def _file_shape(name: str, shape: tuple[int, ...], parameters: Mapping[str, BlockParameter]) -> tuple[int, ...]:
-  """The shape in a file, [out, in] with heads merged, of a tensor (of one layer and expert) shaped [in, out] here."""
+def _file_shape(
+  name: str, shape: tuple[int, ...], parameters: Mapping[str, BlockParameter], by_expert: bool
+) -> tuple[int, ...]:
+  """The shape in a file, [out, in] with heads merged, of a tensor (of one layer) shaped [in, out] here.
+
+  Experts are tensors of their own (`by_expert`) or one, [E, out, in].
+  """
   if not name.startswith('blocks.'):
     return shape[::-1] if name == 'head' else shape
   parameter = parameters[name.removeprefix('blocks.')]
-  dims = shape[2 if 'experts' in parameter.axes else 1 :]
+  dims, experts = shape[1:], ()
+  if 'experts' in parameter.axes:
+    dims, experts = shape[2:], () if by_expert else shape[1:2]
   if not parameter.inputs:
     return (math.prod(dims),)
-  return math.prod(dims[parameter.inputs :]), math.prod(dims[: parameter.inputs])
+  return *experts, math.prod(dims[parameter.inputs :]), math.prod(dims[: parameter.inputs])
