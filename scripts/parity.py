@@ -321,14 +321,12 @@ def ablations(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     **{'embed_scale': 1.0, 'activation': 'silu', 'experts_per_token': 1},
   }
   for field, value in plain.items():
-    if getattr(config, field) != value and getattr(config, 'num_experts' if 'expert' in field else field):
+    if getattr(config, field) not in (value, 0):
       yield field, {field: value} | ({'pre_norms': True} if field == 'post_norms' else {})
   if config.windows:
     yield 'windows one wider', {'windows': tuple(window + (window > 0) for window in config.windows)}
   if config.experts_per_token > 1:
     yield 'renormalize_experts', {'renormalize_experts': not config.renormalize_experts}
-  if config.qk_norm == 'all':
-    yield 'rope_theta', {'rope_theta': config.rope_theta * 2}
 
 
 def ablate(model_type: str, changes: Mapping[str, Any], folder: pathlib.Path) -> dict[str, float]:
@@ -340,8 +338,7 @@ def ablate(model_type: str, changes: Mapping[str, Any], folder: pathlib.Path) ->
     config = dataclasses.replace(checkpoint.config, **change)
     kept = checkpoint_source.tensor_shapes(config)
     tensors = {n: checkpoint.tensors[n] if n in checkpoint.tensors else np.ones(kept[n], np.float32) for n in kept}
-    if name != 'qk_norm' or config.qk_norm == '':
-      out[name] = prefill(peer, make_decoder(config, tensors, jnp.float32, Runtime(scan_layers=True)))
+    out[name] = prefill(peer, make_decoder(config, tensors, jnp.float32, Runtime(scan_layers=True)))
   return out
 
 

@@ -87,10 +87,10 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 class _Part(NamedTuple):
-  """What of a file's tensor is which part of ours: rows [begin, end) of `file_name`, at `index` of ours."""
+  """What of a file's tensor is which part of ours: rows [begin, end) of `file_name`, at `place` of ours."""
 
   file_name: str
-  index: tuple[int, ...]
+  place: tuple[int, ...]
   begin: int
   end: int
 
@@ -126,7 +126,7 @@ class Tensors(Mapping[str, np.ndarray]):
       value = self._read(name, part.file_name)
       if value.shape[0] != part.end - part.begin:
         value = value[part.begin : part.end]
-      place = out[part.index]
+      place = out[part.place]
       turned = value if name == 'embed' or value.ndim < 2 else value.swapaxes(-2, -1)
       place[...] = turned.reshape(place.shape)
     return out
@@ -177,8 +177,8 @@ def assemble(
   def parts(name: str) -> Iterator[_Part]:
     together = fused[names[name]]
     begin = sum(rows[other][0] for other in together[: together.index(name)])
-    for file_name, index in places(name):
-      yield _Part(file_name, index, begin, begin + rows[name][0])
+    for file_name, place in places(name):
+      yield _Part(file_name, place, begin, begin + rows[name][0])
 
   # All are checked before anything is read, since a damaged header can ask for any size, and of any number of layers.
   missing: dict[str, None] = {}
@@ -227,9 +227,8 @@ def _file_shape(
   if not name.startswith('blocks.'):
     return shape[::-1] if name == 'head' else shape
   parameter = parameters[name.removeprefix('blocks.')]
-  dims, experts = shape[1:], ()
-  if 'experts' in parameter.axes:
-    dims, experts = shape[2:], () if by_expert else shape[1:2]
+  split = 'experts' in parameter.axes
+  dims, experts = shape[1 + split :], shape[1:2] if split and not by_expert else ()
   if not parameter.inputs:
     return (math.prod(dims),)
   return *experts, math.prod(dims[parameter.inputs :]), math.prod(dims[: parameter.inputs])

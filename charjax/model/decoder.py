@@ -74,7 +74,8 @@ def block_parameters(config: ModelConfig) -> dict[str, BlockParameter]:
     sizes, axes = zip((c.num_layers, None), *dims, strict=True)
     out[name] = BlockParameter(sizes, axes, inputs)
 
-  embed, mlp, head = (c.embed_dim, 'embed'), (c.mlp_dim, 'mlp'), (c.head_dim, None)
+  embed, head = (c.embed_dim, 'embed'), (c.head_dim, None)
+  mlp: tuple[int, str | None] = (c.mlp_dim, 'mlp')
   heads, kv_heads = (c.num_heads, 'heads'), (c.num_kv_heads, 'kv_heads')
   if c.pre_norms:
     add('attn_norm', (c.embed_dim, None))
@@ -310,7 +311,8 @@ def forward(
   steps = {kind: recompute(partial(block, kind=kind)) for kind in dict.fromkeys(kinds)}
   tapped = []
   if runtime.scan_layers and cache is None:
-    step, scanned = steps[kinds[0]], (*stacked_weights(decoder, adapter), None, [prefix.kv for prefix in before])
+    step: Any = steps[kinds[0]]
+    scanned: Any = (*stacked_weights(decoder, adapter), None, [prefix.kv for prefix in before])
     if len(steps) > 1:
       step = recompute(lambda x, scanned: block(x, scanned[:-1], scanned[-1]))
       scanned = (*scanned, _stack_kinds(kinds))

@@ -45,9 +45,9 @@ def read(path: str) -> Checkpoint:
     raise UserError(f'{path}: cannot be read ({error.strerror or error}); check the path') from error
   except (ValueError, struct.error) as error:
     raise UserError(f'{path}: not a GGUF file, truncated or damaged ({error}); fetch it again') from error
-  for name, tensor in stored.items():
-    _check_readable(tensor.kind, f'{path}: tensor {name[:80]}')
-  shapes = {name: tensor.shape for name, tensor in stored.items()}
+  for name, header in stored.items():
+    _check_readable(header.kind, f'{path}: tensor {name[:80]}')
+  shapes = {name: header.shape for name, header in stored.items()}
 
   def tensor(_: str, file_name: str) -> np.ndarray:
     return _dequantize(data, stored[file_name])
