@@ -45,7 +45,7 @@ _NEW_TOKENS = 10
 
 _SIZES = {
   'hidden_size': 32,
-  'num_hidden_layers': 3,
+  'num_hidden_layers': 2,
   'num_attention_heads': 4,
   'num_key_value_heads': 2,
   'intermediate_size': 48,
@@ -64,7 +64,7 @@ def _scaled(rope_type: str, **more: Any) -> dict[str, Any]:
 
 _LLAMA3 = _scaled('llama3', low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 _YARN = _scaled('yarn', original_max_position_embeddings=16, beta_fast=4.0)
-_BY_LAYER = ['sliding_attention', 'full_attention', 'sliding_attention']
+_BY_LAYER = ['sliding_attention', 'full_attention']
 _GEMMA3_ROPE = {
   'sliding_attention': {'rope_type': 'default', 'rope_theta': 10.0},
   'full_attention': {'rope_type': 'linear', 'rope_theta': 300.0, 'factor': 4.0},
@@ -91,7 +91,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     'wide heads, yarn rope': {'head_dim': 16, **_YARN},
     'tied, biases, window 6 in upper layers': {
       **{'tie_word_embeddings': True, 'attention_bias': True, 'head_dim': 8},
-      **{'use_sliding_window': True, 'sliding_window': 6, 'max_window_layers': 2},
+      **{'use_sliding_window': True, 'sliding_window': 6, 'max_window_layers': 1},
     },
   },
   'gemma2': {
@@ -117,7 +117,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
   'smollm3': {
     'tied, no rope in a layer': {'tie_word_embeddings': True, 'no_rope_layer_interval': 2},
     'biases, window 6 where no rope, yarn rope': {
-      **{'attention_bias': True, 'mlp_bias': True, 'no_rope_layers': [1, 0, 0]},
+      **{'attention_bias': True, 'mlp_bias': True, 'no_rope_layers': [0, 1]},
       **{'use_sliding_window': True, 'sliding_window': 6, **_YARN},
     },
   },

@@ -185,7 +185,7 @@ def test_a_part_of_a_head_is_rotated_and_the_rest_left():
 
 # ---- configs ----
 
-SIZES = {key: value for key, value in parity._SIZES.items() if value is not None}
+SIZES = {key: value for key, value in parity._SIZES.items() if value is not None} | {'num_hidden_layers': 3}
 
 
 @pytest.mark.parametrize(
@@ -272,8 +272,8 @@ def test_tensors_are_read_one_at_a_time_in_the_type_asked_for(tmp_path):
   half = checkpoint.tensors.read('blocks.k', jnp.bfloat16)
   assert half.dtype == jnp.bfloat16 and checkpoint.tensors['blocks.k'].dtype == np.float32
   np.testing.assert_array_equal(half.astype(np.float32), checkpoint.tensors['blocks.k'])
-  fused = theirs['model.layers.2.mlp.gate_up_proj.weight']
-  np.testing.assert_array_equal(checkpoint.tensors['blocks.up'][2], fused[48:].T)
+  fused = theirs['model.layers.0.mlp.gate_up_proj.weight']
+  np.testing.assert_array_equal(checkpoint.tensors['blocks.up'][0], fused[48:].T)
   decoder = make_decoder(checkpoint.config, checkpoint.tensors, jnp.bfloat16, Runtime())
   assert decoder.blocks.up[...].dtype == jnp.bfloat16
   np.testing.assert_array_equal(decoder.head[...].astype(np.float32), theirs['lm_head.weight'].T)
@@ -283,8 +283,8 @@ def test_tensors_are_read_one_at_a_time_in_the_type_asked_for(tmp_path):
   ('change', 'said'),
   [
     (
-      lambda t: [t.pop(f'model.layers.{i}.mlp.experts.2.up_proj.weight') for i in (0, 2)],
-      r'tensor model.layers.0.mlp.experts.2.up_proj.weight, tensor model.layers.2.mlp.experts.2.up_proj.weight are '
+      lambda t: [t.pop(f'model.layers.{i}.mlp.experts.2.up_proj.weight') for i in (0, 1)],
+      r'tensor model.layers.0.mlp.experts.2.up_proj.weight, tensor model.layers.1.mlp.experts.2.up_proj.weight are '
       r'missing; is this a complete qwen3_moe checkpoint\?',
     ),
     (
