@@ -188,33 +188,28 @@ def assemble(
     wanted = (sum(rows[other][0] for other in fused[names[name]]), *rows[name][1:])
     for file_name, _ in places(name):
       if file_name not in found:
-        missing[f'tensor {file_name}'] = None
+        missing[f'tensor {file_name} is missing'] = None
       elif tuple(found[file_name]) != wanted:
         misshapen[f'tensor {file_name} has shape {tuple(found[file_name])}, but its config says {wanted}'] = None
       expected.add(file_name)
       if len(missing) > _LISTED or len(misshapen) > _LISTED:
         break
   if missing:
-    verb = 'is' if len(missing) == 1 else 'are'
-    raise UserError(f'{where}: {_listed(missing)} {verb} missing; is this a complete {family} checkpoint?')
+    raise UserError(f'{where}: {_listed(missing)}; is this a complete {family} checkpoint?')
   if misshapen:
     raise UserError(f'{where}: {_listed(misshapen)}')
-  unknown = {f'tensor {name[:80]!r}': None for name in sorted(set(found) - expected)}
+  unknown = [f'tensor {name[:80]!r} has no place in a {family} decoder' for name in sorted(set(found) - expected)]
   if unknown:
-    verb = 'has' if len(unknown) == 1 else 'have'
-    raise UserError(
-      f'{where}: {_listed(unknown)} {verb} no place in a {family} decoder with its config; was it saved from another '
-      f'model, or with adapters?'
-    )
+    raise UserError(f'{where}: {_listed(unknown)} of its config; was it saved from another model, or with adapters?')
   return Tensors(config, parts, read)
 
 
-_LISTED = 8  # so many names fit in one line that is still read
+_LISTED = 8  # so many fit in one line that is still read
 
 
-def _listed(names: Collection[str]) -> str:
-  more = ' and more' if len(names) > _LISTED else ''
-  return ', '.join(list(names)[:_LISTED]) + more
+def _listed(faults: Collection[str]) -> str:
+  more = f'more than {_LISTED} tensors, among them ' if len(faults) > _LISTED else ''
+  return more + ', '.join(list(faults)[:_LISTED])
 
 
 def _file_shape(
