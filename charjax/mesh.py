@@ -21,6 +21,7 @@ RULES: dict[str, tuple[str, ...]] = {
   'heads': ('tensor',),
   'kv_heads': ('tensor',),
   'mlp': ('tensor',),
+  'experts': ('tensor',),
   'vocab': ('tensor',),
 }
 

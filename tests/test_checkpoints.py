@@ -294,7 +294,7 @@ def test_a_gguf_that_lies_about_a_length_is_told_at_once(tmp_path, count):
     ({'metadata': {'llama.attention.head_count': 0}}, 'num_heads'),
     ({'metadata': {'llama.attention.head_count': 'four'}}, 'head_count'),
     ({'metadata': {'llama.attention.key_length': 7}}, 'even'),
-    ({'metadata': {'llama.expert_count': 8}}, 'expert_count'),
+    ({'metadata': {'llama.expert_count': 8}}, 'expert_used_count'),
     ({'metadata': {'llama.rope.scaling.type': 'yarn'}}, 'scaling'),
     ({'metadata': {'tokenizer.ggml.pre': 'llama-bpe'}}, 'llama-bpe'),
     ({'metadata': {'tokenizer.ggml.eos_token_id': 999}}, 'end-of-text'),
@@ -304,7 +304,7 @@ def test_a_gguf_that_lies_about_a_length_is_told_at_once(tmp_path, count):
     ({'drop': ('tokenizer.ggml.merges',)}, 'merges'),
     ({'drop': ('blk.1.ffn_up.weight',)}, 'blk.1.ffn_up.weight'),
     ({'drop': ('token_embd.weight',)}, 'token_embd'),
-    ({'extra': {'rope_freqs.weight': np.ones(4, np.float32)}}, 'rope_freqs.weight'),
+    ({'extra': {'rope_freqs.weight': np.ones(3, np.float32)}}, 'rope_freqs.weight'),
     ({'extra': {'blk.0.attn_q.bias': np.ones(32, np.float32)}}, 'attn_q.bias'),
   ],
 )

@@ -14,11 +14,19 @@ _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) sta
 
 
 class SharedKV(NamedTuple):
-  """Keys and values [A, K, P, H] of what stands before each group of rows, and which are real [A, P]."""
+  """Keys and values [A, K, P, H] of what stands before each group of rows.
+
+  The mask tells which are attended to: [A, P], or [A, B/A, T, P] where that differs by query.
+  """
 
   k: jax.Array
   v: jax.Array
   mask: jax.Array
+
+
+def softcap(x: jax.Array, bound: float) -> jax.Array:
+  """bound tanh(x / bound), between -bound and bound (Gemma Team 2024, section 2); x itself where the bound is 0."""
+  return jnp.tanh(x / bound) * bound if bound else x
 
 
 def attention(
@@ -27,26 +35,32 @@ def attention(
   v_bksh: jax.Array,
   mask_bts: jax.Array,
   shared: Sequence[SharedKV] = (),
+  *,
+  scale: float = 0.0,
+  cap: float = 0.0,
 ) -> jax.Array:
   """softmax(q k / sqrt(H)) v in float32, over the row's own keys where `mask_bts` and the shared ones.
 
   Shared keys are read once for all rows of their group: a few large matrix products instead of B small ones.
+  With `scale`, scores are q k times it; with `cap`, they are bounded by it.
 
   Returns:
     [B, T, K, G, H] float32.
   """
   b, t, k, g, h = q_btkgh.shape
-  scale, f32 = h**-0.5, jnp.float32
+  scale, f32 = scale or h**-0.5, jnp.float32
   # Scores are kept in the order in which the products come out: transposing them would cost as much as the products.
   own = jnp.einsum('btkgh,bksh->bktgs', q_btkgh, k_bksh, preferred_element_type=f32) * scale
-  own = jnp.where(mask_bts[:, None, :, None], own, _MASKED)
+  own = jnp.where(mask_bts[:, None, :, None], softcap(own, cap), _MASKED)
   top = own.max(-1)
   scores = []
   for part in shared:
     groups = part.k.shape[0]
     grouped = q_btkgh.reshape(groups, b // groups, t, k, g, h)
     before = jnp.einsum('abtkgh,akph->akbtgp', grouped, part.k, preferred_element_type=f32) * scale
-    before = jnp.where(part.mask[:, None, None, None, None], before, _MASKED)
+    # As [A, K, B / A, T, G, P].
+    mask = part.mask[:, None, None, None, None] if part.mask.ndim == 2 else part.mask[:, None, :, :, None]
+    before = jnp.where(mask, softcap(before, cap), _MASKED)
     scores.append(before)
     top = jnp.maximum(top, _by_row(before.max(-1)))
   # The maximum only guards against overflow: the result does not depend on it.

@@ -5,14 +5,15 @@ import hashlib
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from charjax.errors import UserError
 from charjax.model.chat import ChatTemplate
 from charjax.model.config import ModelConfig
-from charjax.model.decoder import block_shapes
+from charjax.model.decoder import BlockParameter, block_parameters
 from charjax.model.tokenizer import Tokenizer
 
 EMBEDDED = 'smollm2-135m-instruct'
@@ -28,22 +29,23 @@ class Checkpoint:
 
   Attributes:
     config: its shape.
-    tensors: float32, named and shaped as in `tensor_shapes`.
+    tensors: float32, named and shaped as in `tensor_shapes`. Those of a file are read when they are asked for, each
+      time anew.
     tokenizer: its tokenizer.
     template: its chat template.
   """
 
   config: ModelConfig
-  tensors: dict[str, np.ndarray]
+  tensors: Mapping[str, np.ndarray]
   tokenizer: Tokenizer
   template: ChatTemplate
 
 
 def load(path: str) -> Checkpoint:
-  """Reads 'smollm2-135m-instruct', a .gguf file or a Hugging Face directory, or makes the tiny 'random'.
+  """Opens 'smollm2-135m-instruct', a .gguf file or a Hugging Face directory, or makes the tiny 'random'.
 
   Raises:
-    UserError: there is no such thing, or it cannot be read as a llama decoder.
+    UserError: there is no such thing, or it cannot be read as a decoder of a supported family.
   """
   # These need Checkpoint from here.
   from charjax.model import gguf, huggingface, random_model
@@ -77,11 +79,57 @@ def _embedded_path() -> str:
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Names and shapes of a checkpoint's tensors; those of blocks are stacked over layers."""
   shapes: dict[str, tuple[int, ...]] = {'embed': (config.vocab_size, config.embed_dim)}
-  shapes |= {f'blocks.{name}': shape for name, shape in block_shapes(config).items()}
+  shapes |= {f'blocks.{name}': parameter.shape for name, parameter in block_parameters(config).items()}
   shapes['final_norm'] = (config.embed_dim,)
   if not config.tied_embeddings:
     shapes['head'] = (config.embed_dim, config.vocab_size)
   return shapes
+
+
+class _Part(NamedTuple):
+  """What of a file's tensor is which part of ours: rows [begin, end) of `file_name`, at `place` of ours."""
+
+  file_name: str
+  place: tuple[int, ...]
+  begin: int
+  end: int
+
+
+class Tensors(Mapping[str, np.ndarray]):
+  """The tensors of a file, each stacked over layers (and experts) when it is asked for.
+
+  Beside the one asked for, the largest tensor of the file is in memory at a time. Since a stacked tensor is one array
+  here and on the devices, a model's loading needs its own size and about twice that of its largest stacked tensor.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    parts: Callable[[str], Iterator[_Part]],
+    read: Callable[[str, str], np.ndarray],
+  ):
+    self._shapes, self._parts, self._read = tensor_shapes(config), parts, read
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return self.read(name, np.float32)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._shapes)
+
+  def __len__(self) -> int:
+    return len(self._shapes)
+
+  def read(self, name: str, dtype: Any) -> np.ndarray:
+    """A tensor in a type of its own choice: from 16 bits to 16 bits it never takes 32."""
+    out = np.empty(self._shapes[name], dtype)
+    for part in self._parts(name):
+      value = self._read(name, part.file_name)
+      if value.shape[0] != part.end - part.begin:
+        value = value[part.begin : part.end]
+      place = out[part.place]
+      turned = value if name == 'embed' or value.ndim < 2 else value.swapaxes(-2, -1)
+      place[...] = turned.reshape(place.shape)
+    return out
 
 
 def assemble(
@@ -91,55 +139,91 @@ def assemble(
   found: Mapping[str, tuple[int, ...]],
   read: Callable[[str, str], np.ndarray],
   ignored: Collection[str] = (),
-) -> dict[str, np.ndarray]:
-  """Stacks a file's tensors into a checkpoint's, one at a time: beside the result one tensor is in memory.
+  family: str = 'llama',
+) -> Tensors:
+  """A file's tensors as a checkpoint's, after a look at the names and shapes of all of them.
 
   Args:
     config: the shape of the model.
     where: the file's path, for error messages.
-    names: our name to the file's, with {} for the layer.
+    names: our name to the file's, with {layer} and, unless experts are one tensor, {expert}. Where two of a layer have
+      the same, it holds the rows of both, in the order of `tensor_shapes`.
     found: shapes of the tensors in the file, matrices as [out, in].
     read: our name and the file's name to the tensor, [out, in], of any float type.
     ignored: tensors of the file that may be left unread.
+    family: for error messages.
 
   Raises:
-    UserError: a tensor is missing, of another shape, or not part of such a decoder.
+    UserError: tensors are missing, of another shape, or not part of such a decoder.
   """
-  shapes = tensor_shapes(config)
-  # All are checked before anything is allocated, since a damaged header can ask for any size.
+  shapes, parameters = tensor_shapes(config), block_parameters(config)
+  fused: dict[str, list[str]] = {}
+  for name in shapes:
+    fused.setdefault(names[name], []).append(name)
+  rows = {name: _file_shape(name, shape, parameters, '{expert}' in names[name]) for name, shape in shapes.items()}
+
+  def places(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The file's tensors that make up ours, and where each stands in it."""
+    if not name.startswith('blocks.'):
+      yield names[name], ()
+      return
+    for layer in range(config.num_layers):
+      if '{expert}' not in names[name]:
+        yield names[name].format(layer=layer), (layer,)
+        continue
+      for expert in range(config.num_experts):
+        yield names[name].format(layer=layer, expert=expert), (layer, expert)
+
+  def parts(name: str) -> Iterator[_Part]:
+    together = fused[names[name]]
+    begin = sum(rows[other][0] for other in together[: together.index(name)])
+    for file_name, place in places(name):
+      yield _Part(file_name, place, begin, begin + rows[name][0])
+
+  # All are checked before anything is read, since a damaged header can ask for any size, and of any number of layers.
+  missing: dict[str, None] = {}
+  misshapen: dict[str, None] = {}
   expected = set(ignored)
-  for name, shape in shapes.items():
-    stacked = name.startswith('blocks.')
-    file_shape = _file_shape(name, shape[1:] if stacked else shape)
-    for layer in range(config.num_layers if stacked else 1):
-      file_name = names[name].format(layer)
+  for name in shapes:
+    wanted = (sum(rows[other][0] for other in fused[names[name]]), *rows[name][1:])
+    for file_name, _ in places(name):
       if file_name not in found:
-        raise UserError(f'{where}: tensor {file_name} is missing; is this a complete llama checkpoint?')
-      if tuple(found[file_name]) != file_shape:
-        raise UserError(
-          f'{where}: tensor {file_name} has shape {tuple(found[file_name])}, but its config says {file_shape}'
-        )
+        missing[f'tensor {file_name} is missing'] = None
+      elif tuple(found[file_name]) != wanted:
+        misshapen[f'tensor {file_name} has shape {tuple(found[file_name])}, but its config says {wanted}'] = None
       expected.add(file_name)
-  unknown = sorted(set(found) - expected)
+      if len(missing) > _LISTED or len(misshapen) > _LISTED:
+        break
+  if missing:
+    raise UserError(f'{where}: {_listed(missing)}; is this a complete {family} checkpoint?')
+  if misshapen:
+    raise UserError(f'{where}: {_listed(misshapen)}')
+  unknown = [f'tensor {name[:80]!r} has no place in a {family} decoder' for name in sorted(set(found) - expected)]
   if unknown:
-    raise UserError(
-      f'{where}: tensor {unknown[0][:80]!r} has no place in a plain llama decoder; models with biases, '
-      f'experts or scaled rotary positions are not supported'
-    )
-  tensors = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
-  for name, tensor in tensors.items():
-    if name.startswith('blocks.'):
-      for layer in range(config.num_layers):
-        tensor[layer] = read(name, names[name].format(layer)).T.reshape(tensor.shape[1:])
-    else:
-      value = read(name, names[name])
-      tensor[...] = value.T if name == 'head' else value
-  return tensors
+    raise UserError(f'{where}: {_listed(unknown)} of its config; was it saved from another model, or with adapters?')
+  return Tensors(config, parts, read)
 
 
-def _file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """The shape in a file, [out, in] with heads merged, of a tensor (of one layer) shaped [in, out] here."""
-  if name == 'embed' or len(shape) == 1:
-    return shape
-  in_axes = 2 if name == 'blocks.o' else 1
-  return math.prod(shape[in_axes:]), math.prod(shape[:in_axes])
+_LISTED = 8  # so many fit in one line that is still read
+
+
+def _listed(faults: Collection[str]) -> str:
+  more = f'more than {_LISTED} tensors, among them ' if len(faults) > _LISTED else ''
+  return more + ', '.join(list(faults)[:_LISTED])
+
+
+def _file_shape(
+  name: str, shape: tuple[int, ...], parameters: Mapping[str, BlockParameter], by_expert: bool
+) -> tuple[int, ...]:
+  """The shape in a file, [out, in] with heads merged, of a tensor (of one layer) shaped [in, out] here.
+
+  Experts are tensors of their own (`by_expert`) or one, [E, out, in].
+  """
+  if not name.startswith('blocks.'):
+    return shape[::-1] if name == 'head' else shape
+  parameter = parameters[name.removeprefix('blocks.')]
+  split = 'experts' in parameter.axes
+  dims, experts = shape[1 + split :], shape[1:2] if split and not by_expert else ()
+  if not parameter.inputs:
+    return (math.prod(dims),)
+  return *experts, math.prod(dims[parameter.inputs :]), math.prod(dims[: parameter.inputs])

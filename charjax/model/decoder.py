@@ -1,34 +1,49 @@
-"""The one decoder: a llama-family transformer as an NNX module, called as a pure function.
+"""The one decoder, of all families: a transformer as an NNX module, called as a pure function.
+
+What sets families apart is told by fields of ModelConfig.
 
 Letters: B rows, T tokens, S cache slots, A groups of rows, P prefix tokens, L layers, D width, N query heads,
-K key/value heads, G = N // K, H head size, F MLP width, V vocabulary, R adapter rank.
+K key/value heads, G = N // K, H head size, F MLP width, E experts, V vocabulary, R adapter rank.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from charjax.mesh import constrain
-from charjax.model.attention import SharedKV, attention
-from charjax.model.config import ModelConfig
+from charjax.model.attention import SharedKV, attention, softcap
+from charjax.model.config import LayerKind, ModelConfig
+from charjax.model.experts import mixture
+from charjax.model.rope import rotary, rotate
 
-# Shapes (as letters of ModelConfig fields) and logical axes of the parameters of all blocks, stacked over L.
-_BLOCK_AXES: dict[str, tuple[str | None, ...]] = {
-  'attn_norm': (None, None),
-  'q': (None, 'embed', 'heads', None),
-  'k': (None, 'embed', 'kv_heads', None),
-  'v': (None, 'embed', 'kv_heads', None),
-  'o': (None, 'heads', None, 'embed'),
-  'mlp_norm': (None, None),
-  'gate': (None, 'embed', 'mlp'),
-  'up': (None, 'embed', 'mlp'),
-  'down': (None, 'mlp', 'embed'),
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  'silu': jax.nn.silu,
+  'gelu_tanh': partial(jax.nn.gelu, approximate=True),
 }
+
+
+_WHOLE = 2**30  # a window that no text fills
+
+
+class BlockParameter(NamedTuple):
+  """A parameter of all blocks, stacked over L.
+
+  Attributes:
+    shape: with L first; of experts' matrices E second.
+    axes: the logical axis of each dimension (see charjax.mesh).
+    inputs: of a matrix, how many of the dimensions after those are its inputs; 0: it is a vector.
+  """
+
+  shape: tuple[int, ...]
+  axes: tuple[str | None, ...]
+  inputs: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,40 +65,75 @@ class Runtime:
   remat: bool = False
 
 
+def block_parameters(config: ModelConfig) -> dict[str, BlockParameter]:
+  """The parameters that the blocks of such a decoder have, by name."""
+  c = config
+  out: dict[str, BlockParameter] = {}
+
+  def add(name: str, *dims: tuple[int, str | None], inputs: int = 0) -> None:
+    sizes, axes = zip((c.num_layers, None), *dims, strict=True)
+    out[name] = BlockParameter(sizes, axes, inputs)
+
+  embed, head = (c.embed_dim, 'embed'), (c.head_dim, None)
+  mlp: tuple[int, str | None] = (c.mlp_dim, 'mlp')
+  heads, kv_heads = (c.num_heads, 'heads'), (c.num_kv_heads, 'kv_heads')
+  if c.pre_norms:
+    add('attn_norm', (c.embed_dim, None))
+  for name, some in (('q', heads), ('k', kv_heads), ('v', kv_heads)):
+    add(name, embed, some, head, inputs=1)
+    if c.qkv_bias:
+      add(f'{name}_bias', some, head)
+    if c.qk_norm and name != 'v':
+      add(f'{name}_norm', head if c.qk_norm == 'head' else (some[0] * c.head_dim, None))
+  add('o', heads, head, embed, inputs=2)
+  if c.o_bias:
+    add('o_bias', (c.embed_dim, None))
+  if c.post_norms:
+    add('attn_post_norm', (c.embed_dim, None))
+  if c.pre_norms:
+    add('mlp_norm', (c.embed_dim, None))
+  expert: list[tuple[int, str | None]] = []
+  if c.num_experts:
+    # Experts are split among devices, not their widths: the two would share a mesh axis.
+    expert, mlp = [(c.num_experts, 'experts')], (c.mlp_dim, None)
+    add('router', embed, (c.num_experts, None), inputs=1)
+  for name, dims in (('gate', (embed, mlp)), ('up', (embed, mlp)), ('down', (mlp, embed))):
+    add(name, *expert, *dims, inputs=1)
+    if c.mlp_bias:
+      add(f'{name}_bias', (dims[1][0], None))
+  if c.post_norms:
+    add('mlp_post_norm', (c.embed_dim, None))
+  return out
+
+
 def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Shapes of the stacked block parameters."""
-  c = config
-  return {
-    'attn_norm': (c.num_layers, c.embed_dim),
-    'q': (c.num_layers, c.embed_dim, c.num_heads, c.head_dim),
-    'k': (c.num_layers, c.embed_dim, c.num_kv_heads, c.head_dim),
-    'v': (c.num_layers, c.embed_dim, c.num_kv_heads, c.head_dim),
-    'o': (c.num_layers, c.num_heads, c.head_dim, c.embed_dim),
-    'mlp_norm': (c.num_layers, c.embed_dim),
-    'gate': (c.num_layers, c.embed_dim, c.mlp_dim),
-    'up': (c.num_layers, c.embed_dim, c.mlp_dim),
-    'down': (c.num_layers, c.mlp_dim, c.embed_dim),
-  }
+  return {name: parameter.shape for name, parameter in block_parameters(config).items()}
 
 
 class Blocks(nnx.Module):
   """The parameters of all L blocks, each stacked along a first axis."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
-    for name, shape in block_shapes(config).items():
+    parameters = block_parameters(config)
+    self.names = tuple(parameters)
+    for name, (shape, axes, inputs) in parameters.items():
       if name.endswith('norm'):
-        value = jnp.ones(shape, dtype)
+        value = jnp.full(shape, 1 - config.norm_offset, dtype)
+      elif not inputs:
+        value = jnp.zeros(shape, dtype)
       else:
-        fan_in = shape[1] if name not in ('o',) else shape[1] * shape[2]
+        first = 2 if axes[1] == 'experts' else 1
+        fan_in = math.prod(shape[first : first + inputs])
         value = (jax.random.normal(rngs.params(), shape) * fan_in**-0.5).astype(dtype)
-      setattr(self, name, nnx.Param(value, axes=_BLOCK_AXES[name]))
+      setattr(self, name, nnx.Param(value, axes=axes))
 
   def arrays(self) -> dict[str, jax.Array]:
-    return {name: getattr(self, name)[...] for name in _BLOCK_AXES}
+    return {name: getattr(self, name)[...] for name in self.names}
 
 
 class Decoder(nnx.Module):
-  """Token embedding, L pre-norm blocks, final norm, output head (the embedding itself when tied)."""
+  """Token embedding, L blocks, final norm, output head (the embedding itself when tied)."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, runtime: Runtime | None = None):
     self.config = config
@@ -92,7 +142,7 @@ class Decoder(nnx.Module):
     embed = jax.random.normal(rngs.params(), (c.vocab_size, c.embed_dim)) * c.embed_dim**-0.5
     self.embed = nnx.Param(embed.astype(dtype), axes=('vocab', 'embed'))
     self.blocks = Blocks(c, rngs=rngs, dtype=dtype)
-    self.final_norm = nnx.Param(jnp.ones((c.embed_dim,), dtype), axes=(None,))
+    self.final_norm = nnx.Param(jnp.full((c.embed_dim,), 1 - c.norm_offset, dtype), axes=(None,))
     if not c.tied_embeddings:
       head = jax.random.normal(rngs.params(), (c.embed_dim, c.vocab_size)) * c.embed_dim**-0.5
       self.head = nnx.Param(head.astype(dtype), axes=('embed', 'vocab'))
@@ -148,24 +198,11 @@ def _matmul_backward(dtype: Any, axis: int, saved: Any, grad: jax.Array) -> tupl
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def rms_norm(x: jax.Array, scale_d: jax.Array, eps: float) -> jax.Array:
-  """x / sqrt(mean(x^2) + eps) * scale, in float32 (Zhang and Sennrich 2019, eq. 4)."""
+def rms_norm(x: jax.Array, scale_d: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+  """x / sqrt(mean(x^2) + eps) * (offset + scale), in float32 (Zhang and Sennrich 2019, eq. 4)."""
   x = x.astype(jnp.float32)
-  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps) * scale_d.astype(jnp.float32)
-
-
-def rotary(positions_bt: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-  """Cosine and sine [B, T, H/2] of the rotary angles (Su et al. 2021, eq. 15)."""
-  frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  angle = positions_bt[..., None].astype(jnp.float32) * frequency
-  return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x_btnh: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates the pairs (i, i + H/2) of each head."""
-  first, second = jnp.split(x_btnh, 2, axis=-1)
-  cos, sin = cos[:, :, None], sin[:, :, None]
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+  normed, scale_d = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps), scale_d.astype(jnp.float32)
+  return normed * (scale_d + offset if offset else scale_d)
 
 
 def forward(
@@ -185,9 +222,10 @@ def forward(
 
   Args:
     decoder: the weights.
-    tokens_bt: token ids.
+    tokens_bt: token ids; between those of a row there is no padding, since a window counts them.
     positions_bt: positions in the whole text, what stands before the rows included.
-    mask_bts: which keys each token attends to: S = T without a cache, else the cache's slots.
+    mask_bts: which keys each token may attend to: S = T without a cache, else the cache's slots. Layers with a window
+      see fewer of them.
     adapter: a LoRA adapter (charjax.model.lora), or None.
     before: what stands before the rows.
     cache: where to write this call's keys and values (from slot `cache_index` on) and what to attend to.
@@ -202,7 +240,13 @@ def forward(
   c, runtime = decoder.config, decoder.runtime
   dtype = runtime.compute_dtype
   groups = c.num_heads // c.num_kv_heads
-  cos, sin = rotary(positions_bt, c.head_dim, c.rope_theta)
+  activation = _ACTIVATIONS[c.activation]
+  norm = partial(rms_norm, eps=c.norm_eps, offset=c.norm_offset)
+  tables = [rotary(positions_bt, c.rotated, c.rope_theta, c.rope_factors, c.rope_gain)]
+  if c.local_rope_theta:
+    tables.append(rotary(positions_bt, c.rotated, c.local_rope_theta))
+  if c.rope_layers:
+    tables.append((jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][1])))
   masks = [jnp.arange(prefix.kv.k[0].shape[2]) < prefix.length[:, None] for prefix in before]
 
   def linear(x: jax.Array, name: str, layer: Any, lora: Any, in_axes: int = 1) -> jax.Array:
@@ -213,15 +257,31 @@ def forward(
     out = matmul(x, weight.reshape(in_dim, -1), dtype)
     if lora is not None and name in lora:
       out += matmul(matmul(x, lora[name]['a'], dtype), lora[name]['b'], dtype)
+    if f'{name}_bias' in layer:
+      out += layer[f'{name}_bias'].astype(jnp.float32).reshape(-1)
     return out
 
-  def block(x: jax.Array, scanned: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  def heads(normed: jax.Array, name: str, layer: Any, lora: Any) -> jax.Array:
+    out, count = linear(normed, name, layer, lora), c.num_heads if name == 'q' else c.num_kv_heads
+    scale = layer.get(f'{name}_norm')
+    if c.qk_norm == 'all' and scale is not None:
+      out = norm(out, scale)
+    out = out.reshape(*out.shape[:2], count, c.head_dim)
+    return norm(out, scale) if c.qk_norm == 'head' and scale is not None else out
+
+  def mlp(normed: jax.Array, layer: Any, lora: Any) -> jax.Array:
+    if not c.num_experts:
+      gated = activation(linear(normed, 'gate', layer, lora)) * linear(normed, 'up', layer, lora)
+      return linear(constrain(gated, 'batch', None, 'mlp'), 'down', layer, lora)
+    flat = normed.reshape(-1, c.embed_dim)
+    return mixture(flat, linear(flat, 'router', layer, None), layer, c, activation, dtype).reshape(normed.shape)
+
+  def block(x: jax.Array, scanned: Any, kind: LayerKind) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     layer, lora, kv, shared = scanned
     b, t, _ = x.shape
-    normed = rms_norm(x, layer['attn_norm'], c.norm_eps)
-    q = linear(normed, 'q', layer, lora).reshape(b, t, c.num_heads, c.head_dim)
-    k = linear(normed, 'k', layer, lora).reshape(b, t, c.num_kv_heads, c.head_dim)
-    v = linear(normed, 'v', layer, lora).reshape(b, t, c.num_kv_heads, c.head_dim)
+    cos, sin = _choose(tables, kind.rotation)
+    normed = norm(x, layer['attn_norm']) if c.pre_norms else x
+    q, k, v = (heads(normed, name, layer, lora) for name in 'qkv')
     q = constrain(rotate(q, cos, sin), 'batch', None, 'heads', None)
     q = q.reshape(b, t, c.num_kv_heads, groups, c.head_dim).astype(runtime.attention_dtype)
     k = jnp.swapaxes(rotate(k, cos, sin), 1, 2).astype(runtime.attention_dtype)
@@ -230,22 +290,32 @@ def forward(
       k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, cache_index, 2)
       v = jax.lax.dynamic_update_slice_in_dim(kv[1], v, cache_index, 2)
     k, v = (constrain(array, 'batch', 'kv_heads', None, None) for array in (k, v))
-    parts = [SharedKV(prefix[0], prefix[1], real) for prefix, real in zip(shared, masks, strict=True)]
-    mixed = attention(q, k, v, mask_bts, parts).reshape(b, t, c.num_heads, c.head_dim)
-    mixed = constrain(mixed, 'batch', None, 'heads', None)
-    x = x + linear(mixed.reshape(b, t, -1), 'o', layer, lora, in_axes=2)
-    normed = rms_norm(x, layer['mlp_norm'], c.norm_eps)
-    gated = jax.nn.silu(linear(normed, 'gate', layer, lora)) * linear(normed, 'up', layer, lora)
-    x = x + linear(constrain(gated, 'batch', None, 'mlp'), 'down', layer, lora)
+    own, real_before = mask_bts, masks
+    if kind.window is not None:
+      own, real_before = _within(kind.window, mask_bts, masks, positions_bt, 0 if kv is None else cache_index, before)
+    parts = [SharedKV(prefix[0], prefix[1], real) for prefix, real in zip(shared, real_before, strict=True)]
+    mixed = attention(q, k, v, own, parts, scale=c.query_scale, cap=c.attention_softcap)
+    mixed = constrain(mixed.reshape(b, t, c.num_heads, c.head_dim), 'batch', None, 'heads', None)
+    said = linear(mixed.reshape(b, t, -1), 'o', layer, lora, in_axes=2)
+    x = x + (norm(said, layer['attn_post_norm']) if c.post_norms else said)
+    said = mlp(norm(x, layer['mlp_norm']) if c.pre_norms else x, layer, lora)
+    x = x + (norm(said, layer['mlp_post_norm']) if c.post_norms else said)
     return constrain(x, 'batch', None, None), (k, v)
 
   # Looked up in a table that is split along its width, rows would come out so, for all the batch on every device.
   table = constrain(decoder.embed[...], 'vocab', None)
-  x = constrain(table[tokens_bt].astype(jnp.float32), 'batch', None, None)
-  step = jax.checkpoint(block) if runtime.remat else block
+  x = table[tokens_bt].astype(jnp.float32)
+  x = constrain(x * c.embed_scale if c.embed_scale != 1 else x, 'batch', None, None)
+  kinds = c.layer_kinds()
+  recompute = jax.checkpoint if runtime.remat else lambda function: function
+  steps = {kind: recompute(partial(block, kind=kind)) for kind in dict.fromkeys(kinds)}
   tapped = []
   if runtime.scan_layers and cache is None:
-    scanned = (*stacked_weights(decoder, adapter), None, [prefix.kv for prefix in before])
+    step: Any = steps[kinds[0]]
+    scanned: Any = (*stacked_weights(decoder, adapter), None, [prefix.kv for prefix in before])
+    if len(steps) > 1:
+      step = recompute(lambda x, scanned: block(x, scanned[:-1], scanned[-1]))
+      scanned = (*scanned, _stack_kinds(kinds))
     pieces = [scanned]
     if tap is not None:
       pieces = [jax.tree.map(lambda a, part=part: a[part], scanned) for part in (slice(tap), slice(tap, None))]
@@ -260,15 +330,60 @@ def forward(
     for i, (layer, lora) in enumerate(layers or layer_weights(decoder, adapter)):
       kv = (cache.k[i], cache.v[i]) if cache is not None else None
       shared = [(prefix.kv.k[i], prefix.kv.v[i]) for prefix in before]
-      x, kv = step(x, (layer, lora, kv, shared))
+      x, kv = steps[kinds[i]](x, (layer, lora, kv, shared))
       written.append(kv)
       if i + 1 == tap:
         tapped.append(x)
     k, v = (tuple(arrays) for arrays in zip(*written, strict=True))
-  hidden = rms_norm(x, decoder.final_norm[...], c.norm_eps)
+  hidden = norm(x, decoder.final_norm[...])
   if tap is None:
     return hidden, KV(k, v)
-  return (rms_norm(tapped[0], decoder.final_norm[...], c.norm_eps), hidden), KV(k, v)
+  return (norm(tapped[0], decoder.final_norm[...]), hidden), KV(k, v)
+
+
+def _stack_kinds(kinds: Sequence[LayerKind]) -> LayerKind:
+  """What a scan over layers of several kinds reads beside their weights: arrays over L."""
+  window = np.array([_WHOLE if kind.window is None else kind.window for kind in kinds], np.int32)
+  return LayerKind(jnp.asarray(window), jnp.asarray(np.array([kind.rotation for kind in kinds], np.int32)))
+
+
+def _choose(tables: Sequence[Any], index: Any) -> Any:
+  """One of several pairs of arrays alike, by an index that inside a scan is an array."""
+  if isinstance(index, int) or len(tables) == 1:
+    return tables[index if isinstance(index, int) else 0]
+  return jax.tree.map(lambda *arrays: jnp.stack(arrays)[index], *tables)
+
+
+def _within(
+  window: Any,
+  mask_bts: jax.Array,
+  masks: Sequence[jax.Array],
+  positions_bt: jax.Array,
+  first_slot: Any,
+  before: Sequence[Prefix],
+) -> tuple[jax.Array, list[jax.Array]]:
+  """Of the keys that tokens may attend to, those less than `window` tokens back.
+
+  Args:
+    window: how many tokens each attends to, itself included.
+    mask_bts: the row's own keys. A row's tokens lie one beside the other, so that slots tell distances.
+    masks: [A, P] the real ones of each prefix.
+    positions_bt: positions of the tokens.
+    first_slot: the slot of the first of them.
+    before: the prefixes.
+
+  Returns:
+    both anew, the latter as [A, B/A, T, P].
+  """
+  rows, width = positions_bt.shape
+  back = first_slot + jnp.arange(width)[:, None] - jnp.arange(mask_bts.shape[-1])
+  seen, begin = [], jnp.zeros((rows, 1), jnp.int32)
+  for real, prefix in zip(masks, before, strict=True):
+    count, size = real.shape
+    back_to_first = (positions_bt - begin).reshape(count, rows // count, width, 1)
+    seen.append(real[:, None, None] & (back_to_first - jnp.arange(size) < window))
+    begin = begin + jnp.repeat(prefix.length, rows // count)[:, None]
+  return mask_bts & (back < window), seen
 
 
 def lower_layers(decoder: Decoder, count: int) -> Decoder:
@@ -279,7 +394,7 @@ def lower_layers(decoder: Decoder, count: int) -> Decoder:
     return leaf.replace(leaf[...][:count]) if path[0] == 'blocks' else leaf
 
   lower = nnx.merge(graph, nnx.map_state(cut, state), copy=True)
-  lower.config = dataclasses.replace(decoder.config, num_layers=count)
+  lower.config = decoder.config.lower(count)
   return lower
 
 
@@ -305,7 +420,8 @@ def logits(decoder: Decoder, hidden: jax.Array) -> jax.Array:
   dtype = decoder.runtime.compute_dtype
   tied = decoder.config.tied_embeddings
   out = matmul(hidden, decoder.embed[...], dtype, 1) if tied else matmul(hidden, decoder.head[...], dtype)
-  return constrain(out, 'batch', *(None,) * (out.ndim - 2), 'vocab')
+  out = constrain(out, 'batch', *(None,) * (out.ndim - 2), 'vocab')
+  return softcap(out, decoder.config.logit_softcap)
 
 
 def make_cache(decoder: Decoder, rows: int, slots: int) -> KV:

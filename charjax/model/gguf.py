@@ -1,4 +1,4 @@
-"""Reads a GGUF file: header, llama shape, weights, tokenizer and chat template.
+"""Reads a GGUF file: header, weights, tokenizer and chat template.
 
 The header is parsed here rather than by gguf.GGUFReader, which makes an object of every element (3 s for
 SmolLM2's vocabulary) and follows a damaged length without end. The format is that of
@@ -10,29 +10,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quant_shape_to_byte_shape
 
 from charjax.errors import UserError
 from charjax.model.chat import ChatTemplate
 from charjax.model.checkpoint_source import Checkpoint, assemble
-from charjax.model.config import ModelConfig
+from charjax.model.gguf_families import from_gguf
 from charjax.model.tokenizer import bpe_from_gguf
 
-_NAMES = {
-  'embed': 'token_embd.weight',
-  'final_norm': 'output_norm.weight',
-  'head': 'output.weight',
-  'blocks.attn_norm': 'blk.{}.attn_norm.weight',
-  'blocks.q': 'blk.{}.attn_q.weight',
-  'blocks.k': 'blk.{}.attn_k.weight',
-  'blocks.v': 'blk.{}.attn_v.weight',
-  'blocks.o': 'blk.{}.attn_output.weight',
-  'blocks.mlp_norm': 'blk.{}.ffn_norm.weight',
-  'blocks.gate': 'blk.{}.ffn_gate.weight',
-  'blocks.up': 'blk.{}.ffn_up.weight',
-  'blocks.down': 'blk.{}.ffn_down.weight',
-}
 # GGUFValueType of the scalars, as struct and numpy write them; 8 is a string and 9 an array.
 _SCALARS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q', 12: 'd'}
 _STRING, _ARRAY = 8, 9
@@ -47,7 +33,7 @@ class _Stored(NamedTuple):
 
 
 def read(path: str) -> Checkpoint:
-  """A llama GGUF file as a checkpoint, dequantised to float32.
+  """A GGUF file of a family of charjax.model.gguf_families as a checkpoint, dequantised when tensors are asked for.
 
   Raises:
     UserError: the file is missing, truncated, damaged, or of a kind that is not supported.
@@ -59,12 +45,20 @@ def read(path: str) -> Checkpoint:
     raise UserError(f'{path}: cannot be read ({error.strerror or error}); check the path') from error
   except (ValueError, struct.error) as error:
     raise UserError(f'{path}: not a GGUF file, truncated or damaged ({error}); fetch it again') from error
-  config = _config(metadata, stored, path)
+  for name, header in stored.items():
+    _check_readable(header.kind, f'{path}: tensor {name[:80]}')
+  shapes = {name: header.shape for name, header in stored.items()}
 
-  def tensor(name: str, file_name: str) -> np.ndarray:
-    value = _dequantize(data, stored[file_name], f'{path}: tensor {file_name}')
-    if name in ('blocks.q', 'blocks.k'):
-      # GGUF keeps the pairs that are rotated together next to each other; here they are half a head apart.
+  def tensor(_: str, file_name: str) -> np.ndarray:
+    return _dequantize(data, stored[file_name])
+
+  family = from_gguf(metadata, shapes, lambda name: tensor('', name), path)
+  config = family.config
+
+  def turned(name: str, file_name: str) -> np.ndarray:
+    value = tensor(name, file_name)
+    if family.interleaved and name in ('blocks.q', 'blocks.k'):
+      # Such a file keeps the pairs that are rotated together next to each other; here they are half a head apart.
       value = value.reshape(-1, config.head_dim // 2, 2, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
     return value
 
@@ -72,7 +66,7 @@ def read(path: str) -> Checkpoint:
   tokenizer = bpe_from_gguf(metadata, path, reply_end)
   if tokenizer.vocab_size > config.vocab_size:
     raise UserError(f'{path}: {tokenizer.vocab_size} tokens for {config.vocab_size} embeddings; wrong file?')
-  tensors = assemble(config, path, _NAMES, {name: s.shape for name, s in stored.items()}, tensor)
+  tensors = assemble(config, path, family.names, shapes, turned, family.ignored, family.architecture)
   return Checkpoint(config, tensors, tokenizer, template)
 
 
@@ -153,66 +147,22 @@ def _size(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
   return size
 
 
-def _dequantize(data: np.ndarray, stored: _Stored, where: str) -> np.ndarray:
+def _dequantize(data: np.ndarray, stored: _Stored) -> np.ndarray:
   shape, kind, offset = stored
   raw = data[offset : offset + _size(shape, kind)]
   if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
     return raw.view('<f4' if kind == GGMLQuantizationType.F32 else '<f2').reshape(shape).astype(np.float32)
+  return dequantize(raw.reshape(quant_shape_to_byte_shape(shape, kind)), kind)
+
+
+def _check_readable(kind: GGMLQuantizationType, where: str) -> None:
+  """Refuses a type that cannot be dequantised, by trying one block of it."""
+  if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+    return
   try:
-    return dequantize(raw.reshape(quant_shape_to_byte_shape(shape, kind)), kind)
+    dequantize(np.zeros(GGML_QUANT_SIZES[kind][1], np.uint8), kind)
   except NotImplementedError as error:
     raise UserError(f'{where} is of type {kind.name}, which is not read; use Q4_K, Q8_0 or F16') from error
-
-
-def _config(metadata: Mapping[str, Any], stored: Mapping[str, _Stored], where: str) -> ModelConfig:
-  def field(key: str, default: Any, kind: type = int) -> Any:
-    value = metadata.get(key, default)
-    if value is None:
-      raise UserError(f'{where}: field {key} is missing; is this a complete file?')
-    if isinstance(value, bool) or not isinstance(value, kind):
-      raise UserError(f'{where}: field {key} is {str(value)[:40]!r}, which is not supported')
-    return value
-
-  architecture = metadata.get('general.architecture')
-  if architecture != 'llama':
-    raise UserError(f'{where}: architecture {str(architecture)[:40]!r} is not supported; use a llama model')
-  heads = field('llama.attention.head_count', None)
-  embed_dim = field('llama.embedding_length', None)
-  head_dim = field('llama.attention.key_length', embed_dim // max(heads, 1))
-  for key, neutral in {
-    'llama.attention.value_length': head_dim,
-    'llama.rope.dimension_count': head_dim,
-    'llama.rope.scaling.type': 'none',
-    'llama.rope.scale_linear': 1.0,
-    'llama.expert_count': 0,
-  }.items():
-    if metadata.get(key, neutral) != neutral:
-      value = str(metadata[key])[:40]
-      raise UserError(f'{where}: field {key} is {value!r}, which is not supported; only {neutral!r} is')
-  if head_dim % 2:
-    raise UserError(f'{where}: field llama.attention.key_length is {head_dim}; rotary positions need it even')
-  embed = stored.get(_NAMES['embed'])
-  if embed is None or not embed.shape:
-    raise UserError(f'{where}: tensor {_NAMES["embed"]} is missing; is this a complete llama checkpoint?')
-  fields = {
-    'num_layers': field('llama.block_count', None),
-    'num_kv_heads': field('llama.attention.head_count_kv', heads),
-    'mlp_dim': field('llama.feed_forward_length', None),
-    'rope_theta': field('llama.rope.freq_base', 10_000.0, float),
-    'norm_eps': field('llama.attention.layer_norm_rms_epsilon', None, float),
-    'max_length': field('llama.context_length', None),
-  }
-  try:
-    return ModelConfig(
-      embed_dim=embed_dim,
-      num_heads=heads,
-      head_dim=head_dim,
-      vocab_size=embed.shape[0],
-      tied_embeddings=_NAMES['head'] not in stored,
-      **fields,
-    )
-  except UserError as error:
-    raise UserError(f'{where}: {error}') from error
 
 
 def _template(metadata: Mapping[str, Any], where: str) -> tuple[ChatTemplate, str]:

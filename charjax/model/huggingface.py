@@ -1,6 +1,5 @@
 """Reads a Hugging Face directory: config.json, safetensors, tokenizer.json or tokenizer.model, chat template."""
 
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,29 +12,16 @@ from safetensors import SafetensorError, safe_open
 from charjax.errors import UserError, one_line
 from charjax.model import sentencepiece
 from charjax.model.chat import ChatTemplate
-from charjax.model.checkpoint_source import Checkpoint, assemble
-from charjax.model.config import ModelConfig, from_hf
+from charjax.model.checkpoint_source import Checkpoint, Tensors, assemble
+from charjax.model.config import ModelConfig
+from charjax.model.families import from_hf, tensor_names
 from charjax.model.tokenizer import Tokenizer, from_tokenizer_json
 
-_NAMES = {
-  'embed': 'model.embed_tokens.weight',
-  'final_norm': 'model.norm.weight',
-  'head': 'lm_head.weight',
-  'blocks.attn_norm': 'model.layers.{}.input_layernorm.weight',
-  'blocks.q': 'model.layers.{}.self_attn.q_proj.weight',
-  'blocks.k': 'model.layers.{}.self_attn.k_proj.weight',
-  'blocks.v': 'model.layers.{}.self_attn.v_proj.weight',
-  'blocks.o': 'model.layers.{}.self_attn.o_proj.weight',
-  'blocks.mlp_norm': 'model.layers.{}.post_attention_layernorm.weight',
-  'blocks.gate': 'model.layers.{}.mlp.gate_proj.weight',
-  'blocks.up': 'model.layers.{}.mlp.up_proj.weight',
-  'blocks.down': 'model.layers.{}.mlp.down_proj.weight',
-}
 _FLOATS = ('F64', 'F32', 'F16', 'BF16')
 
 
 def read(path: str) -> Checkpoint:
-  """A llama checkpoint as transformers saves it, one file or sharded, in float32.
+  """A checkpoint as transformers saves it, one file or sharded, of any family of charjax.model.families.
 
   Raises:
     UserError: a file is missing, damaged, or of a kind that is not supported.
@@ -47,32 +33,36 @@ def read(path: str) -> Checkpoint:
     raise UserError(f'{where}: quantization_config is not supported; use an unquantised checkpoint')
   config = from_hf(raw, where)
   template, tokenizer = _text(folder, raw, config)
-  return Checkpoint(config, _tensors(folder, config), tokenizer, template)
+  return Checkpoint(config, _tensors(folder, config, raw['model_type']), tokenizer, template)
 
 
-def _tensors(folder: Path, config: ModelConfig) -> dict[str, np.ndarray]:
-  with contextlib.ExitStack() as stack:
-    files: dict[str, Any] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for shard in _shards(folder):
-      try:
-        file = stack.enter_context(safe_open(shard, framework='numpy'))
-        for name in file.keys():  # noqa: SIM118  (not a mapping)
-          stored = file.get_slice(name)
-          if (kind := stored.get_dtype()) not in _FLOATS:
-            raise UserError(f'{shard}: tensor {name[:80]!r} is {kind}; only {", ".join(_FLOATS)} are read')
-          files[name], shapes[name] = file, tuple(stored.get_shape())
-      except (OSError, SafetensorError) as error:
-        raise UserError(f'{shard}: missing or damaged ({one_line(error)}); fetch it again') from error
-    # Rotary frequencies follow from the config; a tied head is the embedding once more.
-    ignored = [name for name in shapes if name.endswith('.rotary_emb.inv_freq')]
-    if config.tied_embeddings:
-      ignored.append(_NAMES['head'])
+def _tensors(folder: Path, config: ModelConfig, family: str) -> Tensors:
+  files: dict[str, Any] = {}
+  shapes: dict[str, tuple[int, ...]] = {}
+  for shard in _shards(folder):
+    try:
+      # Left open, that is mapped into memory, until the last of its tensors has been read.
+      file = safe_open(shard, framework='numpy')
+      for name in file.keys():  # noqa: SIM118  (not a mapping)
+        stored = file.get_slice(name)
+        if (kind := stored.get_dtype()) not in _FLOATS:
+          raise UserError(f'{shard}: tensor {name[:80]!r} is {kind}; only {", ".join(_FLOATS)} are read')
+        files[name], shapes[name] = file, tuple(stored.get_shape())
+    except (OSError, SafetensorError) as error:
+      raise UserError(f'{shard}: missing or damaged ({one_line(error)}); fetch it again') from error
+  names = tensor_names(family)
+  # Rotary frequencies follow from the config; a tied head is the embedding once more.
+  ignored = [name for name in shapes if name.endswith('.rotary_emb.inv_freq')]
+  if config.tied_embeddings:
+    ignored.append(names['head'])
 
-    def tensor(_: str, file_name: str) -> np.ndarray:
+  def tensor(_: str, file_name: str) -> np.ndarray:
+    try:
       return files[file_name].get_tensor(file_name)
+    except (OSError, SafetensorError) as error:
+      raise UserError(f'{folder}: tensor {file_name} cannot be read ({one_line(error)}); fetch it again') from error
 
-    return assemble(config, str(folder), _NAMES, shapes, tensor, ignored)
+  return assemble(config, str(folder), names, shapes, tensor, ignored, family)
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -18,16 +18,21 @@ TARGETS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 class Adapter(nnx.Module):
   """For each target weight [L, I..., O...]: a [L, I, R] (random) and b [L, R, O] (zero: it starts as no change).
 
-  The scale alpha / r of the paper is folded into the initial a, so that there is no such field.
+  The scale alpha / r of the paper is folded into the initial a, so that there is no such field. Experts of a mixture,
+  which see few tokens each, and their router have no adapters.
   """
 
-  def __init__(self, config: ModelConfig, rank: int, *, rngs: nnx.Rngs, targets: Sequence[str] = TARGETS):
+  def __init__(self, config: ModelConfig, rank: int, *, rngs: nnx.Rngs, targets: Sequence[str] = ()):
     if rank < 1:
       raise UserError(f'lora rank is {rank}; it must be at least 1')
     shapes = block_shapes(config)
-    for name in targets:
+    for name in targets or config.dense_projections:
       if name not in TARGETS:
         raise UserError(f'lora target {name!r} is unknown; choose from {", ".join(TARGETS)}')
+      if name not in config.dense_projections:
+        raise UserError(
+          f'lora target {name!r}: experts have no adapters; choose from {", ".join(config.dense_projections)}'
+        )
       layers, *dims = shapes[name]
       inputs = 2 if name == 'o' else 1
       in_dim, out_dim = int(np.prod(dims[:inputs])), int(np.prod(dims[inputs:]))

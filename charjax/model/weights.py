@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from charjax.errors import UserError
 from charjax.mesh import spec
+from charjax.model.checkpoint_source import Tensors
 from charjax.model.config import ModelConfig
 from charjax.model.decoder import Decoder, Runtime
 
@@ -25,14 +26,15 @@ def make_decoder(config: ModelConfig, tensors: Mapping[str, np.ndarray], dtype: 
 
   Args:
     config: the model's shape.
-    tensors: float32 arrays by name ('embed', 'blocks.q', ...), stacked over layers.
+    tensors: arrays by name ('embed', 'blocks.q', ...), stacked over layers; those of a file are read one at a time,
+      each let go once it is on its devices.
     dtype: of the parameters.
     runtime: how it computes.
 
   Raises:
     UserError: a tensor is missing, unknown or of the wrong shape.
   """
-  abstract = abstract_decoder(config, dtype, runtime)
+  abstract, dtype = abstract_decoder(config, dtype, runtime), jnp.dtype(dtype)
   graph, state = nnx.split(abstract)
   mesh = jax.sharding.get_mesh()
   flat = {'.'.join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
@@ -43,11 +45,11 @@ def make_decoder(config: ModelConfig, tensors: Mapping[str, np.ndarray], dtype: 
   for name, leaf in flat.items():
     if name not in tensors:
       raise UserError(f'checkpoint: tensor {name} is missing; is the checkpoint complete?')
-    value = tensors[name]
-    if value.shape != leaf.shape:
-      raise UserError(f'checkpoint: tensor {name} has shape {value.shape}, the config says {leaf.shape}')
-    host = np.asarray(value, jnp.dtype(dtype))
+    host = tensors.read(name, dtype) if isinstance(tensors, Tensors) else np.asarray(tensors[name], dtype)
+    if host.shape != leaf.shape:
+      raise UserError(f'checkpoint: tensor {name} has shape {host.shape}, the config says {leaf.shape}')
     if not mesh.empty:
       host = jax.device_put(host, NamedSharding(mesh, spec(leaf.shape, leaf.get_metadata()['axes'], mesh)))
-    loaded[tuple(name.split('.'))] = leaf.replace(jnp.asarray(host))
+    # Copied before the next is read, so that no two of the host are there at a time.
+    loaded[tuple(name.split('.'))] = leaf.replace(jax.block_until_ready(jnp.asarray(host)))
   return nnx.merge(graph, nnx.from_flat_state(list(loaded.items())))
