@@ -17,7 +17,7 @@ import numpy as np
 from charjax.engine.batch import Tokens, bucket, pad
 from charjax.engine.sample import Sampling, draw
 from charjax.mesh import no_silent_transfers, replicate
-from charjax.model.decoder import KV, Decoder, forward, layer_weights, logits, make_cache
+from charjax.model.decoder import KV, Decoder, forward, layer_weights, logits
 
 _AT_ONCE = 4  # tokens drawn by one call: its weights are cut into layers once, which costs about as much as a token
 # A conversation grows at every turn, and a new shape is a program to compile: of the reply's tokens, which are slow
@@ -37,7 +37,11 @@ def _read(decoder: Decoder, adapter: Any, tokens_1t: jax.Array, *, slots: int) -
   width = tokens_1t.shape[1]
   mask = jnp.tril(jnp.ones((1, width, width), bool))
   _, kv = forward(decoder, tokens_1t, jnp.arange(width)[None], mask, adapter=adapter)
-  return make_cache(kv, slots)
+
+  def widen(layer: jax.Array) -> jax.Array:
+    return jnp.pad(layer, ((0, 0), (0, 0), (0, slots - width), (0, 0)))
+
+  return KV(*(tuple(map(widen, layers)) for layers in kv))
 
 
 @partial(jax.jit, static_argnames='top_p', donate_argnames='cache')
