@@ -47,10 +47,11 @@ SHAPES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2))
 NAMES = tuple(stage.name for stage in STAGES if stage.name != 'report')  # which computes nothing
 TOLERANCE = 1e-4
 _CONFIG = Path(__file__).parent.parent / 'configs' / 'smoke.py'
-# Ten steps each; batches of eight messages, which all shapes can split.
+# Ten steps each; batches of eight messages, which all shapes can split, and of 56 replies, which is no other array's
+# length: the policy's 48 would be its prompts'.
 _CHANGES = (
   'preference.epochs=10', 'preference.messages_per_batch=8', 'preference.save_every=5',
-  'policy.steps=10', 'policy.prompts_per_step=8', 'policy.save_every=5',
+  'policy.steps=10', 'policy.prompts_per_step=8', 'policy.replies_per_prompt=4', 'policy.save_every=5',
 )  # fmt: skip
 
 
