@@ -228,6 +228,16 @@ def test_a_trait_s_weight_is_told_where_it_is_not_the_usual_one(tmp_path):
   assert report.render(folder).count('class="tag">weight 2.5<') == 1
 
 
+def test_an_unproven_trait_is_left_out_of_the_reward_unless_the_config_keeps_it(tmp_path):
+  folder = write_run(tmp_path / 'run', messages=4, steps=3)
+  assert report.render(folder).count('left out of the reward') == 2
+  config = json.loads((folder / 'config.json').read_text())
+  config['config']['policy']['keep_unproven_traits'] = True
+  (folder / 'config.json').write_text(json.dumps(config))
+  page = report.render(folder)
+  assert page.count('rewarded all the same') == 2 and 'left out of the reward' not in page
+
+
 def test_null_and_bare_numbers(tmp_path):
   folder = write_run(tmp_path, messages=4, steps=3)
   path = folder / 'evaluation' / 'summary.json'

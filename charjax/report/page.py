@@ -215,7 +215,7 @@ def _traits(run: Run, groups: Sequence['Group']) -> list[TraitView]:
       weight=words.weight(trait.get('weight', 1.0)),
       warnings=[
         *(['not told from chance on its choosing pairs'] if name in weak else []),
-        *(['left out of the reward'] if name in left_out else []),
+        *([f'not told from chance without its text: {_unproven(run)}'] if name in left_out else []),
       ],
       sentences=[sentence for sentence in sentences if sentence],
       figures=figures.present(
@@ -368,8 +368,16 @@ def _preference(run: Run) -> Panel:
       notes.append(f'The score of {role} follows the reply\u2019s length (r = {words.figure(correlation)}).')
   left_out = [words.spoken(str(trait)) for trait in listed(run.preference, 'left_out')]
   if left_out:
-    notes.append(f'Left out of the reward, being told no better than by chance: {words.together(left_out)}.')
+    notes.append(
+      f'Not told from chance by the model trained against, and {_unproven(run)}: {words.together(left_out)}.'
+    )
   return Panel(figures.present(drawn), notes, _preference_table(run, models))
+
+
+def _unproven(run: Run) -> str:
+  """What became of a trait whose preference model is no better than chance."""
+  kept = section(run.config, 'config', 'policy').get('keep_unproven_traits') is True
+  return 'rewarded all the same' if kept else 'left out of the reward'
 
 
 def _preference_table(run: Run, models: Sequence[str]) -> Table | None:
