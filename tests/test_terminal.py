@@ -66,6 +66,8 @@ class Terminal:
     command = [sys.executable, '-m', 'charjax.main', 'chat', *arguments]
     self.pid, self._file = pty.fork()
     if not self.pid:
+      # Ignored in whatever a shell runs in the background, the tests among it.
+      signal.signal(signal.SIGINT, signal.SIG_DFL)
       os.execve(sys.executable, command, environment)
     self.seen = ''
     self._raw, self._at = b'', 0
@@ -92,9 +94,10 @@ class Terminal:
     return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
   def _read(self, seconds: float = 300, key: str = '') -> bool:
+    end = time.monotonic() + 300
     try:
       while not select.select([self._file], [], [], seconds)[0]:
-        assert key, self.seen[-2000:]
+        assert key and time.monotonic() < end, self.seen[-2000:]
         self.type(key)
       found = os.read(self._file, 65536)
     except OSError:  # Linux's way to say that the other end was closed.
