@@ -4,7 +4,7 @@ Letters: B rows, T tokens, A texts before rows, P tokens of one.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ Tokens = Sequence[int]
 # Lengths are rounded up to whole steps: every new length is a program to compile, which for a small model takes longer
 # than the padding of a few hundred rows.
 PREFIX_STEP, PROMPT_STEP, REPLY_STEP = 32, 16, 8
+EACH = 8  # replies that share one pass of their prompt: more would save little and leave rows empty
 
 
 def bucket(length: int, step: int) -> int:
@@ -48,6 +49,19 @@ def common_prefix(rows: Sequence[Tokens]) -> int:
   while length < limit and first[length] == last[length]:
     length += 1
   return length
+
+
+def by_prompt(prompts: Sequence[Tokens], cut: int) -> dict[tuple[int, ...], list[int]]:
+  """The places of each prompt among `prompts`; each without its first `cut` tokens."""
+  places: dict[tuple[int, ...], list[int]] = {}
+  for i, prompt in enumerate(prompts):
+    places.setdefault(tuple(prompt[cut:]), []).append(i)
+  return places
+
+
+def in_groups(places: Mapping[tuple[int, ...], list[int]], each: int) -> list[tuple[tuple[int, ...], list[int]]]:
+  """Each prompt with up to `each` of its places, as often as it takes."""
+  return [(p, some[begin : begin + each]) for p, some in places.items() for begin in range(0, len(some), each)]
 
 
 def compute_prefix(

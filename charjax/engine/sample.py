@@ -15,13 +15,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from charjax.engine.batch import PROMPT_STEP, Tokens, bucket, common_prefix, compute_prefix, length_before, pad, prefill
+from charjax.engine.batch import (
+  EACH,
+  PROMPT_STEP,
+  Tokens,
+  bucket,
+  by_prompt,
+  common_prefix,
+  compute_prefix,
+  in_groups,
+  length_before,
+  pad,
+  prefill,
+)
 from charjax.mesh import batch_parts, no_silent_transfers, replicate, shard_batch
 from charjax.model.decoder import KV, Decoder, Prefix, forward, layer_weights, logits, make_cache
 
 _BLOCK = 256  # the vocabulary is searched in blocks of this many tokens
 _TOP_P_STEPS = 16
-_EACH = 8  # replies that share one pass of their prompt, as in scoring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,19 +213,16 @@ def sample(
     return []
   cut = common_prefix(prompts)
   shared = prefill(decoder, prompts[0][:cut], adapter)
-  places: dict[tuple[int, ...], list[int]] = {}
-  for i, prompt in enumerate(prompts):
-    places.setdefault(tuple(prompt[cut:]), []).append(i)
+  places = by_prompt(prompts, cut)
   # As many replies to each prompt at a time as leave no row empty.
   common = math.gcd(*map(len, places.values()))
-  each = max(n for n in range(1, min(_EACH, settings.batch_size) + 1) if common % n == 0)
-  groups = [(p, some[begin : begin + each]) for p, some in places.items() for begin in range(0, len(some), each)]
+  each = max(n for n in range(1, min(EACH, settings.batch_size) + 1) if common % n == 0)
+  groups = in_groups(places, each)
   count = settings.batch_size // each
   # A batch that the devices do not divide evenly would be decoded whole by each of them.
   count += -count % batch_parts()
   width = bucket(max(width, *map(len, places)) - 1, PROMPT_STEP)
-  ends = np.resize(np.asarray(eos_ids, np.int32), max(4, len(eos_ids)))  # repeated: one length, one program
-  ends, temperature = replicate((ends, np.float32(settings.temperature)))
+  ends, temperature = replicate((end_ids(eos_ids), np.float32(settings.temperature)))
   replies: list[Any] = [None] * len(prompts)
   for begin in range(0, len(groups), count):
     some = groups[begin : begin + count]
@@ -233,6 +241,11 @@ def sample(
       finish = 'stop' if done[row] else 'length'
       replies[i] = Reply(ids[row, :length].tolist(), log_probs[row, :length], finish)
   return replies
+
+
+def end_ids(eos_ids: Sequence[int]) -> np.ndarray:
+  """The ids that end a reply, repeated to a usual number of them: one length, one program."""
+  return np.resize(np.asarray(eos_ids, np.int32), max(4, len(eos_ids)))
 
 
 def compilations() -> int:

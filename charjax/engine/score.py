@@ -15,12 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from charjax.engine.batch import (
+  EACH,
   PROMPT_STEP,
   REPLY_STEP,
   Tokens,
   bucket,
+  by_prompt,
   common_prefix,
   compute_prefix,
+  in_groups,
   length_before,
   pad,
   prefill,
@@ -29,7 +32,6 @@ from charjax.mesh import batch_parts, constrain, no_silent_transfers, replicate,
 from charjax.model.decoder import Decoder, Prefix, forward, logits
 
 _CHUNK = 512  # tokens whose full-vocabulary logits are held at once
-_EACH = 8  # replies that share one pass of their prompt: more would save little and leave rows empty
 
 
 class Rows(NamedTuple):
@@ -227,17 +229,11 @@ def map_rows(
     return []
   cut = common_prefix(prompts) if share_prefix else 0
   before = prefill(decoder, prompts[0][:cut], adapter)
-  replies_to: dict[tuple[int, ...], list[int]] = {}
-  for i, prompt in enumerate(prompts):
-    replies_to.setdefault(tuple(prompt[cut:]), []).append(i)
+  places = by_prompt(prompts, cut)
   # As even as may be: of ten replies five and five, where eight and two would leave six rows empty.
-  most = max(map(len, replies_to.values()))
-  each = -(-most // -(-most // _EACH))
-  groups = [
-    (prompt, index[begin : begin + each])
-    for prompt, index in replies_to.items()
-    for begin in range(0, len(index), each)
-  ]
+  most = max(map(len, places.values()))
+  each = -(-most // -(-most // EACH))
+  groups = in_groups(places, each)
   longest = [max(len(replies[i]) for i in index) for _, index in groups]
   order = sorted(range(len(groups)), key=longest.__getitem__)
   # Every shape is a program to compile, which for a small model takes longer than some padding: one width for all

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from charjax.engine.batch import Tokens, bucket, pad
-from charjax.engine.sample import Sampling, draw
+from charjax.engine.sample import Sampling, draw, end_ids
 from charjax.mesh import no_silent_transfers, replicate
 from charjax.model.decoder import KV, Decoder, forward, layer_weights, logits, make_cache
 
@@ -114,10 +114,9 @@ def stream(
   """
   width, slots = shapes(len(prompt), settings.max_new_tokens)
   tokens, _ = pad([prompt], width)
-  ends = np.resize(np.asarray(eos_ids, np.int32), max(4, len(eos_ids)))  # repeated: one length, one program
   # The last token of the prompt is read once more by the call that draws from it.
   last = np.array(prompt[-1:], np.int32)
-  state = _begin(decoder, adapter, tokens, slots, (last, key_data, ends, np.float32(settings.temperature)))
+  state = _begin(decoder, adapter, tokens, slots, (last, key_data, end_ids(eos_ids), np.float32(settings.temperature)))
   length, step = len(prompt), 0
   while step < settings.max_new_tokens:
     state, drawn = _go_on(decoder, adapter, state, (length + step, step, settings.max_new_tokens), settings.top_p)
