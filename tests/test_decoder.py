@@ -23,7 +23,7 @@ from charjax.engine.score import Group, make_rows, reply_log_probs, reply_mask
 from charjax.errors import UserError
 from charjax.model import checkpoint_source
 from charjax.model.decoder import Decoder, Runtime, forward, logits, lower_layers, make_cache, matmul
-from charjax.model.lora import TARGETS, Adapter
+from charjax.model.lora import TARGETS, Adapter, merge
 from charjax.model.weights import make_decoder
 
 CONFIGS = {
@@ -313,7 +313,9 @@ def test_an_adapter_is_a_product_added_to_each_weight(scan):
     change = np.asarray(pair['a'][...]) @ np.asarray(pair['b'][...])
     tensors[name] = tensors[name] + change.reshape(tensors[name].shape)
   expected = [numpy_log_probs(config, tensors, row) for row in rows]
-  assert_close(of_rows(build(config, scan_layers=scan), rows, adapter=adapter), expected, 1e-4)
+  decoder = build(config, scan_layers=scan)
+  assert_close(of_rows(decoder, rows, adapter=adapter), expected, 1e-4)
+  assert_close(of_rows(merge(decoder, adapter), rows), expected, 1e-4)
 
 
 def test_adapters_that_cannot_be_are_refused():

@@ -1,4 +1,7 @@
-"""Low-rank adapters (Hu et al. 2021, LoRA): W x + (alpha / r) B A x, with W untouched."""
+"""Low-rank adapters (Hu et al. 2021, LoRA): W x + (alpha / r) B A x, with W untouched.
+
+Letters: L layers, I inputs, O outputs, R rank.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +13,7 @@ from flax import nnx
 
 from charjax.errors import UserError
 from charjax.model.config import ModelConfig
-from charjax.model.decoder import block_shapes
+from charjax.model.decoder import Decoder, block_shapes
 
 TARGETS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 
@@ -49,3 +52,13 @@ class Adapter(nnx.Module):
       for name in TARGETS
       if hasattr(self, name)
     }
+
+
+def merge(decoder: Decoder, adapter: Adapter) -> Decoder:
+  """The weights with the adapter in them, float32 and laid out as they were: W + B A, the product in float32."""
+  merged = jax.tree.map(lambda x: x.astype(jnp.float32), decoder)
+  for name, pair in adapter.arrays().items():
+    weight = getattr(merged.blocks, name)
+    change = jnp.einsum('lir,lro->lio', pair['a'], pair['b'], precision='highest')
+    weight[...] += change.reshape(weight.shape)
+  return merged
