@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
   config.policy.prompts_per_step = 8
   config.policy.replies_per_prompt = 4
   config.policy.ranked_replies = 4
+  config.policy.ranked_labels = 1.0
   config.policy.trace = 0.9
   config.policy.max_new_tokens = 48
 
