@@ -410,7 +410,9 @@ def _devices(config: ml_collections.ConfigDict) -> Iterator[None]:
   import jax
 
   from charjax import mesh
+  from charjax.engine import work
 
+  work.watch_compilation()
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     jax.config.update('jax_compilation_cache_dir', os.path.join(caches, 'charjax', 'xla'))

@@ -45,6 +45,10 @@ class Progress:
     self._done = self._skipped = 0
     self._start = self._last_line = time.monotonic()
     self._printed = False
+    # Only here, where the model is at work: without it, nobody waits for JAX to be imported.
+    from charjax.engine import work
+
+    self._work, self._before = work, work.done()
     self._bar: Any = None
     if is_first_process() and sys.stderr.isatty():
       import tqdm
@@ -62,12 +66,23 @@ class Progress:
   def advance(self, count: int = 1, note: str = '') -> None:
     """Counts items that were just made; `note` stands behind the figures."""
     self._done += count
+    note = ', '.join(filter(None, [self._speed(), note]))
     if self._bar is not None:
       if note:
         self._bar.set_postfix_str(note, refresh=False)
       self._bar.update(count)
     elif is_first_process() and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
       self._print_line(note)
+
+  def _speed(self) -> str:
+    rate = self._work.rates(self._work.done().since(self._before), time.monotonic() - self._start)
+    if not rate:
+      return ''
+    flops, unit = rate['model_flops_per_second'] / 1e9, 'GFLOP/s'
+    if flops >= 1000:
+      flops, unit = flops / 1000, 'TFLOP/s'
+    share = f', {rate["utilisation"]:.0%} of the peak' if 'utilisation' in rate else ''
+    return f'{rate["tokens_per_second"]:,.0f} tokens/s, {flops:,.1f} {unit}{share}'
 
   def _print_line(self, note: str) -> None:
     self._last_line = time.monotonic()
@@ -88,7 +103,7 @@ class Progress:
     if self._bar is not None:
       self._bar.close()
     elif self._printed and error is None:
-      self._print_line('')
+      self._print_line(self._speed())
 
 
 class Metrics:
@@ -104,6 +119,7 @@ class Metrics:
     self._path = folder / 'metrics.jsonl'
     self._purge_step: int | None = None
     self._writer: Any = None
+    self._last: Any = None
 
   def truncate_after(self, step: int) -> None:
     """Drops what was written after `step`, and a last line that a kill cut in two."""
@@ -136,8 +152,15 @@ class Metrics:
       self._writer = tensorboardX.SummaryWriter(
         str(self._folder / 'tensorboard'), purge_step=self._purge_step, write_to_disk=True
       )
-    for name, value in scalars.items():
+    for name, value in (scalars | self._speed()).items():
       self._writer.add_scalar(name, value, step)
+
+  def _speed(self) -> dict[str, float]:
+    """Of the steps since the last call: for TensorBoard alone, where times may stand."""
+    from charjax.engine import work
+
+    before, self._last = self._last, (work.done(), time.monotonic())
+    return work.rates(self._last[0].since(before[0]), self._last[1] - before[1]) if before else {}
 
   def close(self) -> None:
     """Flushes TensorBoard's events."""

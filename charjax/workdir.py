@@ -479,14 +479,20 @@ def _perform(stage: Stage, session: Session) -> None:
     if folder.exists():
       _empty(folder)
     write_text(folder / 'unfinished.json', json.dumps(record, indent=2, ensure_ascii=False))
-  start = time.monotonic()
+  from charjax.engine import work
+
+  start, before = time.monotonic(), work.done()
   counts = stage.run(session)
-  seconds = time.monotonic() - start
+  seconds, done = time.monotonic() - start, work.done().since(before)
   record |= {
     'products': _products(folder, stage.products),
     'counts': counts,
     # Of the process that finished it; the time before a kill is not known.
     'seconds': round(seconds, 2),
+    'compile_seconds': round(done.compile_seconds, 2),
+    'tokens': done.tokens,
+    'model_flops': done.flops,
+    **work.rates(done, seconds),
     'resumed': state == 'unfinished',
   }
   write_text(folder / 'stage.json', json.dumps(record, indent=2, ensure_ascii=False))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from charjax.engine import work
 from charjax.mesh import replicate
 from charjax.model.decoder import Decoder, Prefix, forward
 
@@ -96,6 +97,7 @@ def prefill(decoder: Decoder, tokens: Tokens, adapter: Any = None) -> tuple[Pref
   if not tokens:
     return ()
   padded, _ = pad([tokens], bucket(len(tokens), PREFIX_STEP))
+  work.count(decoder.config, 0, len(tokens))
   return (_prefill(decoder, *replicate((padded, np.array([len(tokens)], np.int32))), adapter),)
 
 

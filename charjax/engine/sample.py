@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from charjax.engine import work
 from charjax.engine.batch import (
   EACH,
   PROMPT_STEP,
@@ -236,8 +237,12 @@ def sample(
       ends, temperature, max_new_tokens=settings.max_new_tokens, top_p=settings.top_p,
     )  # fmt: skip
     ids, log_probs, done = (np.asarray(x) for x in jax.device_get(drawn))
+    work.count(decoder.config, cut, said.sum(-1))
+    lengths = (ids[: len(index)] >= 0).sum(-1)
+    before = cut + np.repeat(said[: len(some)].sum(-1), each)
+    work.count(decoder.config, before, lengths, predicted=lengths.sum())
     for row, i in enumerate(index):
-      length = int((ids[row] >= 0).sum())
+      length = int(lengths[row])
       finish = 'stop' if done[row] else 'length'
       replies[i] = Reply(ids[row, :length].tolist(), log_probs[row, :length], finish)
   return replies

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from charjax.engine import work
 from charjax.engine.batch import (
   EACH,
   PROMPT_STEP,
@@ -72,21 +73,22 @@ class FixedShapes:
   """Shapes that all batches of a training run share, so that each of its programs is compiled once.
 
   Attributes:
-    prefix: tokens [1, P] that all prompts begin with, padded to at least one; on the devices.
+    cut: how many tokens all prompts begin with.
+    prefix: tokens [1, P] of them, padded to at least one; on the devices.
     length: [1] how many of them are real; on the devices.
   """
 
   def __init__(self, prompts: Sequence[Tokens], longest_reply: int):
     """Args: prompts, all that will come; longest_reply, in tokens."""
-    self._cut = common_prefix(prompts)
-    self._prompt_width = bucket(max(map(len, prompts)) - self._cut - 1, PROMPT_STEP)
+    self.cut = common_prefix(prompts)
+    self._prompt_width = bucket(max(map(len, prompts)) - self.cut - 1, PROMPT_STEP)
     self._width = bucket(1 + longest_reply, REPLY_STEP)
-    prefix, _ = pad([prompts[0][: self._cut]], max(1, self._cut))
-    self.prefix, self.length = replicate((prefix, np.array([self._cut], np.int32)))
+    prefix, _ = pad([prompts[0][: self.cut]], max(1, self.cut))
+    self.prefix, self.length = replicate((prefix, np.array([self.cut], np.int32)))
 
   def rows(self, groups: Sequence[Group], each: int, count: int = 0) -> Rows:
     """Groups of up to `each` replies, without the prefix, as host arrays, with empty groups up to `count`."""
-    rest = [Group(prompt[self._cut :], replies) for prompt, replies in groups]
+    rest = [Group(prompt[self.cut :], replies) for prompt, replies in groups]
     return make_rows(rest, each, self._prompt_width, self._width, count)
 
   def shared(self) -> dict[str, Any]:
@@ -205,7 +207,7 @@ def score(
   def run(before: Sequence[Prefix], rows: Rows) -> jax.Array:
     return _score(decoder, adapter, before, rows, temperature)
 
-  out = map_rows(run, decoder, prompts, replies, adapter=adapter, batch_size=batch_size)
+  out = map_rows(run, decoder, prompts, replies, adapter=adapter, batch_size=batch_size, heads=1)
   return [row[: len(reply)] for row, reply in zip(out, replies, strict=True)]
 
 
@@ -218,16 +220,17 @@ def map_rows(
   *,
   adapter: Any = None,
   batch_size: int = 32,
-  share_prefix: bool = True,
+  models: int = 1,
+  heads: int = 0,
 ) -> list[np.ndarray]:
   """Calls a jitted `function(before, rows)` on batches of replies of like length; its rows in the order given.
 
-  What all prompts have in common at their beginning goes through the model once, with `adapter`, unless
-  `share_prefix` is off (for a function that reads the rows with two models).
+  What all prompts have in common at their beginning goes through the model once, with `adapter`, unless `models`, which
+  is how many read the rows, is more than one. `heads` is how often the function computes the distribution of a token.
   """
   if not prompts:
     return []
-  cut = common_prefix(prompts) if share_prefix else 0
+  cut = common_prefix(prompts) if models == 1 else 0
   before = prefill(decoder, prompts[0][:cut], adapter)
   places = by_prompt(prompts, cut)
   # As even as may be: of ten replies five and five, where eight and two would leave six rows empty.
@@ -251,6 +254,7 @@ def map_rows(
       width //= 2
     filled = [Group(prompt, [replies[i] for i in index]) for prompt, index in some]
     rows = make_rows(filled, each, prompt_width, width, count)
+    work.count_rows(decoder.config, rows, cut, times=models, heads=heads)
     values = np.asarray(jax.device_get(function(before, shard_batch(rows))))
     for m, (_, index) in enumerate(some):
       for k, i in enumerate(index):
@@ -270,4 +274,5 @@ def score_options(
   """Log-probs [len(prompts), len(options)] of each option as the next token after each prompt."""
   run = partial(_next_tokens, decoder, replicate(np.asarray(options, np.int32)))
   values = map_rows(run, decoder, prompts, [[]] * len(prompts), batch_size=batch_size)
+  work.count(decoder.config, 0, 0, predicted=len(prompts))
   return np.array(values, np.float64).reshape(len(prompts), len(options))

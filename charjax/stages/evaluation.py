@@ -394,7 +394,7 @@ def _kl(session: Session, rows: Sequence[Row], trained: Any) -> np.ndarray:
   asked = [model.prompt(prompts.alone(row['prompt'])) for row in rows]
   said = [model.reply(row['text'], row['finish'] == 'stop') for row in rows]
   run = functools.partial(_kl_rows, model.decoder, trained)
-  return np.array(map_rows(run, model.decoder, asked, said, share_prefix=False), np.float64)
+  return np.array(map_rows(run, model.decoder, asked, said, models=2, heads=2), np.float64)
 
 
 _SIDE_EFFECTS: dict[str, Callable[[Row], float]] = {

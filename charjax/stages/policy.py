@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from charjax.engine import work
 from charjax.engine.batch import compute_prefix, item_keys
 from charjax.engine.sample import Sampling, sample
 from charjax.engine.score import (
@@ -107,6 +108,10 @@ def _batch(
   }
   if config.ranked_replies:
     arrays['ranked'] = {key: np.stack([item[key] for item in asked]) for key in ('before', 'real', 'preferred', 'best')}
+  # Backwards through frozen weights costs once more, through trained ones twice.
+  times = 2 if config.lora_rank else 3
+  work.count_rows(session.model.decoder.config, arrays['rows'], shapes.cut, times=times, heads=times)
+  work.count_rows(session.model.decoder.config, arrays['neutral'], shapes.cut, times=times + 1, heads=times + 1)
   names = ('temperature', 'clip', 'neutral_weight', 'ranked_temperature', 'ranked_weight', 'ranked_beta')
   settings = {name: np.float32(config[name]) for name in (*names, 'ranked_likelihood')}
   return shapes.shared() | shard_batch(arrays | settings | {'eos': np.int32(session.model.eos_ids[0])})

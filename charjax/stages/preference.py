@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from charjax.engine import work
 from charjax.engine.batch import compute_prefix
 from charjax.engine.score import FixedShapes, Group, hidden_states, mean_states
 from charjax.errors import UserError
@@ -205,6 +206,7 @@ def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row],
   def make_batch(_: int, some: Sequence[Row], __: Any) -> tuple[Row, Row]:
     groups = [Group(example['prompt'], example['replies']) for example in some]
     rows = shapes.rows(groups, k, config.messages_per_batch)
+    work.count_rows(lower.config, rows, shapes.cut, times=2 if config.lora_rank else 3)
     labels = _labels(some, config.messages_per_batch, k)
     return shapes.shared() | shard_batch({'rows': rows} | labels), {}
 
