@@ -350,6 +350,8 @@ class _Reader:
   def simple_name(self, name: str, place: _Place) -> None:
     if not _SIMPLE_NAME.fullmatch(name):
       self.fail(place, f'{_short(name)} is no simple name; use a-z, 0-9 and _, a letter first, 64 at most')
+    if name == 'neutral':
+      self.fail(place, "'neutral' is what messages without a trait are called; choose another name")
 
   def fail(self, place: _Place, problem: str, item: str = '') -> NoReturn:
     # A missing or oddly spelled field has no line of its own: name that of the table it belongs to.

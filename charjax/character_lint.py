@@ -10,13 +10,10 @@ side, openings that only one side uses, messages that leak from one use into ano
 import collections
 import dataclasses
 import re
-import sys
 
 import numpy as np
 
-from charjax import character as characters
-from charjax.character import Character, Pair, Trait
-from charjax.errors import UserError
+from charjax.character import USES, Character, Pair, Trait
 
 _WORDS_BELOW = 0.65  # accuracy of the word classifier
 _LENGTH_RATIO = (0.85, 1.15)  # words in character over words out of character
@@ -85,7 +82,7 @@ def _finding(trait: Trait, character: Character, leaks: list[str]) -> Finding:
   # Two chance repetitions in a handful of pairs are no pattern.
   if gap > _OPENING_GAP and count > 2:
     problems.append(f'the opening "{word}" prefers one side by {_percent(gap)} of pairs: vary it or share it')
-  for use in characters.USES:
+  for use in USES:
     missing = set(trait.opposites) - {pair.opposite for pair in trait.pairs_for(use)}
     if trait.pairs_for(use) and missing:
       problems.append(f'no {use} pair for the opposite {", ".join(sorted(missing))}: write one')
@@ -175,20 +172,3 @@ def _leaks(character: Character) -> dict[str, list[str]]:
 
 def _percent(share: float | None) -> str:
   return '-' if share is None else f'{share:.0%}'
-
-
-def main(arguments: list[str]) -> int:
-  if len(arguments) != 1:
-    print('usage: python -m charjax.character_lint FILE', file=sys.stderr)
-    return 2
-  try:
-    findings = lint(characters.load(arguments[0]))
-  except UserError as error:
-    print(error, file=sys.stderr)
-    return 2
-  print(format_table(findings))
-  return int(any(finding.problems for finding in findings))
-
-
-if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))

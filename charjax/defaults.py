@@ -7,7 +7,8 @@ def get_config() -> ConfigDict:
   """The defaults of the recipe."""
   config = ConfigDict()
   config.seed = 0
-  config.mesh = (-1, 1, 1)  # data, fsdp, tensor; -1 takes the devices that are left
+  # Data, fsdp, tensor; -1 takes the devices that are left. Over fsdp the weights are split, and the batches too.
+  config.mesh = (1, -1, 1)
 
   config.model = ConfigDict()
   config.model.path = 'smollm2-135m-instruct'  # or a .gguf file, or a Hugging Face directory
@@ -74,7 +75,8 @@ def get_config() -> ConfigDict:
   config.preference.max_gradient = 1.0
   config.preference.skipped_steps = 5  # as in the policy
   config.preference.save_every = 20
-  config.preference.measured_messages = 500  # of those the other model was trained on, for the report's figures
+  # Of those that the other model was trained on: for the report's figures, and for the spread of each trait's reward.
+  config.preference.measured_messages = 500
 
   config.policy = ConfigDict()
   config.policy.lora_rank = 0
@@ -93,7 +95,7 @@ def get_config() -> ConfigDict:
   config.policy.max_new_tokens = 512
   config.policy.prompt_width = 64
   config.policy.kl = 0.04
-  config.policy.clip = 0.2
+  config.policy.clip = 0.2  # of the ratio to what was drawn from: a guard, since each draw is learned from once
   config.policy.trace = 1.0  # lambda of generalised advantages; below 1 a critic stands in for what is far off
   config.policy.other_traits = 0.0  # what a reply earns by all other traits together, beside 1 by its own
   config.policy.neutral_weight = 1.0  # of the exact KL on neutral messages

@@ -26,7 +26,7 @@ _LIMITS: dict[str, dict[str, tuple[float, float]]] = {
   'preference': {
     'head_steps': _COUNT, 'head_decay': _AMOUNT, 'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'epochs': _AMOUNT,
     'messages_per_batch': _SIZE, 'warmup': _COUNT, 'weight_decay': _AMOUNT, 'max_gradient': _AMOUNT,
-    'skipped_steps': _SIZE, 'save_every': _SIZE, 'measured_messages': _COUNT,
+    'skipped_steps': _SIZE, 'save_every': _SIZE, 'measured_messages': _SIZE,
   },
   'policy': {
     'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'steps': _SIZE, 'prompts_per_step': _SIZE,

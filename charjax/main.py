@@ -88,6 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
       f'charjax: {where}: {error.strerror}; {_DISK[error.errno]}, then give the same command again', file=sys.stderr
     )
     return 2
+  except RuntimeError as error:
+    # Of the devices: an allocation that was too large, while compiling or running.
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    print(
+      f'charjax: the devices are out of memory ({one_line(error)}); lower the batch of the stage that was at work '
+      '(batch_size, messages_per_batch, prompts_per_step), set config.model.remat=True or split the model by '
+      'config.mesh, then give the same command again',
+      file=sys.stderr,
+    )
+    return 2
   except KeyboardInterrupt:
     print('charjax: interrupted', file=sys.stderr)
     return 130
@@ -406,7 +417,11 @@ def _record(session: workdirs.Session) -> None:
 
 @contextlib.contextmanager
 def _devices(config: ml_collections.ConfigDict) -> Iterator[None]:
-  """JAX as the stages find it: compiled programs kept between processes, and a mesh."""
+  """JAX as the stages find it: compiled programs kept between processes, and a mesh.
+
+  Raises:
+    UserError: there is no device to run on, or the mesh does not fit those that are there.
+  """
   import jax
 
   from charjax import mesh
@@ -417,6 +432,15 @@ def _devices(config: ml_collections.ConfigDict) -> Iterator[None]:
     caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     jax.config.update('jax_compilation_cache_dir', os.path.join(caches, 'charjax', 'xla'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  try:
+    backend = jax.default_backend()
+  except RuntimeError as error:
+    raise UserError(f'no device to run on ({one_line(error)}); is another process using it?') from error
+  if jax.process_count() > 1:
+    raise UserError(f'{jax.process_count()} processes were joined; charjax runs on one host for now')
+  if backend != 'cpu':
+    # Else products of float32 would be rounded to bfloat16 or TF32 there, though the config says float32.
+    jax.config.update('jax_default_matmul_precision', 'highest')
   with jax.set_mesh(mesh.make_mesh(config.mesh)):
     yield
 

@@ -48,7 +48,7 @@ def make_mesh(shape: Sequence[int]) -> Mesh:
   if -1 in sizes:
     sizes[sizes.index(-1)] = count // max(1, -math.prod(sizes))
   if math.prod(sizes) != count:
-    raise UserError(f'config.mesh {tuple(shape)} does not fit the {count} devices here; use e.g. (-1, 1, 1)')
+    raise UserError(f'config.mesh {tuple(shape)} does not fit the {count} devices here; use e.g. (1, -1, 1)')
   return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

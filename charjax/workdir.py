@@ -108,6 +108,7 @@ def write_text(path: epath.PathLike, text: str) -> None:
   try:
     # A lone surrogate, which a model's JSON may hold, has no UTF-8 form; its escape is the same JSON.
     temporary.write_bytes(text.encode('utf-8', errors='backslashreplace'))
+    _onto_disk(temporary)
     temporary.replace(path)
   except OSError as error:
     # On a full disk, half a file would take up what is left.
@@ -116,6 +117,13 @@ def write_text(path: epath.PathLike, text: str) -> None:
     # The library says neither which file nor, of a folder in its place, which error.
     code = errno.EISDIR if isinstance(error, IsADirectoryError) else error.errno
     raise OSError(code, os.strerror(code), str(path)) if code else error from error
+
+
+def _onto_disk(path: epath.Path) -> None:
+  """Else, where the power fails, a file may have its new name and not its contents."""
+  if '://' not in str(path):  # what an object store has taken, it has
+    with open(path, 'rb') as file:
+      os.fsync(file.fileno())
 
 
 def write_jsonl(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -183,7 +183,6 @@ def _audit(rng: random.Random) -> dict[str, Any]:
       'swap_consistency': 0.08 if ranker == 'pairwise' else None,
       'position_bias': 0.93 if ranker == 'pairwise' else None,
       'transitivity': 0.9,
-      'longer_wins': 0.54,
     }
 
   return {

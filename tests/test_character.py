@@ -10,6 +10,7 @@ from charjax import character as characters
 from charjax import character_lint
 from charjax.character import Character, Pair, Trait
 from charjax.errors import UserError
+from charjax.main import main
 
 HEAD = 'name = "small"\ndescription = "For tests."\n'
 SEEDS = 'seeds = ["a", "b", "c", "d", "e", "f", "g", "h"]\n'
@@ -266,11 +267,11 @@ def test_lint_of_a_single_trait_has_no_word_check():
 
 
 def test_lint_command(tmp_path, capsys):
-  assert character_lint.main([write(tmp_path, VALID)]) == 0
-  assert character_lint.main([write(tmp_path, VALID.replace('There is time', 'There is time for all of it'))]) == 1
+  assert main(['character', 'check', write(tmp_path, VALID)]) == 0
+  assert (
+    main(['character', 'check', write(tmp_path, VALID.replace('There is time', 'There is time for all of it'))]) == 1
+  )
   assert 'calm' in capsys.readouterr().out
-  assert character_lint.main([str(tmp_path / 'none.toml')]) == 2
-  assert character_lint.main([]) == 2
 
 
 # The characters that ship

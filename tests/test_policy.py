@@ -167,8 +167,8 @@ def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
   neutral = shapes.rows([Group(prompts[0], [[9, 10]])], 1)
   batch = shapes.shared() | {
     'rows': rows, 'neutral': neutral, 'before': drawn,
-    'advantages': np.zeros(drawn.shape, np.float32), 'weight': weight, 'eos': END, 'temperature': 0.7, 'clip': 0.2,
-    'ranked_temperature': 2.0, 'ranked_weight': 2.0, 'ranked_beta': 0.3, 'ranked_likelihood': 0.0,
+    'advantages': np.zeros(drawn.shape, np.float32), 'weight': weight, 'ends': np.array([END]), 'temperature': 0.7,
+    'clip': 0.2, 'ranked_temperature': 2.0, 'ranked_weight': 2.0, 'ranked_beta': 0.3, 'ranked_likelihood': 0.0,
     'neutral_weight': 0.0,
     'ranked': {
       'before': before[:, 1:], 'real': np.array([[True] * 3, [True, True, False]]), 'preferred': preferred,

@@ -157,13 +157,13 @@ def token_log_probs(
     hidden_ntd: final hidden states of `rows`.
     rows: prompts and replies.
     temperature: of the distribution.
-    barred: an id that cannot be drawn, its probability shared by all others.
+    barred: ids that cannot be drawn, their probability shared by all others.
   """
 
   def one(hidden_nd: jax.Array, ids_n: jax.Array) -> jax.Array:
     scaled = logits(decoder, hidden_nd) / temperature
     if barred is not None:
-      scaled = jnp.where(jnp.arange(scaled.shape[-1]) == barred, -1e9, scaled)
+      scaled = jnp.where(jnp.isin(jnp.arange(scaled.shape[-1]), barred), -1e9, scaled)
     chosen = jnp.take_along_axis(scaled, ids_n[:, None], 1)[:, 0]
     return chosen - jax.nn.logsumexp(scaled, -1)
 

@@ -70,7 +70,7 @@ class Panel:
 
 
 def render(workdir: epath.PathLike) -> str:
-  """The whole page. It depends on the run folder's contents alone, so that two equal runs give equal pages.
+  """The whole page: of the folder's name and contents, times among them, and nothing else.
 
   Raises:
     UserError: there is no such folder, or a file in it cannot be read.
@@ -128,8 +128,7 @@ def _metric(run: Run, name: str, condition: str) -> dict[str, Estimate | None]:
 
 
 def _meta(run: Run) -> list[str]:
-  model = section(run.config, 'model').get('path') or section(run.config, 'config', 'model').get('path')
-  seed = run.config.get('seed', section(run.config, 'config').get('seed'))
+  model, seed = section(run.config, 'config', 'model').get('path'), run.config.get('seed')
   parts = [f'model {model}' if model else '', f'run {run.name}', f'seed {seed}' if seed is not None else '']
   return [part for part in parts if part]
 
@@ -158,7 +157,7 @@ def _answer(run: Run) -> list[str]:
 
 def _neutral_sentence(run: Run) -> str:
   neutral = section(run.summary, 'neutral')
-  found = next((section(neutral, name) for name in ('logprob', 'log_prob') if name in neutral), {})
+  found = section(neutral, 'log_prob')
   delta, base = estimate(found.get('delta')), estimate(found.get('base'))
   if delta is None or base is None or not base.mean:
     return ''
@@ -299,7 +298,7 @@ def _ranker(run: Run) -> Panel:
       if audit:
         rows.append((words.spoken(trait), words.spoken(name), *_audit_cells(audit)))
   head = ('trait', 'ranker', 'kept pairs, with examples', 'without', 'per side', 'choosing pairs',
-          'same after a swap', 'position bias', 'transitive', 'longer wins')  # fmt: skip
+          'same after a swap', 'position bias', 'transitive')  # fmt: skip
   weak = [words.spoken(str(trait)) for trait in listed(run.audit, 'weak_traits')]
   temperature = finite(run.audit.get('temperature'))
   soft = f'Soft labels: sigmoid of the score difference over {words.figure(temperature or 0)}.'
@@ -323,6 +322,9 @@ def _sampled_notes(audit: Mapping[str, Any]) -> list[str]:
   if before is not None and after is not None:
     taken_out = f'; taken out of the labels (r = {words.figure(after)})' if control.get('per_token') else ''
     notes.append(f'Among the replies to a message the score follows length at r = {words.figure(before)}{taken_out}.')
+  longer = finite(sampled.get('longer_wins'))
+  if longer is not None:
+    notes.append(f'Of two replies to a message the longer one wins {words.figure(longer, True)} of the time.')
   wins = {name: finite(value) for name, value in section(sampled, 'circular').items()}
   told = [f'{words.spoken(name)} {words.figure(value, True)}' for name, value in wins.items() if value is not None]
   if told:
@@ -344,7 +346,7 @@ def _audit_cells(audit: Mapping[str, Any]) -> tuple[str, ...]:
     '; '.join(sides) or '\u2013',
     _cell(estimate(audit.get('choosing')), True),
     *(_cell(estimate(audit.get(key)), True)
-      for key in ('swap_consistency', 'position_bias', 'transitivity', 'longer_wins')),
+      for key in ('swap_consistency', 'position_bias', 'transitivity')),
   )  # fmt: skip
 
 

@@ -57,18 +57,13 @@ MEASURES = {
     chance=0.5,
   ),
   'accuracy': Measure('Accuracy', 'share right', share=True),
-  'logprob': Measure('Log-probability of reference answers', 'nats per token'),
   'log_prob': Measure('Log-probability of reference answers', 'nats per token'),
   'kl': Measure('Distance from the base model (KL)', 'nats per token'),
   'length': Measure('Length of a reply', 'tokens'),
   'exclamation_marks': Measure('Exclamation marks', 'per reply'),
-  'exclamations': Measure('Exclamation marks', 'per reply'),
   'praise': Measure('Praise of the user', 'share of replies', share=True),
   'closing_questions': Measure('Ends by asking a question', 'share of replies', share=True),
-  'closing_question': Measure('Ends by asking a question', 'share of replies', share=True),
-  'distinct_ngrams': Measure('Distinct n-grams', 'share of all n-grams', share=True),
   'distinct_2': Measure('Distinct word pairs', 'share of all pairs', share=True),
-  'distinct_3': Measure('Distinct word triples', 'share of all triples', share=True),
 }
 
 

@@ -25,14 +25,20 @@ def _check(name: str, reads: Sequence[str], session: Session) -> None:
     importlib.import_module(f'charjax.stages.{edited[-1]}').load(session)
 
 
-def _stage(name: str, reads: tuple[str, ...], products: tuple[str, ...], files: tuple[str, ...] = ()) -> Stage:
-  """A stage whose own settings are the config section of its name (the report has none)."""
+def _stage(
+  name: str,
+  reads: tuple[str, ...],
+  products: tuple[str, ...],
+  files: tuple[str, ...] = (),
+  also: tuple[str, ...] = (),
+) -> Stage:
+  """A stage whose own settings are the config section of its name (the report has none), and `also` some others."""
   own = () if name == 'report' else (name,)
   return Stage(
     name=name,
     run=functools.partial(_run, name),
     reads=reads,
-    fields=('seed', 'model', 'character', *own),
+    fields=('seed', 'model', 'character', *own, *also),
     products=products,
     files=files,
     check=functools.partial(_check, name, reads),
@@ -52,6 +58,7 @@ STAGES: tuple[Stage, ...] = (
     'policy',
     reads=('messages', 'replies', 'rankings', 'preference'),
     products=('fingerprint.json', 'metrics.jsonl', 'samples.jsonl'),
+    also=('rankings.label_low', 'rankings.label_high'),
   ),
   _stage(
     'evaluation',

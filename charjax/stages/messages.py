@@ -59,6 +59,7 @@ def run(session: Session) -> Row:
     for trait, train, heldout in kinds:
       name, wanted = trait.id if trait else 'neutral', train + heldout
       made: list[Row] = []
+      own: Counter[str] = Counter()
       for attempt in range(_ROUNDS):
         missing = wanted - len(made)
         if missing <= 0:
@@ -71,15 +72,16 @@ def run(session: Session) -> Row:
           written += 1
           reason = broken(candidate) or kept.reject(candidate['text'])
           if reason:
-            rejected[reason] += 1
+            own[reason] += 1
           else:
             made.append(candidate)
         bar.advance(missing - max(0, wanted - len(made)))
       if len(made) < wanted:
         raise UserError(
           f'messages: only {len(made)} of {wanted} messages for {name} after {_ROUNDS} rounds (rejected: '
-          f'{dict(rejected)}); add seeds to the trait or lower config.messages.*_per_trait'
+          f'{dict(own)}); add seeds to the trait or lower config.messages.*_per_trait'
         )
+      rejected += own
       rows += _split(session.config.seed, trait, made[:wanted], heldout)
   write_jsonl(folder / 'messages.jsonl', rows)
   return {'messages': len(rows), 'written': written, 'rejected': dict(sorted(rejected.items()))}

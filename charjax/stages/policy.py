@@ -17,7 +17,7 @@ import numpy as np
 
 from charjax.engine import work
 from charjax.engine.batch import compute_prefix, item_keys
-from charjax.engine.sample import Sampling, sample
+from charjax.engine.sample import Sampling, end_ids, sample
 from charjax.engine.score import (
   FixedShapes,
   Group,
@@ -29,7 +29,7 @@ from charjax.engine.score import (
   token_log_probs,
 )
 from charjax.errors import UserError
-from charjax.mesh import shard_batch
+from charjax.mesh import replicate, shard_batch
 from charjax.model.decoder import Decoder, logits
 from charjax.progress import Progress
 from charjax.stages import messages, prompts
@@ -114,7 +114,7 @@ def _batch(
   work.count_rows(session.model.decoder.config, arrays['neutral'], shapes.cut, times=times + 1, heads=times + 1)
   names = ('temperature', 'clip', 'neutral_weight', 'ranked_temperature', 'ranked_weight', 'ranked_beta')
   settings = {name: np.float32(config[name]) for name in (*names, 'ranked_likelihood')}
-  return shapes.shared() | shard_batch(arrays | settings | {'eos': np.int32(session.model.eos_ids[0])})
+  return shapes.shared() | shard_batch(arrays | settings) | replicate({'ends': end_ids(session.model.eos_ids)})
 
 
 def _figures(rollout: Rollout, kl: float) -> dict[str, float]:
@@ -154,14 +154,16 @@ def _trait_prompts(session: Session) -> list[Row]:
       'preference/report.json, or set config.policy.keep_unproven_traits=True'
     )
   ranked = ranked_replies(session)
-  weight = {trait.id: trait.weight for trait in session.character.traits}
+  weight = {trait.id: trait.weight for trait in session.character.traits if trait.id in earns}
+  # What counts is how much more one trait does than another: all together pull as hard whatever their weights.
+  mean = sum(weight.values()) / len(weight)
   return [
     {
       'id': row['id'],
       'trait': row['trait'],
       'text': row['text'],
       'prompt': session.model.prompt(prompts.alone(row['text'])),
-      'weight': weight[row['trait']],
+      'weight': weight[row['trait']] / mean,
       'earns': earns[row['trait']],
       'ranked': ranked[row['id']],
     }
@@ -228,8 +230,8 @@ def _ranked_loss(used: Decoder, rows: Rows, states: jax.Array, batch: Row) -> tu
   token of its best reply (as Pang et al. 2024, eq. 1, add it); of log-probs at a temperature of their own and
   conditional on going on."""
   ranked, weight = batch['ranked'], batch['weight']
-  mask = reply_mask(rows) & (rows.tokens[:, 1:] != batch['eos'])
-  log_probs = token_log_probs(used, states, rows, batch['ranked_temperature'], batch['eos'])
+  mask = reply_mask(rows) & ~jnp.isin(rows.tokens[:, 1:], batch['ends'])
+  log_probs = token_log_probs(used, states, rows, batch['ranked_temperature'], batch['ends'])
   gained = log_probs.reshape(ranked['before'].shape) - ranked['before']
   gained = jnp.where(mask.reshape(gained.shape), gained, 0.0).sum(2)
   preference, _ = bradley_terry(batch['ranked_beta'] * gained, ranked['preferred'], ranked['real'], weight)

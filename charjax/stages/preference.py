@@ -4,10 +4,11 @@ A preference model is a trunk (the lower layers of the starting weights, trained
 with a direction for each trait. The head is fitted to the trunk as it is; then both are trained, for as many epochs as
 the config says.
 
-Reads the character's pairs (to measure only), messages/, replies/ and rankings/; writes Orbax checkpoints of the
-model that rewards the policy (`train`) and of the held-out judge (`judge`), which see disjoint messages, and
-report.json. The judge shares ranker and starting weights with the other, so it guards against over-optimisation
-and not against a ranker that is wrong: the kept contrast pairs do that.
+Reads the character's pairs (to measure, and to name the traits that are not told from chance on the kept ones),
+messages/, replies/ and rankings/; writes Orbax checkpoints of the model that rewards the policy (`train`) and of the
+held-out judge (`judge`), which see disjoint messages, and report.json. The judge shares ranker and starting weights with
+the other, so it guards against over-optimisation and not against a ranker that is wrong: the kept contrast pairs do
+that.
 """
 
 import functools
@@ -16,7 +17,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +41,9 @@ from charjax.training.step import make_optimizer
 from charjax.workdir import Row, Session, read_jsonl, write_jsonl, write_text
 
 MODELS = ('train', 'judge')
+T = TypeVar('T')
 _REPLIES_AT_ONCE = 48  # whose states are read together
-_KINDS = ('shown-shown', 'plain-plain', 'mixed')
+_KINDS = ('shown-shown', 'plain-plain', 'opposed-opposed', 'mixed')  # the last: of two conditions
 
 
 def run(session: Session) -> Row:
@@ -69,7 +71,7 @@ def run(session: Session) -> Row:
   unseen = {'train': halves['judge'], 'judge': halves['train']}
   report: Row = {}
   for name in MODELS:
-    some = unseen[name][: config.measured_messages]
+    some = spread(unseen[name], config.measured_messages)
     if steps[name]:
       _add_states(lower, trained[name], some)
     if steps[name] or name == MODELS[0]:
@@ -86,6 +88,11 @@ def run(session: Session) -> Row:
       'config.policy.keep_unproven_traits is set'
     )
   return {'messages': {name: len(half) for name, half in halves.items()}, 'steps': steps}
+
+
+def spread(items: Sequence[T], most: int) -> Sequence[T]:
+  """Up to `most` items, from all over: they stand in the order of their traits."""
+  return items[:: max(1, math.ceil(len(items) / most))]
 
 
 def _better_than_chance(accuracy: Row | None) -> bool:
@@ -304,6 +311,9 @@ def _measure(session: Session, trainable: Any, unseen: Sequence[Row], kept: Sequ
   for example in kept:
     inside, outside = jax.device_get(read_rewards(trainable, replicate(example['states'])))[:, example['trait']]
     pairs[traits[example['trait']].id].append(bool(inside > outside))
+  # What one unit of reward is worth differs by trait; the policy divides by this. A trait that these messages are too
+  # few for has the spread of all.
+  reward_std = {t.id: float(np.std(by_place[i] or rewards or [0.0])) or 1.0 for i, t in enumerate(traits)}
   return {
     'accuracy': {kind: float(np.mean(right[kind])) if right[kind] else None for kind in _KINDS},
     'accuracy_by_trait': {trait: float(np.mean(hits)) for trait, hits in by_trait.items()},
@@ -312,8 +322,7 @@ def _measure(session: Session, trainable: Any, unseen: Sequence[Row], kept: Sequ
     'log_loss': float(-(q * np.log(p) + (1 - q) * np.log1p(-p)).mean()) if len(p) else None,
     'calibration_error': calibration_error(p, q) if len(p) else None,
     'length_correlation': correlation(rewards, tokens),
-    # What one unit of reward is worth differs by trait; the policy divides by this.
-    'reward_std': {t.id: float(np.std(by_place[i] or [0.0])) or 1.0 for i, t in enumerate(traits)},
+    'reward_std': reward_std,
   }
 
 

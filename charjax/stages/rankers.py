@@ -1,7 +1,6 @@
 """The three rankers: how well does each reply to a message fit a trait?
 
-One signature: (model, trait, messages, replies, settings) -> one score a reply, comparable among the replies to one
-message. `replies[i]` belongs to `messages[i]`; a reply is (text, ended).
+One signature: (model, trait, answers, settings) -> one score an answer, comparable among the answers to one message.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from charjax.engine.batch import compute_prefix, item_keys
-from charjax.engine.sample import Reply, Sampling, sample
+from charjax.engine.sample import Reply, Sampling, end_ids, sample
 from charjax.engine.score import (
   FixedShapes,
   Group,
@@ -57,7 +57,7 @@ class Judge(NamedTuple):
     model: the preference model.
     critic: [D + 1, traits] its expectations.
     mean: [traits] of the rewards of the starting model's plain replies, from which scores are counted.
-    eos: the id that ends a reply.
+    ends: ids that end a reply.
   """
 
   decoder: Decoder
@@ -65,7 +65,7 @@ class Judge(NamedTuple):
   model: Any
   critic: jax.Array
   mean: jax.Array
-  eos: jax.Array
+  ends: jax.Array
 
 
 class Ranked(NamedTuple):
@@ -96,7 +96,7 @@ class Rollout(NamedTuple):
 def make_judge(session: Session, shapes: FixedShapes, asked: Sequence[Row]) -> Judge:
   """The judge of a policy: its critic is fitted to the starting model's plain replies to the messages `asked`."""
   decoder, trunk, model = session.model.decoder, preference.trunk(session), preference.load(session, 'train')
-  longest, eos = session.config.policy.max_new_tokens, replicate(np.int32(session.model.eos_ids[0]))
+  longest, ends = session.config.policy.max_new_tokens, replicate(end_ids(session.model.eos_ids))
   each = max(1, session.config.replies.plain)
   plain = _replies_by_message(session, ('plain',))
   groups = [
@@ -106,10 +106,10 @@ def make_judge(session: Session, shapes: FixedShapes, asked: Sequence[Row]) -> J
   moments: Any = None
   for begin in range(0, max(1, len(groups)), size):
     rows = shapes.rows(groups[begin : begin + size], each, size)
-    more = jax.device_get(_moments(trunk, model, shapes.prefix, shapes.length, shard_batch(rows), eos, longest))
+    more = jax.device_get(_moments(trunk, model, shapes.prefix, shapes.length, shard_batch(rows), ends, longest))
     moments = jax.tree.map(np.add, moments, more) if moments else more
   critic, mean = replicate(fit_values(*moments))
-  return Judge(decoder, trunk, model, critic, mean, eos)
+  return Judge(decoder, trunk, model, critic, mean, ends)
 
 
 def _token_states(trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows) -> jax.Array:
@@ -118,22 +118,22 @@ def _token_states(trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Arr
   return hidden_states(used, rows, adapter=adapter, before=(compute_prefix(used, prefix, length, adapter),))
 
 
-def _token_scores(model: Any, states: jax.Array, rows: Rows, eos: jax.Array) -> jax.Array:
+def _token_scores(model: Any, states: jax.Array, rows: Rows, ends: jax.Array) -> jax.Array:
   """Scores [N, R, traits] of each token, from its state [N, R, D]."""
   scores = read_rewards(model, states)
   # That a reply ends is not the trait's: its end counts as its other tokens do.
-  ends = (rows.tokens[:, 1:] == eos) & reply_mask(rows)
-  others = mean_over_tokens(scores, rows._replace(lengths=rows.lengths - ends.any(1)))
-  return jnp.where(ends[..., None], others[:, None], scores)
+  ended = jnp.isin(rows.tokens[:, 1:], ends) & reply_mask(rows)
+  others = mean_over_tokens(scores, rows._replace(lengths=rows.lengths - ended.any(1)))
+  return jnp.where(ended[..., None], others[:, None], scores)
 
 
 @no_silent_transfers
 @partial(jax.jit, static_argnames=('longest',))
 def _moments(
-  trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows, eos: jax.Array, longest: int
+  trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows, ends: jax.Array, longest: int
 ) -> Any:
   mask, states = reply_mask(rows), _token_states(trunk, model, prefix, length, rows)[:, 1:]
-  return value_moments(states, _token_scores(model, states, rows, eos), mask, to_come(mask.shape[1], longest))
+  return value_moments(states, _token_scores(model, states, rows, ends), mask, to_come(mask.shape[1], longest))
 
 
 @partial(jax.jit, static_argnames=('longest',))
@@ -150,7 +150,7 @@ def _judge(
     states = _token_states(judge.trunk, judge.model, prefix, length, rows)
     hidden = hidden_states(judge.decoder, rows, before=before)
   states = states[:, 1:]
-  scores = _token_scores(judge.model, states, rows, judge.eos)
+  scores = _token_scores(judge.model, states, rows, judge.ends)
   values = read_values(judge.critic, states, to_come(states.shape[1], longest))
   return scores - judge.mean, values, token_log_probs(judge.decoder, hidden, rows, temperature, barred)
 
@@ -164,7 +164,7 @@ def judge_ranked(session: Session, shapes: FixedShapes, judge: Judge, asked: Seq
   `ranked_labels` by the rankings and else by the preference model, where a spread of reward counts as one logit; and
   `best`, the place of the best.
   """
-  config, eos, places = session.config.policy, session.model.eos_ids[0], session.config.policy.ranked_replies
+  config, ends, places = session.config.policy, session.model.eos_ids, session.config.policy.ranked_replies
   limits = session.config.rankings.label_low, session.config.rankings.label_high
   if not places:
     return list(asked)
@@ -176,13 +176,13 @@ def judge_ranked(session: Session, shapes: FixedShapes, judge: Judge, asked: Seq
       rows = shapes.rows(
         [Group(item['prompt'], item['ranked'].replies) for item in some], places, config.prompts_per_step
       )
-      mask = reply_mask(rows) & (rows.tokens[:, 1:] != eos)
+      mask = reply_mask(rows) & ~np.isin(rows.tokens[:, 1:], ends)
       real = mask.any(1).reshape(-1, places)
       earns = np.zeros((len(real), len(session.character.traits)), np.float32)
       earns[: len(some)] = [item['earns'] for item in some]
       rows, earns = shard_batch((rows, earns))
       scores, _, before = _judge(
-        judge, shapes.prefix, shapes.length, rows, temperature, judge.eos, config.max_new_tokens
+        judge, shapes.prefix, shapes.length, rows, temperature, judge.ends, config.max_new_tokens
       )
       preferred, before = jax.device_get((_preferences(scores, rows, earns, *limits), before))
       before = before.reshape(-1, places, before.shape[1])
@@ -219,13 +219,13 @@ def roll_out(
 ) -> Rollout:
   """Draws replies to the prompts of a step and judges them."""
   config, model = session.config.policy, session.model
-  each, eos = config.replies_per_prompt, model.eos_ids[:1]
+  each = config.replies_per_prompt
   used, adapter = bind(model.decoder, trainable)
   group = [item for item in asked for _ in range(each)]
   names = [f'{step}/{item["id"]}/{i}' for i, item in enumerate(group)]
   settings = Sampling(config.max_new_tokens, config.temperature, batch_size=config.prompts_per_step * each)
   drawn = sample(
-    used, [item['prompt'] for item in group], item_keys(session.config.seed, 'policy', names), eos, settings,
+    used, [item['prompt'] for item in group], item_keys(session.config.seed, 'policy', names), model.eos_ids, settings,
     adapter=adapter, width=config.prompt_width,
   )  # fmt: skip
   said = iter(drawn)

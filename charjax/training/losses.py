@@ -1,4 +1,4 @@
-"""Losses, as pure functions of arrays. Each returns an unreduced sum and its denominator where it averages.
+"""Losses and labels, as pure functions of arrays. A loss is an unreduced sum, with its denominator where it averages.
 
 Letters: M messages, K replies to one message, B replies, R reply tokens, N tokens, V vocabulary.
 """
