@@ -16,7 +16,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ from charjax.training.step import make_optimizer
 from charjax.workdir import Row, Session, read_jsonl, write_jsonl, write_text
 
 MODELS = ('train', 'judge')
+T = TypeVar('T')
 _REPLIES_AT_ONCE = 48  # whose states are read together
 _KINDS = ('shown-shown', 'plain-plain', 'mixed')
 
@@ -53,7 +54,7 @@ def run(session: Session) -> Row:
     raise UserError(
       'preference: two models need a ranked message each, and there are not; raise config.messages.train_per_trait'
     )
-  halves = {'train': examples[0::2], 'judge': examples[1::2]}
+  halves = split(examples)
   steps = {name: math.ceil(len(half) * config.epochs / config.messages_per_batch) for name, half in halves.items()}
   if any(steps.values()):
     size, each = config.messages_per_batch, max(len(example['replies']) for example in examples)
@@ -86,6 +87,11 @@ def run(session: Session) -> Row:
       'config.policy.keep_unproven_traits is set'
     )
   return {'messages': {name: len(half) for name, half in halves.items()}, 'steps': steps}
+
+
+def split(ranked: Sequence[T]) -> dict[str, Sequence[T]]:
+  """Of the ranked messages, in their order, those that each of the two models is fitted to."""
+  return {'train': ranked[0::2], 'judge': ranked[1::2]}
 
 
 def _better_than_chance(accuracy: Row | None) -> bool:
