@@ -80,6 +80,8 @@ class _Worker:
           stdout=subprocess.PIPE,
           stderr=subprocess.DEVNULL,
           text=True,
+          # A signal to the group is for the process that asks: if this one died of it, a template would be blamed.
+          start_new_session=True,
         )
       process, line = self._process, ''
       assert process.stdin and process.stdout
@@ -162,7 +164,6 @@ _REQUESTS: dict[str, Callable[..., Any]] = {'render': _render, 'search': _search
 
 def _serve() -> None:
   """Answers requests, one JSON a line, until there are none."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to deal with
   signal.signal(signal.SIGPROF, signal.SIG_DFL)
   with contextlib.suppress(OSError, ValueError):  # There is a smaller limit, or the system has none.
     resource.setrlimit(resource.RLIMIT_AS, (MEGABYTES << 20, resource.getrlimit(resource.RLIMIT_AS)[1]))

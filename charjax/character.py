@@ -173,20 +173,27 @@ def select(character: Character, traits: Sequence[str]) -> Character:
   A name may be followed by a weight of its own, as in 'honesty:2'.
 
   Raises:
-    UserError: a name is no trait of the character, or its weight no number that the file may hold.
+    UserError: a name is no trait of the character, its weight no number that the file may hold, or all weights are 0.
   """
   found = {trait.id: trait for trait in character.traits}
   chosen: dict[str, Trait] = {}
   for entry in traits:
     if not isinstance(entry, str):
-      raise UserError(f'character {character.name}: traits: {_short(entry)} is no text; choose from {", ".join(found)}')
+      raise UserError(f'config.character.traits: {_short(entry)} is no text; choose from {", ".join(found)}')
     name, weight = parse_choice(entry)
     if name not in found:
-      raise UserError(f'character {character.name}: traits: there is no {_short(name)}; choose from {", ".join(found)}')
+      raise UserError(
+        f'config.character.traits: character {character.name} has no trait {_short(name)}; choose from '
+        f'{", ".join(found)}, or give () for all'
+      )
     if weight is not None and not 0 <= weight <= _MOST_WEIGHT:
-      raise UserError(f'character {character.name}: traits: {_short(entry)}: the weight {_WEIGHT_RULE}')
+      raise UserError(f'config.character.traits: {_short(entry)}: the weight {_WEIGHT_RULE}')
     chosen[name] = found[name] if weight is None else dataclasses.replace(found[name], weight=weight)
   kept = chosen or found
+  if not any(trait.weight for trait in kept.values()):
+    raise UserError(
+      f'character {character.name}: the weight of every trait is 0, so that nothing is learned; raise one'
+    )
   return dataclasses.replace(character, traits=tuple(kept[name] for name in found if name in kept))
 
 
@@ -286,6 +293,8 @@ class _Reader:
     self.fields(data, place, ('id', 'statement', 'opposites', 'seeds', 'pairs'), optional=('weight',))
     trait_id = self.text(data, place, 'id')
     self.simple_name(trait_id, (*place, 'id'))
+    if trait_id == 'neutral':
+      self.fail((*place, 'id'), "'neutral' is what messages without a trait are called; choose another name")
     statement = self.text(data, place, 'statement')
     weight = data.get('weight', 1.0)
     number = isinstance(weight, (int, float)) and not isinstance(weight, bool)  # a bool is an int in Python
@@ -350,8 +359,6 @@ class _Reader:
   def simple_name(self, name: str, place: _Place) -> None:
     if not _SIMPLE_NAME.fullmatch(name):
       self.fail(place, f'{_short(name)} is no simple name; use a-z, 0-9 and _, a letter first, 64 at most')
-    if name == 'neutral':
-      self.fail(place, "'neutral' is what messages without a trait are called; choose another name")
 
   def fail(self, place: _Place, problem: str, item: str = '') -> NoReturn:
     # A missing or oddly spelled field has no line of its own: name that of the table it belongs to.

@@ -4,7 +4,7 @@ A pair is only worth something when the trait is the one thing its two replies d
 looks for the cheap signals: words that give a side away in every trait, replies that are longer on one
 side, openings that only one side uses, messages that leak from one use into another.
 
-  python -m charjax.character_lint assistant        # or a .toml file; exits 1 when a check fails
+  charjax character check assistant        # or a .toml file; exits 1 when a check fails
 """
 
 import collections
@@ -20,6 +20,14 @@ _LENGTH_RATIO = (0.85, 1.15)  # words in character over words out of character
 _LONGER = (0.35, 0.65)  # how often the reply in character is the longer one
 _OPENING_GAP = 0.25  # share of pairs by which one first word may prefer a side
 _L2 = 1.0
+_LEGEND = (
+  "words/pair, words/reply: how often a bag of words from the other traits' pairs picks the reply in character, and tells "
+  f'single\n  replies apart; from {_WORDS_BELOW:.0%} on a tell-tale word does the work\n'
+  f'length: words in character over words out of it, {_LENGTH_RATIO[0]} to {_LENGTH_RATIO[1]}; longer: how often it is '
+  f'the longer, {_LONGER[0]:.0%} to {_LONGER[1]:.0%}\n'
+  'opens alike: both replies begin with the same word; most telling opening: the first word that prefers a side, to '
+  f'{_OPENING_GAP:.0%}'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +52,7 @@ def lint(character: Character) -> list[Finding]:
 
 
 def format_table(findings: list[Finding]) -> str:
-  """The findings as a table for a terminal, then one line for each problem."""
+  """The findings as a table for a terminal, what its columns say, and one line for each problem."""
   heads = f'{"pairs":>6}{"words/pair":>12}{"words/reply":>12}{"length":>8}{"longer":>8}{"opens alike":>13}'
   lines = [f'{"trait":<16}{heads}  most telling opening']
   for f in findings:
@@ -53,8 +61,8 @@ def format_table(findings: list[Finding]) -> str:
       f'{f.trait:<16}{f.pairs:>6}{_percent(f.words_pair):>12}{_percent(f.words_reply):>12}{f.length_ratio:>8.2f}'
       f'{_percent(f.longer):>8}{_percent(f.shared_opening):>13}  {word} {_percent(gap)}'
     )
-  lines += [f'{f.trait}: {problem}' for f in findings for problem in f.problems]
-  return '\n'.join(lines)
+  problems = [f'{f.trait}: {problem}' for f in findings for problem in f.problems]
+  return '\n'.join([*lines, '', _LEGEND, '', *(problems or ['No problem was found.'])])
 
 
 def _finding(trait: Trait, character: Character, leaks: list[str]) -> Finding:

@@ -179,6 +179,9 @@ def _talk(model: LanguageModel, speakers: Sequence[Speaker], settings: Settings)
       for speaker in speakers:
         speaker.history = []
       continue
+    if interactive and re.fullmatch(r'/[a-z]+', message):
+      _note(f'there is no {message}: {_AGAIN} begins anew, Ctrl-D ends')
+      continue
     width = shutil.get_terminal_size().columns - 1
     column = (width - len(_GAP) * (len(speakers) - 1)) // len(speakers)
     for speaker in speakers:

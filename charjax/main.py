@@ -346,7 +346,9 @@ def _override(config: ml_collections.ConfigDict, changes: Sequence[str]) -> ml_c
     if isinstance(default, tuple):
       tuples[field] = default
       # config_flags gathers a tuple from repeated flags: a,b becomes one flag each.
-      if not re.search(r'[(\[\'"]', value):
+      if not value.strip():
+        latest[field] = [f'{name}=()']
+      elif not re.search(r'[(\[\'"]', value):
         latest[field] = [f'{name}={word.strip()}' for word in value.split(',')]
   values = flags.FlagValues()
   values.set_gnu_getopt(True)
@@ -357,6 +359,9 @@ def _override(config: ml_collections.ConfigDict, changes: Sequence[str]) -> ml_c
     values(arguments)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
     raise UserError(f'config: {error}') from error
+  if 'character.path' in latest and 'character.traits' not in latest:
+    # Those that the file chose are another character's.
+    values.config.character.traits = ()
   for field, default in tuples.items():
     value = operator.attrgetter(field)(values.config)
     if default and not all(type(item) is type(default[0]) for item in value):
@@ -386,11 +391,7 @@ def _prepare(config: ml_collections.ConfigDict, workdir: epath.Path) -> workdirs
   """
   limits.check(config)
   character = characters.select(characters.load(config.character.path), config.character.traits)
-  if config.rankings.minimum_accuracy > 0 and not any(trait.pairs_for('choosing') for trait in character.traits):
-    raise UserError(
-      f'{config.character.path}: traits.pairs: none has use = "choosing", by which the ranker is chosen; write twelve '
-      'a trait, or set config.rankings.minimum_accuracy=0.0'
-    )
+  _can_be_judged(config, character)
   _model_is_there(config.model.path)
   if config.evaluation.probes or config.evaluation.neutral:
     from charjax.stages import evaluation
@@ -400,6 +401,27 @@ def _prepare(config: ml_collections.ConfigDict, workdir: epath.Path) -> workdirs
     if config.evaluation.neutral:
       evaluation.read_neutral(config.evaluation.neutral)
   return workdirs.Session(config=config, character=character, workdir=workdir)
+
+
+def _can_be_judged(config: ml_collections.ConfigDict, character: characters.Character) -> None:
+  """A ranker that has all choosing pairs right must be found good enough; else the run would stop in the middle."""
+  from charjax.stages.statistics import share
+
+  count, wanted = sum(len(trait.pairs_for('choosing')) for trait in character.traits), config.rankings.minimum_accuracy
+  if wanted <= 0:
+    return
+  if not count:
+    raise UserError(
+      f'{config.character.path}: traits.pairs: none has use = "choosing", by which the ranker is chosen; write twelve '
+      'a trait, or set config.rankings.minimum_accuracy=0.0'
+    )
+  best = share([1.0] * count)
+  if best is not None and best['low'] < wanted:
+    raise UserError(
+      f'{config.character.path}: traits.pairs: only {count} with use = "choosing"; were the ranker right on them all, '
+      f'it could be as bad as {best["low"]:.2f}, and config.rankings.minimum_accuracy is {wanted}; write more (twelve a '
+      'trait), or lower that'
+    )
 
 
 def _record(session: workdirs.Session) -> None:

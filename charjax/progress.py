@@ -12,6 +12,8 @@ from typing import Any, Self
 
 from etils import epath
 
+from charjax import interrupts
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -44,7 +46,7 @@ class Progress:
     self._name, self._total, self._unit = name, total, unit
     self._done = self._skipped = 0
     self._start = self._last_line = time.monotonic()
-    self._printed = False
+    self._printed, self._last_count = False, 0
     # Only here, where the model is at work: without it, nobody waits for JAX to be imported.
     from charjax.engine import work
 
@@ -64,7 +66,12 @@ class Progress:
       self._bar.refresh()
 
   def advance(self, count: int = 1, note: str = '') -> None:
-    """Counts items that were just made; `note` stands behind the figures."""
+    """Counts items that were just made; `note` stands behind the figures.
+
+    Raises:
+      KeyboardInterrupt: an interrupt came while they were made, and was dropped.
+    """
+    interrupts.check()
     self._done += count
     note = ', '.join(filter(None, [self._speed(), note]))
     if self._bar is not None:
@@ -86,7 +93,7 @@ class Progress:
 
   def _print_line(self, note: str) -> None:
     self._last_line = time.monotonic()
-    self._printed = True
+    self._printed, self._last_count = True, self._done
     elapsed = self._last_line - self._start
     there = self._done + self._skipped
     line = f'{self._name}: {there}/{self._total} {self._unit} in {duration(elapsed)}'
@@ -102,7 +109,7 @@ class Progress:
   ) -> None:
     if self._bar is not None:
       self._bar.close()
-    elif self._printed and error is None:
+    elif self._printed and error is None and self._last_count != self._done:
       self._print_line(self._speed())
 
 

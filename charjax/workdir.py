@@ -14,8 +14,6 @@ import functools
 import hashlib
 import json
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +22,7 @@ import ml_collections
 from etils import epath
 
 import charjax
+from charjax import interrupts
 from charjax.errors import UserError
 from charjax.files import read_file
 from charjax.progress import Progress, duration, is_first_process
@@ -508,14 +507,6 @@ def _perform(stage: Stage, session: Session) -> None:
   session.log(f'{stage.name}: finished in {duration(seconds)}')
 
 
-class _Terminated(KeyboardInterrupt):
-  """SIGTERM, as an exception, so that files are closed and the lock is let go."""
-
-
-def _raise_terminated(number: int, frame: Any) -> None:
-  raise _Terminated
-
-
 def execute(stages: Sequence[Stage], session: Session) -> None:
   """Runs stages in order: skips the done, goes on with the unfinished, makes anew what no longer holds.
 
@@ -523,19 +514,16 @@ def execute(stages: Sequence[Stage], session: Session) -> None:
     UserError: a stage that is read is not finished, or a stage raised it.
     SystemExit: 130 after Ctrl-C, 143 after SIGTERM, having said how to go on.
   """
-  main_thread = threading.current_thread() is threading.main_thread()
-  before = signal.signal(signal.SIGTERM, _raise_terminated) if main_thread else None
   name = ''
   try:
-    for stage in stages:
-      name = stage.name
-      _perform(stage, session)
+    with interrupts.raising():
+      for stage in stages:
+        name = stage.name
+        _perform(stage, session)
+        interrupts.check()
   except KeyboardInterrupt as error:
     session.log(f'\n{name}: interrupted; give the same command again to go on from here')
-    raise SystemExit(143 if isinstance(error, _Terminated) else 130) from None
-  finally:
-    if main_thread:
-      signal.signal(signal.SIGTERM, before)
+    raise SystemExit(143 if isinstance(error, interrupts.Terminated) else 130) from None
 
 
 @contextlib.contextmanager

@@ -1,10 +1,13 @@
-"""The first interrupt waits until the loop has saved; a second one does not."""
+"""No interrupt is lost. In training the first one waits until the loop has saved; a second one does not."""
 
+import gc
 import os
 import signal
 
 import pytest
 
+from charjax import interrupts
+from charjax.progress import Progress
 from charjax.training.interrupts import Interrupts
 
 
@@ -53,3 +56,37 @@ def test_an_error_is_not_hidden_by_a_held_interrupt(sigterm):
   with pytest.raises(ZeroDivisionError), Interrupts():
     send(signal.SIGTERM)
     raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+  ('number', 'raised'), [(signal.SIGTERM, interrupts.Terminated), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_an_interrupt_that_python_drops_comes_again(number, raised, capsys):
+  before = signal.getsignal(number)
+
+  def collecting(phase, info):
+    if phase == 'start':
+      send(number)
+
+  def work():
+    gc.callbacks.append(collecting)
+    try:
+      gc.collect()  # what the handler raises in here is dropped
+    finally:
+      gc.callbacks.remove(collecting)
+    with Progress('work', 2) as bar:
+      bar.advance()
+      pytest.fail('the work went on')
+
+  with pytest.raises(raised), interrupts.raising():
+    work()
+  assert signal.getsignal(number) == before and capsys.readouterr().err == ''
+
+
+def test_an_ignored_interrupt_stays_ignored():
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    with interrupts.raising():
+      send(signal.SIGINT)
+  finally:
+    signal.signal(signal.SIGINT, before)

@@ -50,6 +50,12 @@ def run(session: Session) -> Row:
   held = [row for row in messages.load(session) if row['split'] == 'heldout']
   probes = read_probes(session.config.evaluation.probes) if session.config.evaluation.probes else []
   neutral = read_neutral(session.config.evaluation.neutral or str(messages.NEUTRAL_FILE))
+  others = sorted({probe.trait for probe in probes} - {trait.id for trait in traits})
+  if others:
+    session.log(
+      f'evaluation: probes of {", ".join(others)}, which this run does not train (it trains '
+      f'{", ".join(trait.id for trait in traits)}), are measured without a prompt'
+    )
 
   drawn = _draw_replies(session, held, trained)
   _judge_replies(session, drawn, judge)

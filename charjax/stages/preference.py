@@ -6,9 +6,9 @@ the config says.
 
 Reads the character's pairs (to measure, and to name the traits that are not told from chance on the kept ones),
 messages/, replies/ and rankings/; writes Orbax checkpoints of the model that rewards the policy (`train`) and of the
-held-out judge (`judge`), which see disjoint messages, and report.json. The judge shares ranker and starting weights with
-the other, so it guards against over-optimisation and not against a ranker that is wrong: the kept contrast pairs do
-that.
+held-out judge (`judge`), which see disjoint messages, and report.json. The judge shares ranker and starting weights
+with the other, so it guards against over-optimisation and not against a ranker that is wrong: the kept contrast pairs
+do that.
 """
 
 import functools
@@ -55,7 +55,7 @@ def run(session: Session) -> Row:
     raise UserError(
       'preference: two models need a ranked message each, and there are not; raise config.messages.train_per_trait'
     )
-  halves = {'train': examples[0::2], 'judge': examples[1::2]}
+  halves = split(examples)
   steps = {name: math.ceil(len(half) * config.epochs / config.messages_per_batch) for name, half in halves.items()}
   if any(steps.values()):
     size, each = config.messages_per_batch, max(len(example['replies']) for example in examples)
@@ -83,16 +83,23 @@ def run(session: Session) -> Row:
   digests = {name: fingerprint(trained[name]) for name in MODELS}
   write_text(folder / 'fingerprint.json', json.dumps(digests, indent=2))
   for name in report['left_out']:
-    session.log(
-      f'preference: {name} is not told from chance on its kept pairs, and stays out of the reward unless '
-      'config.policy.keep_unproven_traits is set'
+    then = (
+      'is rewarded all the same (config.policy.keep_unproven_traits)'
+      if session.config.policy.keep_unproven_traits
+      else 'stays out of the reward unless config.policy.keep_unproven_traits is set'
     )
+    session.log(f'preference: {name} is not told from chance on its kept pairs, and {then}')
   return {'messages': {name: len(half) for name, half in halves.items()}, 'steps': steps}
 
 
 def spread(items: Sequence[T], most: int) -> Sequence[T]:
   """Up to `most` items, from all over: they stand in the order of their traits."""
   return items[:: max(1, math.ceil(len(items) / most))]
+
+
+def split(ranked: Sequence[T]) -> dict[str, Sequence[T]]:
+  """Of the ranked messages, in their order, those that each of the two models is fitted to."""
+  return {'train': ranked[0::2], 'judge': ranked[1::2]}
 
 
 def _better_than_chance(accuracy: Row | None) -> bool:

@@ -69,10 +69,11 @@ class Judge(NamedTuple):
 
 
 class Ranked(NamedTuple):
-  """Ranked replies to one message: S of them as tokens, and how surely the first of two is better [S, S], as ranked."""
+  """Ranked replies to one message: S of them as tokens, and how surely the first of two is better [S, S], as ranked;
+  None where the held-out judge was fitted to that ranking."""
 
   replies: list[list[int]]
-  preferred: np.ndarray
+  preferred: np.ndarray | None
 
 
 class Rollout(NamedTuple):
@@ -202,13 +203,16 @@ def _preferences(scores: jax.Array, rows: Rows, earns: jax.Array, low: float, hi
 
 
 def mix_labels(
-  judged_mss: np.ndarray, ranked: Sequence[np.ndarray], real_ms: np.ndarray, share: float
+  judged_mss: np.ndarray, ranked: Sequence[np.ndarray | None], real_ms: np.ndarray, share: float
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Labels [M, S, S], for a `share` the `ranked` ones of each message, and the place [M] of the reply they favour."""
-  tables_mss = np.full_like(judged_mss, 0.5)
-  for table, found in zip(tables_mss, ranked, strict=False):
-    table[: len(found), : len(found)] = found
-  labels_mss = (1 - share) * judged_mss + share * tables_mss
+  """Labels [M, S, S], for a `share` the `ranked` ones of each message that has some, and the place [M] of the reply
+  they favour."""
+  labels_mss = judged_mss.copy()
+  for labels, found in zip(labels_mss, ranked, strict=False):
+    if found is not None:
+      table = np.full_like(labels, 0.5)
+      table[: len(found), : len(found)] = found
+      labels[...] = (1 - share) * labels + share * table
   favour_ms = np.where(real_ms[:, None], labels_mss, 0.0).sum(2)
   return labels_mss, np.where(real_ms, favour_ms, -np.inf).argmax(1)
 
@@ -298,23 +302,24 @@ def earnings(session: Session) -> dict[str, np.ndarray]:
 def ranked_replies(session: Session) -> dict[str, Ranked]:
   """Of the ranked replies, up to `ranked_replies` to each message: in character and not in turn."""
   most = session.config.policy.ranked_replies
-  tables = {row['message']: row for row in rankings.load(session)} if most else {}
-  nothing = Ranked([], np.zeros((0, 0), np.float32))
+  # What the held-out judge learned from stays unknown to the policy: there the preference model says what is better.
+  tables = {row['message']: row for row in preference.split(rankings.load(session))['train']} if most else {}
+  nothing = Ranked([], None)
   found: dict[str, Ranked] = defaultdict(lambda: nothing)
   for message, some in _replies_by_message(session, _TURNS if most else ()).items():
     names, tokens = zip(*some[:most], strict=True)
-    found[message] = Ranked(list(tokens), _ranked_labels(tables.get(message), names))
+    ranking = tables.get(message)
+    found[message] = Ranked(list(tokens), _ranked_labels(ranking, names) if ranking else None)
   return found
 
 
-def _ranked_labels(ranking: Row | None, names: Sequence[str]) -> np.ndarray:
+def _ranked_labels(ranking: Row, names: Sequence[str]) -> np.ndarray:
   """[S, S] of the replies `names`; a half, which favours neither, where the ranking leaves one out."""
   labels = np.full((len(names), len(names)), 0.5, np.float32)
-  if ranking:
-    places = {name: place for place, name in enumerate(ranking['replies'])}
-    known = [i for i, name in enumerate(names) if name in places]
-    index = [places[names[i]] for i in known]
-    labels[np.ix_(known, known)] = np.array(ranking['probabilities'], np.float32)[np.ix_(index, index)]
+  places = {name: place for place, name in enumerate(ranking['replies'])}
+  known = [i for i, name in enumerate(names) if name in places]
+  index = [places[names[i]] for i in known]
+  labels[np.ix_(known, known)] = np.array(ranking['probabilities'], np.float32)[np.ix_(index, index)]
   return labels
 
 
