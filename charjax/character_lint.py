@@ -21,8 +21,8 @@ _LONGER = (0.35, 0.65)  # how often the reply in character is the longer one
 _OPENING_GAP = 0.25  # share of pairs by which one first word may prefer a side
 _L2 = 1.0
 _LEGEND = (
-  "words/pair, words/reply: how often a bag of words from the other traits' pairs picks the reply in character, and tells "
-  f'single\n  replies apart; from {_WORDS_BELOW:.0%} on a tell-tale word does the work\n'
+  "words/pair, words/reply: how often a bag of words from the other traits' pairs picks the reply in character, and "
+  f'tells single\n  replies apart; from {_WORDS_BELOW:.0%} on a tell-tale word does the work\n'
   f'length: words in character over words out of it, {_LENGTH_RATIO[0]} to {_LENGTH_RATIO[1]}; longer: how often it is '
   f'the longer, {_LONGER[0]:.0%} to {_LONGER[1]:.0%}\n'
   'opens alike: both replies begin with the same word; most telling opening: the first word that prefers a side, to '

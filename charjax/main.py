@@ -419,8 +419,8 @@ def _can_be_judged(config: ml_collections.ConfigDict, character: characters.Char
   if best is not None and best['low'] < wanted:
     raise UserError(
       f'{config.character.path}: traits.pairs: only {count} with use = "choosing"; were the ranker right on them all, '
-      f'it could be as bad as {best["low"]:.2f}, and config.rankings.minimum_accuracy is {wanted}; write more (twelve a '
-      'trait), or lower that'
+      f'it could be as bad as {best["low"]:.2f}, and config.rankings.minimum_accuracy is {wanted}; write twelve '
+      'a trait, or lower that'
     )
 
 

@@ -164,7 +164,7 @@ def test_select_keeps_order_and_refuses_unknown_traits():
   character = characters.load('assistant')
   assert characters.select(character, []) == character
   assert [t.id for t in characters.select(character, ['memory', 'honesty']).traits] == ['honesty', 'memory']
-  with pytest.raises(UserError, match="there is no 'humour'; choose from perspectives"):
+  with pytest.raises(UserError, match="has no trait 'humour'; choose from perspectives"):
     characters.select(character, ['humour'])
 
 
@@ -172,9 +172,13 @@ def test_select_gives_a_trait_another_weight():
   character = characters.load('assistant')
   chosen = characters.select(character, ['memory:2.5', 'honesty'])
   assert [(t.id, t.weight) for t in chosen.traits] == [('honesty', 1.0), ('memory', 2.5)]
-  assert characters.select(character, ['memory:0']).traits[0].weight == 0
+  assert characters.select(character, ['memory:0', 'honesty']).traits[1].weight == 0
+  with pytest.raises(UserError, match='the weight of every trait is 0'):
+    characters.select(character, ['memory:0', 'honesty:0'])
   for wrong in ('memory:', 'memory:heavy', 'memory:-1', 'memory:nan', 'memory:inf', 'memory:1:2'):
-    with pytest.raises(UserError, match=f"traits: '{wrong}': the weight must be a finite number from 0 to 1e9"):
+    with pytest.raises(
+      UserError, match=f"config.character.traits: '{wrong}': the weight must be a finite number from 0 to 1e9"
+    ):
       characters.select(character, [wrong])
 
 

@@ -1,8 +1,10 @@
 """What a person types: mistakes end in one line before any work, settings arrive where they should."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,8 @@ from charjax import main as command_line
 from charjax import workdir as workdirs
 from charjax.main import main
 from charjax.workdir import Stage
+
+QUICKSTART = str(Path(__file__).parent.parent / 'configs' / 'quickstart.py')
 
 CONFIG = """
 from charjax import defaults
@@ -212,3 +216,20 @@ def test_an_unexpected_error_keeps_its_trace(monkeypatch):
   monkeypatch.setattr(command_line, '_command', fail)
   with pytest.raises(RuntimeError, match='a bug'):
     main(['run'])
+
+
+def test_another_character_brings_all_its_traits():
+  def traits(*changes):
+    return command_line._read_config(QUICKSTART, changes).character.traits
+
+  assert len(traits()) == 4
+  assert traits('--config.character.path=stoic') == ()
+  assert traits('--config.character.path=stoic', '--config.character.traits=duty') == ('duty',)
+  assert traits('--config.character.traits=') == ()
+
+
+def test_a_character_whose_ranker_can_never_be_found_good_enough_is_refused_at_once(tmp_path, capsys):
+  code = main(['run', f'--config={QUICKSTART}', f'--workdir={tmp_path / "run"}',
+               '--config.character.traits=honesty', '--config.rankings.minimum_accuracy=0.99'])  # fmt: skip
+  assert code == 2 and re.search(r'only 12 with use = "choosing".*as bad as 0\.76', capsys.readouterr().err)
+  assert not (tmp_path / 'run').exists()

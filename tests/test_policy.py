@@ -42,6 +42,7 @@ def test_ranked_replies_take_turns_in_and_out_of_character(tmp_path):
     ('a', 'shown', 1, '3 3 3 3 3', 'length'),
     ('a', 'opposed', 0, '4', 'stop'),
     ('b', 'opposed', 1, '5', 'stop'),  # its others were dropped
+    ('b', 'plain', 2, '6', 'stop'),
   ]
   for name in ('messages', 'replies', 'rankings'):
     (tmp_path / name).mkdir()
@@ -65,17 +66,19 @@ def test_ranked_replies_take_turns_in_and_out_of_character(tmp_path):
   # In another order than the replies come in, and without the last of them.
   table = [[0.5, 0.2, 0.9], [0.8, 0.5, 0.7], [0.1, 0.3, 0.5]]
   ranking = {'message': 'a', 'replies': ['a/plain/0', 'a/opposed/0', 'a/shown/0'], 'probabilities': table}
-  write_jsonl(tmp_path / 'rankings' / 'rankings.jsonl', [ranking])
+  # Of two ranked messages the second is the held-out judge's.
+  other = {'message': 'b', 'replies': ['b/opposed/1', 'b/plain/2'], 'probabilities': [[0.5, 0.9], [0.1, 0.5]]}
+  write_jsonl(tmp_path / 'rankings' / 'rankings.jsonl', [ranking, other])
   everything = rollouts.ranked_replies(Run(tmp_path, ranked_replies=9))
   assert {name: ranked.replies for name, ranked in everything.items()} == {
     'a': [[2, 0], [4, 0], [1, 0], [3, 3, 3]],
-    'b': [[5, 0]],
+    'b': [[5, 0], [6, 0]],
   }
   expected = [[0.5, 0.3, 0.1, 0.5], [0.7, 0.5, 0.8, 0.5], [0.9, 0.2, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]
   np.testing.assert_allclose(everything['a'].preferred, expected)
-  assert everything['b'].preferred.tolist() == [[0.5]]
+  assert everything['b'].preferred is None
   first = rollouts.ranked_replies(Run(tmp_path, ranked_replies=2))
-  assert first['a'].replies == [[2, 0], [4, 0]] and first['b'].replies == [[5, 0]]
+  assert first['a'].replies == [[2, 0], [4, 0]] and first['b'].replies == [[5, 0], [6, 0]]
   np.testing.assert_allclose(first['a'].preferred, np.array(expected)[:2, :2])
   assert everything['no such message'].replies == []
 
@@ -83,10 +86,10 @@ def test_ranked_replies_take_turns_in_and_out_of_character(tmp_path):
 def test_labels_of_rankings_and_of_the_preference_model_are_mixed_by_share():
   judged = np.array([[[0.5, 0.9, 0.5], [0.1, 0.5, 0.5], [0.5, 0.5, 0.5]]] * 2, np.float32)
   real = np.array([[True, True, False], [True, True, False]])
-  ranked = [np.array([[0.5, 0.2], [0.8, 0.5]])]  # the second message was not ranked
+  ranked = [np.array([[0.5, 0.2], [0.8, 0.5]]), None]  # of the second message no ranking may be known
   labels, best = rollouts.mix_labels(judged, ranked, real, 0.75)
   np.testing.assert_allclose(labels[0, :2, :2], [[0.5, 0.375], [0.625, 0.5]])
-  np.testing.assert_allclose(labels[1, :2, :2], [[0.5, 0.6], [0.4, 0.5]])
+  np.testing.assert_array_equal(labels[1], judged[1])
   assert best.tolist() == [1, 0]
   assert rollouts.mix_labels(judged, ranked, real, 0.0)[1].tolist() == [0, 0]
 
