@@ -33,6 +33,7 @@ _USAGE = f"""charjax: train a character into a language model
   charjax run --config=FILE.py --workdir=DIR     the whole loop, stage by stage
   charjax STAGE --config=FILE.py --workdir=DIR   one of {', '.join(stage.name for stage in STAGES)}
   charjax chat MODEL|DIR [--side_by_side]        talk to a model, or to what the run in DIR made of it
+  charjax export MODEL|DIR [--output=DIR]        a Hugging Face directory of a model, or of what the run in DIR made
   charjax character check FILE                   what is wrong with a character's examples
   charjax help                                   this text
 
@@ -41,13 +42,19 @@ _USAGE = f"""charjax: train a character into a language model
   --workdir=DIR                                  where the run lives; the same command goes on with it
   --side_by_side [--trait=ID]                    chat: the model, shown its character (or one trait), and trained
   --temperature=0.7 --max_new_tokens=512 --seed=0   chat: how replies are drawn
+  --model=policy|preference|judge|start          export: the policy, what rewarded it, what judged it, or the beginning
+  --dtype=bfloat16|float32                       export: of the weights
 
 A finished stage is skipped, one that was cut off goes on, one whose inputs or settings changed is made anew.
 """
 
 _PACKAGES = ('charjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
-_CHAT_FLAGS = ('side_by_side', 'trait', 'temperature', 'max_new_tokens', 'seed')
+# Commands that take a model or a run, and the flags that only they have.
+_FLAGS_OF = {
+  'chat': ('side_by_side', 'trait', 'temperature', 'max_new_tokens', 'seed'),
+  'export': ('output', 'model', 'dtype'),
+}
 
 _AWAY = 'move it away, or choose another --workdir'
 _ALLOW = 'make it writable, or choose another --workdir'
@@ -108,7 +115,7 @@ def _command(arguments: list[str]) -> int:
   if {'--help', '-h', '-help', '--helpfull'} & set(arguments) or arguments[:1] == ['help']:
     print(_USAGE, end='')
     return 0
-  names, config_spec, workdir, changes, chat = _parse(arguments)
+  names, config_spec, workdir, changes, options = _parse(arguments)
   if not names:
     raise UserError('no command given; `charjax help` lists them')
   known = [stage.name for stage in STAGES]
@@ -117,12 +124,15 @@ def _command(arguments: list[str]) -> int:
     if len(rest) != 2 or rest[0] != 'check':
       raise UserError('charjax character takes `check FILE`')
     return _check_character(rest[1])
+  for other, theirs in _FLAGS_OF.items():
+    if other != command and (wrong := [name for name in options if name in theirs]):
+      raise UserError(f'--{wrong[0]} is a flag of charjax {other}; `charjax help` lists those of {command}')
   if command == 'chat':
-    return _chat(rest, config_spec, workdir, changes, chat)
-  if chat:
-    raise UserError(f'--{next(iter(chat))} is a flag of charjax chat; `charjax help` lists those of {command}')
+    return _chat(rest, config_spec, workdir, changes, options)
+  if command == 'export':
+    return _export(rest, config_spec, workdir, changes, options)
   if command not in ('run', *known):
-    raise UserError(f'there is no command {command}{_nearest(command, ["run", "chat", "character", *known])}')
+    raise UserError(f'there is no command {command}{_nearest(command, ["run", *_FLAGS_OF, "character", *known])}')
   if rest:
     raise UserError(f'unexpected argument {rest[0]}; flags begin with --, and `charjax help` lists them')
   if not config_spec:
@@ -151,19 +161,8 @@ def _chat(rest: Sequence[str], config_spec: str, workdir: str, changes: Sequence
   if 'trait' in options and not options.get('side_by_side'):
     raise UserError('--trait goes with --side_by_side, where it is shown to the model')
   place = epath.Path(os.path.expanduser(given[0]))
-  record = None if config_spec else _read_record(place)
-  if config_spec:
-    config = _read_config(config_spec, changes)
-  else:
-    config = defaults.get_config()
-    config.lock()
-    if record is None:
-      config.model.path = _model_path(str(place), bool(workdir))
-    else:
-      _merge(config, record, str(place / 'config.json'), '')
-      config.character.path = str(place / 'character.toml')
-    config = _override(config, changes)
-  if record is not None and not (place / 'policy' / 'stage.json').exists():
+  config, trained = (_read_config(config_spec, changes), False) if config_spec else _at(place, bool(workdir), changes)
+  if trained and not (place / 'policy' / 'stage.json').exists():
     raise UserError(
       f'{place}: its policy is not trained to the end; run charjax policy, or talk to the model that it starts from: '
       f'charjax chat {config.model.path}'
@@ -173,8 +172,44 @@ def _chat(rest: Sequence[str], config_spec: str, workdir: str, changes: Sequence
 
   drawn = {'temperature': config.evaluation.temperature, 'top_p': config.evaluation.top_p, 'max_new_tokens': 512}
   with _devices(config):
-    chat.run(session, record is not None, chat.Settings(**drawn | options))
+    chat.run(session, trained, chat.Settings(**drawn | options))
   return 0
+
+
+def _export(
+  rest: Sequence[str], config_spec: str, workdir: str, changes: Sequence[str], options: dict[str, Any]
+) -> int:
+  """Exports from what is named in one of two ways: a model or a run folder, or --workdir with or without --config."""
+  given = [*rest, *filter(None, [workdir])]
+  if len(given) != 1 or (rest and config_spec):
+    raise UserError('charjax export takes a model or a run folder, or --workdir=DIR with or without --config=FILE.py')
+  place = epath.Path(os.path.expanduser(given[0]))
+  config, is_run = (_read_config(config_spec, changes), True) if config_spec else _at(place, bool(workdir), changes)
+  kind = options.get('model', 'policy' if is_run else 'start')
+  if kind != 'start' and not is_run:
+    raise UserError(f'--model={kind}: {place} is a model and no run; leave the flag out, or give the folder of a run')
+  output = options.get('output') or (str(place / f'export{"" if kind == "policy" else f"-{kind}"}') if is_run else '')
+  if not output:
+    raise UserError('charjax export of a model needs --output=DIR')
+  session = _prepare(config, place)
+  from charjax.export.models import export
+
+  with _devices(config):
+    export(session, kind, options.get('dtype', 'bfloat16'), epath.Path(os.path.expanduser(output)))
+  return 0
+
+
+def _at(place: epath.Path, wants_run: bool, changes: Sequence[str]) -> tuple[ml_collections.ConfigDict, bool]:
+  """The config of what is at a place, and whether that is a run, which has its own, or a model."""
+  record = _read_record(place)
+  config = defaults.get_config()
+  config.lock()
+  if record is None:
+    config.model.path = _model_path(str(place), wants_run)
+  else:
+    _merge(config, record, str(place / 'config.json'), '')
+    config.character.path = str(place / 'character.toml')
+  return _override(config, changes), record is not None
 
 
 def _model_path(path: str, wants_run: bool) -> str:
@@ -208,7 +243,7 @@ def _read_record(folder: epath.Path) -> ml_collections.ConfigDict | None:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str], dict[str, Any]]:
-  """Splits arguments into (command words, --config, --workdir, the --config.field=value changes, flags of chat)."""
+  """Splits arguments into (command words, --config, --workdir, --config.field=value changes, flags of _FLAGS_OF)."""
   changes, others = [], []
   rest = iter(arguments)
   for argument in rest:
@@ -230,16 +265,20 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str], di
   flags.DEFINE_float('temperature', None, 'of the draws', lower_bound=0.0, upper_bound=100.0, flag_values=values)
   flags.DEFINE_integer('max_new_tokens', None, 'of a reply', lower_bound=1, flag_values=values)
   flags.DEFINE_integer('seed', None, 'of the draws', lower_bound=0, upper_bound=2**31 - 1, flag_values=values)
+  flags.DEFINE_string('output', None, 'where an export is written', flag_values=values)
+  flags.DEFINE_enum('model', None, ['policy', 'preference', 'judge', 'start'], 'what is exported', flag_values=values)
+  flags.DEFINE_enum('dtype', None, ['bfloat16', 'float32'], 'of exported weights', flag_values=values)
   try:
     names = values(['charjax', *others])[1:]
   except flags.Error as error:
     raise UserError(f'{error}; `charjax help` lists the flags') from error
   # Libraries that define absl flags of their own (Orbax, Grain) read the defaults.
   flags.FLAGS(['charjax'], known_only=True)
-  chat = {name: values[name].value for name in _CHAT_FLAGS if values[name].value is not None}
-  if chat.get('temperature') != chat.get('temperature'):  # A NaN is within all bounds.
+  special = [name for names in _FLAGS_OF.values() for name in names]
+  options = {name: values[name].value for name in special if values[name].value is not None}
+  if options.get('temperature') != options.get('temperature'):  # A NaN is within all bounds.
     raise UserError('flag --temperature=nan: give a number, 0 or above')
-  return names, values.config, values.workdir, changes, chat
+  return names, values.config, values.workdir, changes, options
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
