@@ -194,7 +194,8 @@ def _export(
   session = _prepare(config, place)
   from charjax.export.models import export
 
-  with _devices(config):
+  # The starting model goes from file to file.
+  with contextlib.nullcontext() if kind == 'start' else _devices(config):
     export(session, kind, options.get('dtype', 'bfloat16'), epath.Path(os.path.expanduser(output)))
   return 0
 

@@ -26,9 +26,9 @@ def of_start(base: str, family: str, dtype: str) -> str:
     dtype: of the weights.
   """
   return _joined(
-    _front('text-generation'),
+    _front('text-generation', 'charjax'),
     f'# {_line(base)}',
-    f'The weights of `{_line(base)}` ({family}), converted to {dtype} by charjax {charjax.__version__}, which did not '
+    f'The weights of {_code(base)} ({family}), converted to {dtype} by charjax {charjax.__version__}, which did not '
     'train them.',
   )
 
@@ -46,10 +46,10 @@ def of_policy(run: Run, base: str, family: str, dtype: str, thinks: bool) -> str
   traits = [trait['id'] for trait in run.traits]
   plain = ' It was trained with `enable_thinking=False` given to the chat template.' if thinks else ''
   return _joined(
-    _front('text-generation'),
+    _front('text-generation', 'charjax', 'character-training'),
     f'# {_title(run)}: {_line(base)} trained into a character',
     _description(run),
-    f'A {family} model, trained from `{_line(base)}` by charjax {charjax.__version__} (character training: AI feedback '
+    f'A {family} model, trained from {_code(base)} by charjax {charjax.__version__} (character training: AI feedback '
     f"on the model's own replies), exported as {dtype}, adapters merged into the weights.{plain}",
     _character(run),
     _data(run),
@@ -82,12 +82,12 @@ def of_reward(run: Run, base: str, family: str, dtype: str, kind: str, layers: t
     'preference model, but shares its ranker and its starting weights.'
   )
   return _joined(
-    _front('text-classification'),
+    _front('text-classification', 'charjax', 'character-training'),
     f'# {_title(run)}: {"preference model" if kind == "preference" else "held-out judge"}',
     _description(run),
     f'{role} Trained by charjax {charjax.__version__} on rankings of replies; {dtype} trunk, float32 head.',
     '## What it reads',
-    f'The lower {layers[0]} of the {layers[1]} layers of `{_line(base)}` ({family}) and its final norm. The reward for '
+    f'The lower {layers[0]} of the {layers[1]} layers of {_code(base)} ({family}) and its final norm. The reward for '
     'a trait is the inner product of a direction with the mean of the final-normed states over the tokens of the '
     '**last reply** in the conversation, its end-of-turn token included. The reply is what follows the last assistant '
     'header (`reply_header` in config.json) up to the first end of turn; or give `reply_mask`, 1 at its tokens. '
@@ -113,8 +113,10 @@ def of_reward(run: Run, base: str, family: str, dtype: str, kind: str, layers: t
 # ---- parts ----
 
 
-def _front(task: str) -> str:
-  return f'---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- charjax\n- character-training\n---'
+def _front(task: str, *tags: str) -> str:
+  return '\n'.join(
+    ['---', 'library_name: transformers', f'pipeline_tag: {task}', 'tags:', *(f'- {t}' for t in tags), '---']
+  )
 
 
 def _title(run: Run) -> str:
@@ -139,7 +141,7 @@ def _character(run: Run) -> str:
 
 def _data(run: Run) -> str:
   rows = [
-    (name, ', '.join(f'{key}: {value}' for key, value in _flat(section(run.stages.get(name), 'counts'))))
+    (name, '; '.join(f'{key}: {value}' for key, value in _flat(section(run.stages.get(name), 'counts'))))
     for name in _STAGES
     if name in run.stages
   ]
@@ -149,11 +151,11 @@ def _data(run: Run) -> str:
 
 def _flat(counts: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, str]]:
   for key, value in counts.items():
-    name = f'{prefix}{_line(str(key)).replace("_", " ")}'
+    name = prefix + _line(str(key).replace('_', ' '))
     if isinstance(value, Mapping):
       yield from _flat(value, f'{name}, ')
     elif isinstance(value, list):
-      yield name, ' and '.join(_line(str(item)) for item in value) or 'none'
+      yield name, ', '.join(_code(str(item)) for item in value) or 'none'
     else:
       yield name, _line(str(value))
 
@@ -162,7 +164,7 @@ def _effects(run: Run, traits: Sequence[str]) -> str:
   if not run.summary:
     return _joined('## Measured effects', 'This policy was not evaluated when it was exported.')
   model = section(run.config, 'config', 'model')
-  rows, sides = [], {True: list[str](), False: list[str]()}
+  rows, sides = [], {1: list[str](), 0: list[str](), -1: list[str]()}
   for trait in traits:
     found = section(run.summary, 'traits', trait)
     cells = [
@@ -170,10 +172,10 @@ def _effects(run: Run, traits: Sequence[str]) -> str:
       _judged(estimate(section(found, 'win_rate').get('trained')), 0.5, _percent),
       _judged(estimate(section(found, 'judge').get('delta')), 0.0, _signed),
     ]
-    rows.append((f'`{_line(trait)}`', *(text for text, _ in cells)))
+    rows.append((_code(trait), *(text for text, _ in cells)))
     for name, (_, side) in zip(('margin', 'wins', "judge's score"), cells, strict=True):
       if side is not None:
-        sides[side > 0].append(f'{_line(trait)} ({name}{", lower" if side < 0 else ""})')
+        sides[side].append(f'{_code(trait)} ({name})')
   return _joined(
     '## Measured effects',
     'The trained model beside the one it was trained from, on messages and written pairs that were not trained on; '
@@ -183,8 +185,11 @@ def _effects(run: Run, traits: Sequence[str]) -> str:
       ('trait', 'margin on written pairs, nats a token', 'replies that win by the held-out judge', "judge's score"),
       rows,
     ),
-    f'Clear of chance: {", ".join(sides[True]) or "nothing"}. **Not clear of chance, or worse**: '
-    f'{", ".join(sides[False]) or "nothing"}.',
+    ' '.join(
+      f'{said}: {", ".join(sides[side])}.'
+      for said, side in (('Higher', 1), ('**Not told from chance**', 0), ('**Lower**', -1))
+      if sides[side]
+    ),
     'The margin is how much the log-prob of a written reply in character rose against one out of character. The judge '
     'shares its ranker and its starting weights with the model that rewarded the policy, so that what it says is no '
     'evidence that the ranker is right.',
@@ -218,11 +223,9 @@ def _elsewhere(run: Run) -> str:
 
 def _accuracy(run: Run, name: str) -> str:
   found = section(run.preference, name)
-  rows = [
-    (f'`{_line(trait)}`', _judged(estimate(value), 0.5, _percent)[0]) for trait, value in section(found, 'kept').items()
-  ]
+  rows = [(_code(trait), _judged(estimate(value), 0.5, _percent)[0]) for trait, value in section(found, 'kept').items()]
   overall = estimate(found.get('kept_overall'))
-  left = ', '.join(_line(str(trait)) for trait in listed(run.preference, 'left_out'))
+  left = ', '.join(_code(str(trait)) for trait in listed(run.preference, 'left_out')) if name == 'train' else ''
   said = [
     f'Over all traits: {_between(overall, _percent)}.' if overall else '',
     f'Not told from chance by the preference model: {left}.' if left else '',
@@ -283,6 +286,11 @@ def _line(text: str) -> str:
   for c in '\\`*_|[]<>':
     text = text.replace(c, f'\\{c}' if c not in '`<>' else {'`': "'", '<': '&lt;', '>': '&gt;'}[c])
   return text
+
+
+def _code(text: str) -> str:
+  """A name of others as it is."""
+  return '`' + ' '.join(text.split()).replace('`', "'").replace('|', '/') + '`'
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

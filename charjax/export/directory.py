@@ -140,19 +140,19 @@ def reply_header(checkpoint: Checkpoint) -> list[int]:
   """The ids that stand before every reply: what prompts end with, whatever was asked.
 
   Raises:
-    UserError: the template writes nothing there.
+    UserError: the template writes nothing there, or only what ends turns.
   """
   asked = [
     encode_prompt(checkpoint.template, checkpoint.tokenizer, [{'role': 'user', 'content': text}])
-    for text in ('Hi', 'What is it?', 'No.')
+    for text in ('Hi', 'What is it?', 'Take the time', 'It is 12', 'Do you know')  # which end in nothing alike
   ]
   header: list[int] = []
   for tokens in zip(*(reversed(ids) for ids in asked), strict=False):
     if len(set(tokens)) > 1:
       break
     header.insert(0, tokens[0])
-  if not header:
-    raise UserError('chat template: it writes nothing before a reply, by which it could be found; use another template')
+  if all(token in checkpoint.tokenizer.eos_ids for token in header):
+    raise UserError('chat template: it writes nothing before a reply by which one could be found; use another template')
   return header
 
 
