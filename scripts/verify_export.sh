@@ -12,9 +12,15 @@ if [[ -z $workdir ]]; then
 fi
 charjax=(.venv/bin/python -m charjax.main)
 
-# Enough for every stage to have something to do; float32, in which the two can be compared closely.
-"${charjax[@]}" run --config=configs/smoke.py --workdir="$workdir" --config.model.path=smollm2-135m-instruct \
-  --config.messages.near_duplicate=0.5 --config.messages.opening_words=3 --config.preference.depth=0.67
+# float32, in which the two can be compared closely; of everything just enough to move the weights. Effects are not
+# measured.
+for stage in messages replies rankings preference policy; do
+  "${charjax[@]}" "$stage" --config=configs/smoke.py --workdir="$workdir" --config.model.path=smollm2-135m-instruct \
+    --config.messages.train_per_trait=4 --config.messages.heldout_per_trait=1 --config.messages.train_neutral=4 \
+    --config.messages.heldout_neutral=1 --config.messages.near_duplicate=0.5 --config.messages.opening_words=3 \
+    --config.replies.shown=2 --config.replies.plain=1 --config.replies.opposed=1 --config.replies.examples=1 \
+    --config.rankings.ranker=likelihood --config.rankings.examples=0 --config.preference.depth=0.67
+done
 for model in policy preference judge; do
   "${charjax[@]}" export --workdir="$workdir" --model="$model" --dtype=float32 --output="$workdir/out/$model"
 done

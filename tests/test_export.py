@@ -201,6 +201,19 @@ def test_a_tokenizer_is_copied_and_a_config_keeps_its_fields(tmp_path):
   assert not (tmp_path / 'out/training_args.bin').exists()
 
 
+def test_links_of_the_hubs_cache_are_followed(tmp_path):
+  source = Path(write_hf(tmp_path / 'm', random_tensors(CONFIG)))
+  snapshot, blobs = tmp_path / 'models--a--b/snapshots/0f', tmp_path / 'models--a--b/blobs'
+  blobs.mkdir(parents=True)
+  snapshot.mkdir(parents=True)
+  for i, path in enumerate(source.iterdir()):
+    shutil.copy(path, blobs / str(i))
+    (snapshot / path.name).symlink_to(Path('../../blobs') / str(i))
+  export(snapshot, f'--output={tmp_path / "out"}')
+  copied = tmp_path / 'out/tokenizer.json'
+  assert copied.read_bytes() == (source / 'tokenizer.json').read_bytes() and not copied.is_symlink()
+
+
 # ---- what a run made ----
 
 

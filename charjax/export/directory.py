@@ -6,7 +6,7 @@ import errno
 import fnmatch
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from charjax.model.families import tensor_names
 from charjax.model.huggingface import read_json
 from charjax.model.to_hf import check_says, class_name, norm_shift, to_hf
 from charjax.model.tokenizer import to_tokenizer_json
+from charjax.workdir import write_text
 
 _REWARD_MODULE = 'modeling_charjax_reward'
 # A checkpoint's own, copied as they are.
@@ -74,14 +75,14 @@ def write(folder: epath.Path, model: Model, checkpoint: Checkpoint, dtype: str, 
   if model.head is None:
     config = said
     generation = _generation_config(checkpoint)
-    (folder / 'generation_config.json').write_text(json.dumps(generation, indent=2) + '\n')
+    write_text(folder / 'generation_config.json', json.dumps(generation, indent=2) + '\n')
   else:
     config = _reward_config(said, model, checkpoint)
-    (folder / f'{_REWARD_MODULE}.py').write_text(Path(__file__).with_name(f'{_REWARD_MODULE}.py').read_text())
+    write_text(folder / f'{_REWARD_MODULE}.py', Path(__file__).with_name(f'{_REWARD_MODULE}.py').read_text())
   record = {'version': charjax.__version__, 'model': model.kind}
   config |= {'torch_dtype': dtype, 'charjax': record}
-  (folder / 'config.json').write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n')
-  (folder / 'README.md').write_text(card)
+  write_text(folder / 'config.json', json.dumps(config, indent=2, ensure_ascii=False) + '\n')
+  write_text(folder / 'README.md', card)
   _write_text_files(folder, checkpoint)
 
   # A preference model has no use for what reads the next token.
@@ -101,11 +102,7 @@ def write(folder: epath.Path, model: Model, checkpoint: Checkpoint, dtype: str, 
 def _model_config(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:
   """The config.json of a model of the checkpoint's family, or of its lower layers: its own where it has one."""
   if not checkpoint.source:
-    ids = checkpoint.tokenizer
-    ends: Any = list(ids.eos_ids) if len(ids.eos_ids) > 1 else ids.eos_ids[0]
-    bos = ids.special_tokens.get(checkpoint.template.bos)
-    said = to_hf(config, checkpoint.family, checkpoint.rope)
-    return said | {'bos_token_id': bos, 'eos_token_id': ends, 'pad_token_id': ids.pad_id}
+    return to_hf(config, checkpoint.family, checkpoint.rope) | _token_ids(checkpoint)
   where = Path(checkpoint.source) / 'config.json'
   said = {key: value for key, value in read_json(where).items() if key not in _LEFT_OUT}
   said |= {'architectures': [class_name(checkpoint.family)], 'num_hidden_layers': config.num_layers}
@@ -158,14 +155,20 @@ def reply_header(checkpoint: Checkpoint) -> list[int]:
 
 def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
   """Generation ends where the policy was taught to end; all else is the checkpoint's own."""
+  ids = _token_ids(checkpoint)
+  own = read_json(Path(checkpoint.source) / 'generation_config.json', optional=True) if checkpoint.source else {}
+  out = {**ids, **own, 'eos_token_id': ids['eos_token_id']}
+  return {key: value for key, value in out.items() if value is not None and key not in _LEFT_OUT}
+
+
+def _token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
   tokenizer = checkpoint.tokenizer
-  own: Mapping[str, Any] = {}
-  if checkpoint.source:
-    own = read_json(Path(checkpoint.source) / 'generation_config.json', optional=True)
-  ends: Any = list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_ids[0]
-  out = {'bos_token_id': tokenizer.special_tokens.get(checkpoint.template.bos), 'pad_token_id': tokenizer.pad_id, **own}
-  out.pop('transformers_version', None)
-  return {key: value for key, value in (out | {'eos_token_id': ends}).items() if value is not None}
+  ends = tokenizer.eos_ids
+  return {
+    'bos_token_id': tokenizer.special_tokens.get(checkpoint.template.bos),
+    'eos_token_id': list(ends) if len(ends) > 1 else ends[0],
+    'pad_token_id': tokenizer.pad_id,
+  }
 
 
 # ---- tokenizer and chat template ----
@@ -190,9 +193,9 @@ def _write_text_files(folder: epath.Path, checkpoint: Checkpoint) -> None:
     'model_max_length': checkpoint.config.max_length,
     'clean_up_tokenization_spaces': False,
   }
-  (folder / 'tokenizer.json').write_text(to_tokenizer_json(tokenizer))
-  (folder / 'tokenizer_config.json').write_text(json.dumps(settings, indent=2, ensure_ascii=False) + '\n')
-  (folder / 'chat_template.jinja').write_text(template.source)
+  write_text(folder / 'tokenizer.json', to_tokenizer_json(tokenizer))
+  write_text(folder / 'tokenizer_config.json', json.dumps(settings, indent=2, ensure_ascii=False) + '\n')
+  write_text(folder / 'chat_template.jinja', template.source)
 
 
 def _check_inside(path: Path) -> None:

@@ -4,6 +4,7 @@ The format (https://github.com/huggingface/safetensors#format) is written here, 
 all tensors of a file at once.
 """
 
+import functools
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,7 +64,7 @@ def to_stored(
   for ours in layout.together.values():
     for parts in zip(*(layout.parts(name) for name in ours), strict=True):
       places = {name: part.place for name, part in zip(ours, parts, strict=True)}
-      yield Stored(parts[0].file_name, layout.file_shape(ours[0]), dtype, lambda places=places: read(places))  # type: ignore[misc]
+      yield Stored(parts[0].file_name, layout.file_shape(ours[0]), dtype, functools.partial(read, places))
 
 
 def write(folder: epath.Path, tensors: Sequence[Stored], shard_bytes: int = SHARD_BYTES) -> None:
