@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import parity
 import pytest
+from etils import epath
 from safetensors.numpy import load_file
 from test_bad_input import Place, contents, finished  # noqa: F401  (the last is a fixture)
 from test_checkpoints import CONFIG, random_tensors, write_hf
@@ -24,12 +26,13 @@ from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
 from charjax.engine.score import score
 from charjax.errors import UserError
-from charjax.export import directory
+from charjax.export import card, directory
 from charjax.main import _at, _prepare, main
 from charjax.model import checkpoint_source, save
 from charjax.model.chat import encode_prompt
 from charjax.model.checkpoint_source import Layout
 from charjax.model.families import from_hf, tensor_names
+from charjax.model.rope import llama3_scaling, scaling
 from charjax.model.to_hf import to_hf
 from charjax.stages import policy, preference
 from charjax.training.heads import bind, read_rewards, reply_states
@@ -115,8 +118,6 @@ def test_a_gguf_computes_the_same_as_a_directory(case, tmp_path):
   [(8, 1, 4, 8192, 128, 5e5, True), (32, 1, 4, 8192, 64, 5e5, True), (4, 1, 4, 16, 8, 50, False)],
 )
 def test_llama3_scaling_is_found_in_its_factors(factor, low, high, original, rotated, theta, exact):
-  from charjax.model.rope import llama3_scaling, scaling
-
   said = {'factor': factor, 'low_freq_factor': low, 'high_freq_factor': high}
   said |= {'rope_type': 'llama3', 'original_max_position_embeddings': original}
   factors = np.array(scaling('llama3', said, rotated, theta, 'x')[0])
@@ -229,8 +230,6 @@ def run(smoke_run, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def session(run):
-  from etils import epath
-
   return _prepare(_at(epath.Path(run), True, [])[0], epath.Path(run))
 
 
@@ -314,23 +313,23 @@ def test_a_card_says_what_was_measured_and_no_more(run, tmp_path):
   (folder / 'evaluation/summary.json').write_text(json.dumps(summary))
   toml = (folder / 'character.toml').read_text()
   export(folder, f'--output={tmp_path / "out"}')
-  card = (tmp_path / 'out/README.md').read_text()
+  text = (tmp_path / 'out/README.md').read_text()
   statement = re.search(r'id = "honesty"\nstatement = "(.*)"', toml)[1]
-  assert f'| `honesty` | 1 | {statement} |' in card
-  assert '| `honesty` | +0.250 (+0.125 to +0.375, n = 16) | 52% (40% to 64%, n = 16), not clear of chance |' in card
-  assert '| `ai_nature` | -0.500 (-0.750 to -0.250, n = 16) |' in card and '| not measured |' in card
-  assert 'Higher: `honesty` (margin). **Not told from chance**: `honesty` (wins)' in card
-  assert '**Lower**: `ai_nature` (margin).' in card
+  assert f'| `honesty` | 1 | {statement} |' in text
+  assert '| `honesty` | +0.250 (+0.125 to +0.375, n = 16) | 52% (40% to 64%, n = 16), not clear of chance |' in text
+  assert '| `ai_nature` | -0.500 (-0.750 to -0.250, n = 16) |' in text and '| not measured |' in text
+  assert 'Higher: `honesty` (margin). **Not told from chance**: `honesty` (wins)' in text
+  assert '**Lower**: `ai_nature` (margin).' in text
   counts = json.loads((folder / 'messages/stage.json').read_text())['counts']
-  assert f'| messages | messages: {counts["messages"]}; written: {counts["written"]}; ' in card
-  assert str(tmp_path) not in card
+  assert f'| messages | messages: {counts["messages"]}; written: {counts["written"]}; ' in text
+  assert str(tmp_path) not in text
 
   # Of another policy than this one, so that nothing is said.
   record = json.loads((folder / 'evaluation/stage.json').read_text())
   (folder / 'evaluation/stage.json').write_text(json.dumps(record | {'inputs': record['inputs'] | {'policy': 'other'}}))
   export(folder, f'--output={tmp_path / "out"}')
-  card = (tmp_path / 'out/README.md').read_text()
-  assert 'This policy was not evaluated when it was exported.' in card and '| evaluation |' not in card
+  text = (tmp_path / 'out/README.md').read_text()
+  assert 'This policy was not evaluated when it was exported.' in text and '| evaluation |' not in text
 
   judge = (run / 'export-judge/README.md').read_text()
   assert 'The lower 1 of the 2 layers of `random` (llama)' in judge and 'trust_remote_code=True' in judge
@@ -341,8 +340,6 @@ def test_a_card_says_what_was_measured_and_no_more(run, tmp_path):
 
 
 def test_text_of_others_stays_text_in_a_card():
-  from charjax.export import card
-
   row = card._table(('a',), [(card._line('x | y\n# z <b>[l](u)`c`'),), (card._code('a|b`c'),)])
   assert row.splitlines()[2:] == ["| x \\| y # z &lt;b&gt;\\[l\\](u)'c' |", "| `a/b'c` |"]
 
@@ -491,6 +488,17 @@ def test_an_export_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
   before = contents(tmp_path)
   monkeypatch.setattr(save, 'write', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
   assert main(['export', 'random', f'--output={out}']) == 130
+  assert contents(tmp_path) == before
+  monkeypatch.undo()
+  rename = type(epath.Path(out)).rename
+
+  def fail_at_last(path, target):
+    if path.name.endswith('.tmp'):
+      raise OSError(errno.EIO, 'Input/output error')
+    return rename(path, target)
+
+  monkeypatch.setattr(type(epath.Path(out)), 'rename', fail_at_last)
+  assert main(['export', 'random', f'--output={out}']) == 2
   assert contents(tmp_path) == before
   monkeypatch.undo()
   export('random', f'--output={out}')
