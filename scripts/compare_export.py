@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 
 from charjax import main as command_line
@@ -50,7 +50,8 @@ def _log_probs(decoder: Decoder, adapter: Any, ids: Sequence[int]) -> np.ndarray
 
 
 def _compare_policy(session: Session, folder: pathlib.Path, expect_same: bool) -> bool:
-  peer = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+  stored = str(transformers.AutoConfig.from_pretrained(folder).dtype).removeprefix('torch.')
+  peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   model = session.model
   decoder, adapter = bind(model.decoder, policy.load(session))
@@ -73,7 +74,7 @@ def _compare_policy(session: Session, folder: pathlib.Path, expect_same: bool) -
     largest = max(largest, float(np.abs(found - expected).max()))
     change = max(change, float(np.abs(_log_probs(model.decoder, None, whole[0].tolist()) - expected).max()))
   print(
-    f'{folder.name}: {type(peer).__name__}, {str(peer.dtype).removeprefix("torch.")}: prompts with the same ids '
+    f'{folder.name}: {type(peer).__name__}, {stored}, computed in float32: prompts with the same ids '
     f'{same_ids}/{len(asked)}; log-probs over the vocabulary differ by at most {largest:.1e} nats (training moved them '
     f'by up to {change:.1e}); the same greedy reply {same_replies}/{len(asked)}',
     flush=True,
@@ -87,7 +88,7 @@ def _compare_policy(session: Session, folder: pathlib.Path, expect_same: bool) -
 def _compare_rewards(session: Session, folder: pathlib.Path, name: str) -> bool:
   kind = transformers.AutoModelForSequenceClassification
   peer = kind.from_pretrained(folder, trust_remote_code=True).eval()
-  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
   model = session.model
   texts = {row['id']: row['text'] for row in read_jsonl(session.folder('messages') / 'messages.jsonl')}
   rows = read_jsonl(session.folder('replies') / 'replies.jsonl')[:_REPLIES]
@@ -113,6 +114,8 @@ def _compare_rewards(session: Session, folder: pathlib.Path, name: str) -> bool:
 
 
 def main(_: Any) -> None:
+  logging.set_verbosity(logging.WARNING)  # Orbax tells of every step.
+  transformers.utils.logging.disable_progress_bar()
   place, exports = epath.Path(_WORKDIR.value), pathlib.Path(_EXPORTS.value)
   session = command_line._prepare(command_line._at(place, True, [])[0], place)
   with command_line._devices(session.config):

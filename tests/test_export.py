@@ -268,7 +268,7 @@ def test_a_preference_model_gives_the_same_rewards(run, session, kind):
   expected = np.asarray(jax.device_get(read_rewards(trainable, states)))
   assert len({len(p) + len(r) for p, r in zip(prompts, replies, strict=True)}) > 4 and expected.std() > 1e-3
 
-  tokenizer = transformers.AutoTokenizer.from_pretrained(run / f'export-{kind}')
+  tokenizer = transformers.AutoTokenizer.from_pretrained(run / f'export-{kind}', trust_remote_code=True)
   for side in ('left', 'right'):
     tokenizer.padding_side = side
     # After a reply that has ended, a template may write more; and a reply to an earlier message is not the last one.

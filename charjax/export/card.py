@@ -98,7 +98,7 @@ def of_reward(run: Run, base: str, family: str, dtype: str, kind: str, layers: t
     _fenced(
       'from transformers import AutoModelForSequenceClassification, AutoTokenizer',
       '',
-      'tokenizer = AutoTokenizer.from_pretrained(folder)',
+      'tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)',
       'model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, dtype="float32")',
       'said = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
       'ids = tokenizer.apply_chat_template(said, return_tensors="pt", return_dict=True)["input_ids"]',
