@@ -94,19 +94,25 @@ def _compare_rewards(session: Session, folder: pathlib.Path, name: str) -> bool:
   rows = read_jsonl(session.folder('replies') / 'replies.jsonl')[:_REPLIES]
   asked = [model.prompt(prompts.alone(texts[row['message']])) for row in rows]
   said = [model.reply(row['text'], row['finish'] == 'stop') for row in rows]
+  ids = [[*prompt, *reply] for prompt, reply in zip(asked, said, strict=True)]
+  # Whole conversations as transformers writes them, to whatever their templates write after a reply.
+  for pair in [pair for trait in session.character.traits for pair in trait.pairs_for('kept')][:_REPLIES]:
+    talk = [{'role': 'user', 'content': pair.message}, {'role': 'assistant', 'content': pair.in_character}]
+    ids.append(tokenizer.apply_chat_template(talk, return_dict=True)['input_ids'])
+    asked.append(model.prompt(prompts.alone(pair.message)))
+    said.append(model.reply(pair.in_character))
   trainable = preference.load(session, name)
   states = reply_states(preference.trunk(session), trainable, asked, said)
   expected = np.asarray(jax.device_get(read_rewards(trainable, states)))
   largest = 0.0
   for side in ('left', 'right'):
     tokenizer.padding_side = side
-    for first in range(0, len(rows), 16):
-      ids = [[*p, *r] for p, r in zip(asked[first : first + 16], said[first : first + 16], strict=True)]
+    for first in range(0, len(ids), 16):
       with torch.no_grad():
-        found = peer(**tokenizer.pad({'input_ids': ids}, return_tensors='pt')).logits.numpy()
+        found = peer(**tokenizer.pad({'input_ids': ids[first : first + 16]}, return_tensors='pt')).logits.numpy()
       largest = max(largest, float(np.abs(found - expected[first : first + 16]).max()))
   print(
-    f'{folder.name}: {type(peer).__name__}, {list(peer.config.id2label.values())}: {len(rows)} rewards a trait, padded '
+    f'{folder.name}: {type(peer).__name__}, {list(peer.config.id2label.values())}: {len(ids)} rewards a trait, padded '
     f'on either side, differ by at most {largest:.1e}; their standard deviation is {expected.std():.2g}',
     flush=True,
   )
