@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import importlib.metadata
-import inspect
 import json
-import operator
 import os
 import platform
 import re
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
 
 from charjax import character as characters
 from charjax import defaults, limits
 from charjax import workdir as workdirs
+from charjax.config_file import merge, nearest, override, read_config
 from charjax.errors import UserError, one_line
 from charjax.stages import STAGES
 
@@ -33,6 +29,7 @@ _USAGE = f"""charjax: train a character into a language model
   charjax run --config=FILE.py --workdir=DIR     the whole loop, stage by stage
   charjax STAGE --config=FILE.py --workdir=DIR   one of {', '.join(stage.name for stage in STAGES)}
   charjax chat MODEL|DIR [--side_by_side]        talk to a model, or to what the run in DIR made of it
+  charjax export MODEL|DIR [--output=DIR]        a Hugging Face directory of a model, or of what the run in DIR made
   charjax character check FILE                   what is wrong with a character's examples
   charjax help                                   this text
 
@@ -41,13 +38,19 @@ _USAGE = f"""charjax: train a character into a language model
   --workdir=DIR                                  where the run lives; the same command goes on with it
   --side_by_side [--trait=ID]                    chat: the model, shown its character (or one trait), and trained
   --temperature=0.7 --max_new_tokens=512 --seed=0   chat: how replies are drawn
+  --model=policy|preference|judge|start          export: the policy, what rewarded it, what judged it, or the beginning
+  --dtype=bfloat16|float32                       export: of the weights
 
 A finished stage is skipped, one that was cut off goes on, one whose inputs or settings changed is made anew.
 """
 
 _PACKAGES = ('charjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
-_CHAT_FLAGS = ('side_by_side', 'trait', 'temperature', 'max_new_tokens', 'seed')
+# Commands that take a model or a run, and the flags that only they have.
+_FLAGS_OF = {
+  'chat': ('side_by_side', 'trait', 'temperature', 'max_new_tokens', 'seed'),
+  'export': ('output', 'model', 'dtype'),
+}
 
 _AWAY = 'move it away, or choose another --workdir'
 _ALLOW = 'make it writable, or choose another --workdir'
@@ -108,7 +111,7 @@ def _command(arguments: list[str]) -> int:
   if {'--help', '-h', '-help', '--helpfull'} & set(arguments) or arguments[:1] == ['help']:
     print(_USAGE, end='')
     return 0
-  names, config_spec, workdir, changes, chat = _parse(arguments)
+  names, config_spec, workdir, changes, options = _parse(arguments)
   if not names:
     raise UserError('no command given; `charjax help` lists them')
   known = [stage.name for stage in STAGES]
@@ -117,19 +120,22 @@ def _command(arguments: list[str]) -> int:
     if len(rest) != 2 or rest[0] != 'check':
       raise UserError('charjax character takes `check FILE`')
     return _check_character(rest[1])
+  for other, theirs in _FLAGS_OF.items():
+    if other != command and (wrong := [name for name in options if name in theirs]):
+      raise UserError(f'--{wrong[0]} is a flag of charjax {other}; `charjax help` lists those of {command}')
   if command == 'chat':
-    return _chat(rest, config_spec, workdir, changes, chat)
-  if chat:
-    raise UserError(f'--{next(iter(chat))} is a flag of charjax chat; `charjax help` lists those of {command}')
+    return _chat(rest, config_spec, workdir, changes, options)
+  if command == 'export':
+    return _export(rest, config_spec, workdir, changes, options)
   if command not in ('run', *known):
-    raise UserError(f'there is no command {command}{_nearest(command, ["run", "chat", "character", *known])}')
+    raise UserError(f'there is no command {command}{nearest(command, ["run", *_FLAGS_OF, "character", *known])}')
   if rest:
     raise UserError(f'unexpected argument {rest[0]}; flags begin with --, and `charjax help` lists them')
   if not config_spec:
     raise UserError(f'charjax {command} needs --config=FILE.py')
   if not workdir:
     raise UserError(f'charjax {command} needs --workdir=DIR')
-  config = _read_config(config_spec, changes)
+  config = read_config(config_spec, changes)
   chosen = STAGES if command == 'run' else tuple(stage for stage in STAGES if stage.name == command)
   _run(chosen, config, epath.Path(os.path.expanduser(workdir)))
   return 0
@@ -151,19 +157,8 @@ def _chat(rest: Sequence[str], config_spec: str, workdir: str, changes: Sequence
   if 'trait' in options and not options.get('side_by_side'):
     raise UserError('--trait goes with --side_by_side, where it is shown to the model')
   place = epath.Path(os.path.expanduser(given[0]))
-  record = None if config_spec else _read_record(place)
-  if config_spec:
-    config = _read_config(config_spec, changes)
-  else:
-    config = defaults.get_config()
-    config.lock()
-    if record is None:
-      config.model.path = _model_path(str(place), bool(workdir))
-    else:
-      _merge(config, record, str(place / 'config.json'), '')
-      config.character.path = str(place / 'character.toml')
-    config = _override(config, changes)
-  if record is not None and not (place / 'policy' / 'stage.json').exists():
+  config, trained = (read_config(config_spec, changes), False) if config_spec else _at(place, bool(workdir), changes)
+  if trained and not (place / 'policy' / 'stage.json').exists():
     raise UserError(
       f'{place}: its policy is not trained to the end; run charjax policy, or talk to the model that it starts from: '
       f'charjax chat {config.model.path}'
@@ -173,8 +168,45 @@ def _chat(rest: Sequence[str], config_spec: str, workdir: str, changes: Sequence
 
   drawn = {'temperature': config.evaluation.temperature, 'top_p': config.evaluation.top_p, 'max_new_tokens': 512}
   with _devices(config):
-    chat.run(session, record is not None, chat.Settings(**drawn | options))
+    chat.run(session, trained, chat.Settings(**drawn | options))
   return 0
+
+
+def _export(
+  rest: Sequence[str], config_spec: str, workdir: str, changes: Sequence[str], options: dict[str, Any]
+) -> int:
+  """Exports from what is named in one of two ways: a model or a run folder, or --workdir with or without --config."""
+  given = [*rest, *filter(None, [workdir])]
+  if len(given) != 1 or (rest and config_spec):
+    raise UserError('charjax export takes a model or a run folder, or --workdir=DIR with or without --config=FILE.py')
+  place = epath.Path(os.path.expanduser(given[0]))
+  config, is_run = (read_config(config_spec, changes), True) if config_spec else _at(place, bool(workdir), changes)
+  kind = options.get('model', 'policy' if is_run else 'start')
+  if kind != 'start' and not is_run:
+    raise UserError(f'--model={kind}: {place} is a model and no run; leave the flag out, or give the folder of a run')
+  output = options.get('output') or (str(place / f'export{"" if kind == "policy" else f"-{kind}"}') if is_run else '')
+  if not output:
+    raise UserError('charjax export of a model needs --output=DIR')
+  session = _prepare(config, place)
+  from charjax.export.models import export
+
+  # The starting model goes from file to file.
+  with contextlib.nullcontext() if kind == 'start' else _devices(config):
+    export(session, kind, options.get('dtype', 'bfloat16'), epath.Path(os.path.expanduser(output)))
+  return 0
+
+
+def _at(place: epath.Path, wants_run: bool, changes: Sequence[str]) -> tuple[ml_collections.ConfigDict, bool]:
+  """The config of what is at a place, and whether that is a run, which has its own, or a model."""
+  record = _read_record(place)
+  config = defaults.get_config()
+  config.lock()
+  if record is None:
+    config.model.path = _model_path(str(place), wants_run)
+  else:
+    merge(config, record, str(place / 'config.json'), '')
+    config.character.path = str(place / 'character.toml')
+  return override(config, changes), record is not None
 
 
 def _model_path(path: str, wants_run: bool) -> str:
@@ -208,7 +240,7 @@ def _read_record(folder: epath.Path) -> ml_collections.ConfigDict | None:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str], dict[str, Any]]:
-  """Splits arguments into (command words, --config, --workdir, the --config.field=value changes, flags of chat)."""
+  """Splits arguments into (command words, --config, --workdir, --config.field=value changes, flags of _FLAGS_OF)."""
   changes, others = [], []
   rest = iter(arguments)
   for argument in rest:
@@ -230,143 +262,20 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str], di
   flags.DEFINE_float('temperature', None, 'of the draws', lower_bound=0.0, upper_bound=100.0, flag_values=values)
   flags.DEFINE_integer('max_new_tokens', None, 'of a reply', lower_bound=1, flag_values=values)
   flags.DEFINE_integer('seed', None, 'of the draws', lower_bound=0, upper_bound=2**31 - 1, flag_values=values)
+  flags.DEFINE_string('output', None, 'where an export is written', flag_values=values)
+  flags.DEFINE_enum('model', None, ['policy', 'preference', 'judge', 'start'], 'what is exported', flag_values=values)
+  flags.DEFINE_enum('dtype', None, ['bfloat16', 'float32'], 'of exported weights', flag_values=values)
   try:
     names = values(['charjax', *others])[1:]
   except flags.Error as error:
     raise UserError(f'{error}; `charjax help` lists the flags') from error
   # Libraries that define absl flags of their own (Orbax, Grain) read the defaults.
   flags.FLAGS(['charjax'], known_only=True)
-  chat = {name: values[name].value for name in _CHAT_FLAGS if values[name].value is not None}
-  if chat.get('temperature') != chat.get('temperature'):  # A NaN is within all bounds.
+  special = [name for names in _FLAGS_OF.values() for name in names]
+  options = {name: values[name].value for name in special if values[name].value is not None}
+  if options.get('temperature') != options.get('temperature'):  # A NaN is within all bounds.
     raise UserError('flag --temperature=nan: give a number, 0 or above')
-  return names, values.config, values.workdir, changes, chat
-
-
-def _nearest(word: str, words: Sequence[str]) -> str:
-  found = difflib.get_close_matches(word, words, n=1)
-  return f'; did you mean {found[0]}?' if found else f'; there are {", ".join(words)}'
-
-
-def _read_config(spec: str, changes: Sequence[str]) -> ml_collections.ConfigDict:
-  """The defaults, changed by the config file, by what stands behind its name, and by the flags.
-
-  Args:
-    spec: FILE.py[:argument][,field=value...].
-    changes: --config.field=value arguments.
-
-  Raises:
-    UserError: the file fails, or a field is unknown or has the wrong type.
-  """
-  match = re.fullmatch(r'(.+?\.py)(?:[:,](.*))?', spec, re.DOTALL)
-  if not match:
-    raise UserError(f'--config={spec}: not a Python file; give FILE.py')
-  path, behind = match.groups()
-  # Commas inside brackets belong to a value, as in mesh=(1,2,4).
-  words = re.split(r',(?![^(\[{]*[)\]}])', behind) if behind else []
-  argument = words.pop(0) if words and '=' not in words[0] else None
-  for word in words:
-    if '=' not in word:
-      raise UserError(f'--config={spec}: {word} is no field=value')
-  config = defaults.get_config()
-  config.lock()
-  _merge(config, _execute_config(path, argument), path, '')
-  return _override(config, [*(f'--config.{word}' for word in words), *changes])
-
-
-def _execute_config(path: str, argument: str | None) -> ml_collections.ConfigDict:
-  """Calls get_config() of a Python file; whatever goes wrong in there is the file's mistake."""
-  try:
-    source = epath.Path(path).read_text()
-  except (OSError, ValueError) as error:
-    reason = getattr(error, 'strerror', None) or error
-    raise UserError(f'--config={path}: cannot be read ({reason}); check the path') from error
-  namespace: dict[str, Any] = {'__file__': path, '__name__': 'charjax_config'}
-  try:
-    exec(compile(source, path, 'exec'), namespace)
-    function = namespace.get('get_config')
-    if not callable(function):
-      raise UserError(f'{path}: has no function get_config; see configs/quickstart.py')
-    arguments = () if argument is None else (argument,)
-    try:
-      inspect.signature(function).bind(*arguments)
-    except TypeError:
-      wants = 'takes no argument' if arguments else 'needs an argument, --config=FILE.py:ARGUMENT'
-      raise UserError(f'{path}: get_config {wants}') from None
-    except ValueError:  # A builtin has no signature.
-      pass
-    config = function(*arguments)
-  except UserError:
-    raise
-  except SyntaxError as error:
-    raise UserError(f'{path}:{error.lineno or 1}: {error.msg}; mend the line') from error
-  except (Exception, SystemExit) as error:
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    reason = ' '.join(f'{type(error).__name__}: {error}'.split())
-    short = reason if len(reason) < 200 else reason[:200] + '...'
-    raise UserError(f'{path}:{lines[-1] if lines else 1}: {short}') from error
-  if not isinstance(config, ml_collections.ConfigDict):
-    raise UserError(f'{path}: get_config returned {type(config).__name__}; it must return a ConfigDict')
-  return config
-
-
-def _merge(config: ml_collections.ConfigDict, changes: ml_collections.ConfigDict, where: str, prefix: str) -> None:
-  """Sets the fields of `changes` in `config`, which knows all fields and their types."""
-  for key in changes:
-    if key not in config:
-      raise UserError(f'{where}: there is no config field {prefix}{key}{_nearest(key, sorted(config))}')
-    try:
-      value, default = changes[key], config[key]
-      if isinstance(value, ml_collections.ConfigDict) and isinstance(default, ml_collections.ConfigDict):
-        _merge(default, value, where, f'{prefix}{key}.')
-      elif value is None and default is not None:
-        raise UserError(f'{where}: config field {prefix}{key} is None; give a {type(default).__name__}')
-      else:
-        config[key] = value
-    except (TypeError, ValueError) as error:
-      wanted = config.get_type(key).__name__
-      raise UserError(f'{where}: config field {prefix}{key} is {changes[key]!r}; give a {wanted}') from error
-
-
-def _override(config: ml_collections.ConfigDict, changes: Sequence[str]) -> ml_collections.ConfigDict:
-  """Applies --config.field=value arguments, with the types that the config has; of two, the last counts."""
-  latest: dict[str, list[str]] = {}
-  tuples = {}
-  for change in changes:
-    name, _, value = change.partition('=')
-    field = re.sub(r'^--?(no)?config\.', '', name)
-    default: Any = config
-    for part in field.split('.'):
-      if not isinstance(default, ml_collections.ConfigDict) or part not in default:
-        hint = _nearest(part, sorted(default)) if isinstance(default, ml_collections.ConfigDict) else ''
-        raise UserError(f'{change}: there is no config field {field}{hint}')
-      default = default[part]
-    if isinstance(default, ml_collections.ConfigDict):
-      raise UserError(f'{change}: {field} is a section; set one of its fields: {", ".join(sorted(default))}')
-    latest[field] = [change]
-    if isinstance(default, tuple):
-      tuples[field] = default
-      # config_flags gathers a tuple from repeated flags: a,b becomes one flag each.
-      if not value.strip():
-        latest[field] = [f'{name}=()']
-      elif not re.search(r'[(\[\'"]', value):
-        latest[field] = [f'{name}={word.strip()}' for word in value.split(',')]
-  values = flags.FlagValues()
-  values.set_gnu_getopt(True)
-  # config_flags looks in its sys_argv for the fields to define, and absl then parses the same arguments.
-  arguments = ['charjax', *(argument for arguments in latest.values() for argument in arguments)]
-  try:
-    config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=arguments)
-    values(arguments)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
-    raise UserError(f'config: {error}') from error
-  if 'character.path' in latest and 'character.traits' not in latest:
-    # Those that the file chose are another character's.
-    values.config.character.traits = ()
-  for field, default in tuples.items():
-    value = operator.attrgetter(field)(values.config)
-    if default and not all(type(item) is type(default[0]) for item in value):
-      raise UserError(f'--config.{field}: {value!r} is not like {default!r}, which it replaces')
-  return values.config
+  return names, values.config, values.workdir, changes, options
 
 
 # ---- a run ----

@@ -35,7 +35,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
-from charjax import main, mesh, workdir
+from charjax import config_file, main, mesh, workdir
 from charjax.engine.score import score
 from charjax.stages import STAGES, policy, preference, prompts, replies
 from charjax.stages.rollouts import Rollout
@@ -57,7 +57,7 @@ _CHANGES = (
 
 def start(folder: Path, changes: Sequence[str] = _CHANGES) -> workdir.Session:
   """A session on the current mesh, as the command line makes it."""
-  config = main._read_config(str(_CONFIG), [f'--config.{change}' for change in changes])
+  config = config_file.read_config(str(_CONFIG), [f'--config.{change}' for change in changes])
   return main._prepare(config, epath.Path(folder))
 
 

@@ -23,6 +23,7 @@ from test_checkpoints import CONFIG, PADDED, TOKENS, random_tensors, write_gguf,
 
 from charjax import main as command_line
 from charjax import workdir as workdirs
+from charjax.config_file import read_config
 from charjax.main import main
 from charjax.model import chat, checkpoint_source
 from charjax.stages import STAGES
@@ -97,7 +98,7 @@ def finished(tmp_path_factory) -> Path:
   """A run whose stages are all done, by stand-ins."""
   folder = tmp_path_factory.mktemp('finished')
   (folder / 'config.py').write_text(FILE)
-  session = command_line._prepare(command_line._read_config(str(folder / 'config.py'), []), epath.Path(folder / 'run'))
+  session = command_line._prepare(read_config(str(folder / 'config.py'), []), epath.Path(folder / 'run'))
 
   command_line._record(session)
   stages = [dataclasses.replace(stage, run=functools.partial(stand_in, stage)) for stage in STAGES]

@@ -89,7 +89,7 @@ def test_bos_stands_once(smol):
 
 def test_renders_and_encodes_as_transformers_does(smol, tmp_path):
   transformers = pytest.importorskip('transformers')
-  (tmp_path / 'tokenizer.json').write_text(smol.tokenizer._source)
+  (tmp_path / 'tokenizer.json').write_text(smol.tokenizer.source)
   messages = [
     {'role': 'system', 'content': ' Be brief. '},
     {'role': 'user', 'content': 'Wer ist "Grüße"?\n  12 <b>'},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from charjax import config_file
 from charjax import main as command_line
 from charjax import workdir as workdirs
 from charjax.main import main
@@ -161,7 +162,7 @@ def test_a_broken_config_file_is_named_with_its_line(tmp_path, capsys, text, exp
 
 
 def test_flags_come_before_the_spec_and_the_spec_before_the_file(config):
-  read = command_line._read_config
+  read = config_file.read_config
   assert read(config, []).seed == 7
   assert read(f'{config}:seeded', []).seed == 8
   assert read(f'{config}:seeded,seed=9,mesh=(1,2,4)', []).mesh == (1, 2, 4)

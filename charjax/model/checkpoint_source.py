@@ -33,12 +33,18 @@ class Checkpoint:
       time anew.
     tokenizer: its tokenizer.
     template: its chat template.
+    family: its model_type in the words of Hugging Face.
+    rope: what its config.json says in rope_scaling, if it has no config.json.
+    source: the Hugging Face directory that it was read from, '' for another source.
   """
 
   config: ModelConfig
   tensors: Mapping[str, np.ndarray]
   tokenizer: Tokenizer
   template: ChatTemplate
+  family: str = 'llama'
+  rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  source: str = ''
 
 
 def load(path: str) -> Checkpoint:
@@ -86,13 +92,64 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   return shapes
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
   """What of a file's tensor is which part of ours: rows [begin, end) of `file_name`, at `place` of ours."""
 
   file_name: str
   place: tuple[int, ...]
   begin: int
   end: int
+
+
+class Layout:
+  """Which tensors of a file hold which of ours: one table, read by `assemble` and, the other way, by an export.
+
+  Attributes:
+    shapes: of our tensors.
+    together: our names by the file's, with {layer} and {expert}: where there are several, a tensor of the file holds
+      the rows of all of them, in this order.
+  """
+
+  def __init__(self, config: ModelConfig, names: Mapping[str, str]):
+    """Args: names, our name to the file's, with {layer} and, unless experts are one tensor, {expert}. Where two of a
+    layer have the same, it holds the rows of both, in the order of `tensor_shapes`."""
+    self.shapes, parameters = tensor_shapes(config), block_parameters(config)
+    self._config, self._names = config, names
+    self.together: dict[str, list[str]] = {}
+    for name in self.shapes:
+      self.together.setdefault(names[name], []).append(name)
+    self._rows = {n: _file_shape(n, s, parameters, '{expert}' in names[n]) for n, s in self.shapes.items()}
+
+  def places(self, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The file's tensors that make up ours, and where each stands in it."""
+    file_name = self._names[name]
+    if not name.startswith('blocks.'):
+      yield file_name, ()
+      return
+    for layer in range(self._config.num_layers):
+      if '{expert}' not in file_name:
+        yield file_name.format(layer=layer), (layer,)
+        continue
+      for expert in range(self._config.num_experts):
+        yield file_name.format(layer=layer, expert=expert), (layer, expert)
+
+  def file_shape(self, name: str) -> tuple[int, ...]:
+    """The shape of those tensors, [out, in], with the rows of all of ours that are in them."""
+    return sum(self._rows[other][0] for other in self.together[self._names[name]]), *self._rows[name][1:]
+
+  def parts(self, name: str) -> Iterator[Part]:
+    """What of which tensor of the file is which part of ours."""
+    together = self.together[self._names[name]]
+    begin = sum(self._rows[other][0] for other in together[: together.index(name)])
+    for file_name, place in self.places(name):
+      yield Part(file_name, place, begin, begin + self._rows[name][0])
+
+  def to_file(self, name: str, value: Any) -> Any:
+    """A part of ours as the file's rows have it; the inverse of what `Tensors` does."""
+    rows = self._rows[name]
+    if name == 'embed' or len(rows) < 2:
+      return value.reshape(rows)
+    return value.reshape(*rows[:-2], rows[-1], rows[-2]).swapaxes(-2, -1)
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -102,27 +159,22 @@ class Tensors(Mapping[str, np.ndarray]):
   here and on the devices, a model's loading needs its own size and about twice that of its largest stacked tensor.
   """
 
-  def __init__(
-    self,
-    config: ModelConfig,
-    parts: Callable[[str], Iterator[_Part]],
-    read: Callable[[str, str], np.ndarray],
-  ):
-    self._shapes, self._parts, self._read = tensor_shapes(config), parts, read
+  def __init__(self, layout: Layout, read: Callable[[str, str], np.ndarray]):
+    self._layout, self._read = layout, read
 
   def __getitem__(self, name: str) -> np.ndarray:
     return self.read(name, np.float32)
 
   def __iter__(self) -> Iterator[str]:
-    return iter(self._shapes)
+    return iter(self._layout.shapes)
 
   def __len__(self) -> int:
-    return len(self._shapes)
+    return len(self._layout.shapes)
 
   def read(self, name: str, dtype: Any) -> np.ndarray:
     """A tensor in a type of its own choice: from 16 bits to 16 bits it never takes 32."""
-    out = np.empty(self._shapes[name], dtype)
-    for part in self._parts(name):
+    out = np.empty(self._layout.shapes[name], dtype)
+    for part in self._layout.parts(name):
       value = self._read(name, part.file_name)
       if value.shape[0] != part.end - part.begin:
         value = value[part.begin : part.end]
@@ -146,8 +198,7 @@ def assemble(
   Args:
     config: the shape of the model.
     where: the file's path, for error messages.
-    names: our name to the file's, with {layer} and, unless experts are one tensor, {expert}. Where two of a layer have
-      the same, it holds the rows of both, in the order of `tensor_shapes`.
+    names: our name to the file's, as in `Layout`.
     found: shapes of the tensors in the file, matrices as [out, in].
     read: our name and the file's name to the tensor, [out, in], of any float type.
     ignored: tensors of the file that may be left unread.
@@ -156,37 +207,14 @@ def assemble(
   Raises:
     UserError: tensors are missing, of another shape, or not part of such a decoder.
   """
-  shapes, parameters = tensor_shapes(config), block_parameters(config)
-  fused: dict[str, list[str]] = {}
-  for name in shapes:
-    fused.setdefault(names[name], []).append(name)
-  rows = {name: _file_shape(name, shape, parameters, '{expert}' in names[name]) for name, shape in shapes.items()}
-
-  def places(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The file's tensors that make up ours, and where each stands in it."""
-    if not name.startswith('blocks.'):
-      yield names[name], ()
-      return
-    for layer in range(config.num_layers):
-      if '{expert}' not in names[name]:
-        yield names[name].format(layer=layer), (layer,)
-        continue
-      for expert in range(config.num_experts):
-        yield names[name].format(layer=layer, expert=expert), (layer, expert)
-
-  def parts(name: str) -> Iterator[_Part]:
-    together = fused[names[name]]
-    begin = sum(rows[other][0] for other in together[: together.index(name)])
-    for file_name, place in places(name):
-      yield _Part(file_name, place, begin, begin + rows[name][0])
-
+  layout = Layout(config, names)
   # All are checked before anything is read, since a damaged header can ask for any size, and of any number of layers.
   missing: dict[str, None] = {}
   misshapen: dict[str, None] = {}
   expected = set(ignored)
-  for name in shapes:
-    wanted = (sum(rows[other][0] for other in fused[names[name]]), *rows[name][1:])
-    for file_name, _ in places(name):
+  for name in layout.shapes:
+    wanted = layout.file_shape(name)
+    for file_name, _ in layout.places(name):
       if file_name not in found:
         missing[f'tensor {file_name} is missing'] = None
       elif tuple(found[file_name]) != wanted:
@@ -201,7 +229,7 @@ def assemble(
   unknown = [f'tensor {name[:80]!r} has no place in a {family} decoder' for name in sorted(set(found) - expected)]
   if unknown:
     raise UserError(f'{where}: {_listed(unknown)} of its config; was it saved from another model, or with adapters?')
-  return Tensors(config, parts, read)
+  return Tensors(layout, read)
 
 
 _LISTED = 8  # so many fit in one line that is still read

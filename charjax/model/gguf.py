@@ -67,7 +67,7 @@ def read(path: str) -> Checkpoint:
   if tokenizer.vocab_size > config.vocab_size:
     raise UserError(f'{path}: {tokenizer.vocab_size} tokens for {config.vocab_size} embeddings; wrong file?')
   tensors = assemble(config, path, family.names, shapes, turned, family.ignored, family.architecture)
-  return Checkpoint(config, tensors, tokenizer, template)
+  return Checkpoint(config, tensors, tokenizer, template, family.family, family.rope)
 
 
 def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, _Stored]]:

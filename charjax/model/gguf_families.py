@@ -12,7 +12,7 @@ import numpy as np
 
 from charjax.errors import UserError
 from charjax.model.config import ModelConfig
-from charjax.model.rope import scaling
+from charjax.model.rope import llama3_scaling, scaling
 
 _NAMES = {
   'embed': 'token_embd.weight',
@@ -51,17 +51,21 @@ class GGUFFamily(NamedTuple):
 
   Attributes:
     architecture: its name.
+    family: that of Hugging Face: its model_type.
     config: the shape.
     names: of tensors; see `charjax.model.checkpoint_source.assemble`.
     interleaved: whether the pairs of a head that are rotated together lie next to each other.
     ignored: tensors that are part of the config.
+    rope: how the directory it was made of tells the scaling of its rotary frequencies, in rope_scaling.
   """
 
   architecture: str
+  family: str
   config: ModelConfig
   names: Mapping[str, str]
   interleaved: bool
   ignored: Collection[str]
+  rope: Mapping[str, Any]
 
 
 class _Metadata:
@@ -158,6 +162,8 @@ _ARCHITECTURES = {
   'phi3': _Architecture(_phi3, _FUSED, reads=('attention.sliding_window', 'rope.dimension_count')),
 }
 
+_FAMILIES = {'qwen3moe': 'qwen3_moe', 'gemma3': 'gemma3_text'}  # where Hugging Face calls it otherwise
+
 
 def from_gguf(
   metadata: Mapping[str, Any],
@@ -218,11 +224,11 @@ def from_gguf(
     'max_length': said.read('context_length', None),
     'rope_theta': theta,
     'rotary_dim': rotated if rotated != head_dim else 0,
-    **_rope_factors(said, rotated, theta),
   }
+  rope, factors, gain = _rope(said, rotated, theta)
   ignored = []
   if _ROPE_DIVISORS in shapes:
-    if fields['rope_factors'] or shapes[_ROPE_DIVISORS] != (rotated // 2,):
+    if factors or shapes[_ROPE_DIVISORS] != (rotated // 2,):
       raise UserError(
         f'{where}: tensor {_ROPE_DIVISORS} has shape {shapes[_ROPE_DIVISORS]}; it must be ({rotated // 2},), in a file '
         f'without other rope scaling'
@@ -231,27 +237,33 @@ def from_gguf(
     divisors = tensor(_ROPE_DIVISORS).astype(np.float64)
     if not (np.isfinite(divisors) & (divisors > 0)).all():
       raise UserError(f'{where}: tensor {_ROPE_DIVISORS} holds a number that is not above 0; fetch it again')
-    fields['rope_factors'] = tuple((1 / divisors).tolist())
+    factors = tuple((1 / divisors).tolist())
+    rope = llama3_scaling(factors, rotated, theta)
     ignored.append(_ROPE_DIVISORS)
-  fields |= family.fields(said)
+  fields |= {'rope_factors': factors, 'rope_gain': gain} | family.fields(said)
   if fields.get('num_experts'):
     names |= _EXPERTS
   try:
     config = ModelConfig(**fields)
   except UserError as error:
     raise UserError(f'{where}: {error}') from error
-  return GGUFFamily(said.architecture, config, names, family.interleaved, ignored)
+  # The architecture of both, and of Mistral, which computes as llama does.
+  mixture = said.architecture == 'llama' and config.num_experts
+  name = 'mixtral' if mixture else _FAMILIES.get(said.architecture, said.architecture)
+  return GGUFFamily(said.architecture, name, config, names, family.interleaved, ignored, rope)
 
 
-def _rope_factors(said: _Metadata, rotated: int, theta: float) -> dict[str, Any]:
+def _rope(said: _Metadata, rotated: int, theta: float) -> tuple[Mapping[str, Any], tuple[float, ...], float]:
+  """What rope_scaling says, and the factors and the gain that follow from it."""
   kind = said.read('rope.scaling.type', 'none', str)
   if kind not in ('none', 'linear', 'yarn'):
     raise said.refused('rope.scaling.type', kind)
-  if not (math.isfinite(theta) and theta > 0):
-    return {'rope_factors': ()}  # which ModelConfig refuses
-  given = {
+  if kind == 'none' or not (math.isfinite(theta) and theta > 0):  # the latter is refused by ModelConfig
+    return {}, (), 1.0
+  rope = {
+    'rope_type': kind,
     'factor': said.raw('rope.scaling.factor'),
     'original_max_position_embeddings': said.raw('rope.scaling.original_context_length'),
   }
-  factors, gain = scaling('default' if kind == 'none' else kind, given, rotated, theta, said.where)
-  return {'rope_factors': factors, 'rope_gain': gain}
+  rope = {key: value for key, value in rope.items() if value is not None}
+  return rope, *scaling(kind, rope, rotated, theta, said.where)

@@ -27,13 +27,15 @@ def read(path: str) -> Checkpoint:
     UserError: a file is missing, damaged, or of a kind that is not supported.
   """
   folder = Path(path)
-  raw = _json(folder / 'config.json')
+  raw = read_json(folder / 'config.json')
   where = str(folder / 'config.json')
   if raw.get('quantization_config'):
     raise UserError(f'{where}: quantization_config is not supported; use an unquantised checkpoint')
   config = from_hf(raw, where)
   template, tokenizer = _text(folder, raw, config)
-  return Checkpoint(config, _tensors(folder, config, raw['model_type']), tokenizer, template)
+  family = raw['model_type']
+  tensors = _tensors(folder, config, family)
+  return Checkpoint(config, tensors, tokenizer, template, family, source=str(folder))
 
 
 def _tensors(folder: Path, config: ModelConfig, family: str) -> Tensors:
@@ -71,7 +73,7 @@ def _shards(folder: Path) -> list[Path]:
     return [single]
   if not index.exists():
     raise UserError(f'{single}: no such file, nor {index.name}; convert other formats to safetensors first')
-  weight_map = _json(index).get('weight_map')
+  weight_map = read_json(index).get('weight_map')
   if not isinstance(weight_map, dict) or not weight_map:
     raise UserError(f'{index}: field weight_map is missing; fetch it again')
   for name in weight_map.values():
@@ -84,9 +86,9 @@ def _shards(folder: Path) -> list[Path]:
 def _text(folder: Path, raw: Mapping[str, Any], config: ModelConfig) -> tuple[ChatTemplate, Tokenizer]:
   """Chat template and tokenizer; the end of a turn is looked up in everything that names one."""
   # Before it was one file, the special tokens stood in a second.
-  settings = _json(folder / 'special_tokens_map.json', optional=True)
-  settings |= _json(folder / 'tokenizer_config.json', optional=True)
-  generation = _json(folder / 'generation_config.json', optional=True)
+  settings = read_json(folder / 'special_tokens_map.json', optional=True)
+  settings |= read_json(folder / 'tokenizer_config.json', optional=True)
+  generation = read_json(folder / 'generation_config.json', optional=True)
   eos_ids = [*_ids(generation, 'eos_token_id', folder), *_ids(raw, 'eos_token_id', folder)]
   bos, eos, pad = (_token(settings.get(f'{name}_token')) for name in ('bos', 'eos', 'pad'))
   path = folder / 'tokenizer.json'
@@ -130,7 +132,7 @@ def _text(folder: Path, raw: Mapping[str, Any], config: ModelConfig) -> tuple[Ch
 def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, int], set[str]]:
   """Tokens that stand beside a tokenizer.model, with their ids, and which tokens are special."""
   where = folder / 'added_tokens.json'
-  added = _json(where, optional=True)
+  added = read_json(where, optional=True)
   special = {_token(settings.get(f'{name}_token')) for name in ('bos', 'eos', 'unk', 'pad')}
   for field in ('additional_special_tokens', 'extra_special_tokens'):
     more = settings.get(field)
@@ -191,7 +193,12 @@ def _ids(settings: Mapping[str, Any], field: str, folder: Path) -> list[int]:
   return ids
 
 
-def _json(path: Path, optional: bool = False) -> dict[str, Any]:
+def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+  """The object in a JSON file; {} where it is optional and not there.
+
+  Raises:
+    UserError: it is missing, or holds something else.
+  """
   if optional and not path.exists():
     return {}
   try:

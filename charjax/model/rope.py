@@ -106,6 +106,47 @@ def scaling(
   return tuple((kept + (1 - kept) / factor).tolist()), gain
 
 
+def llama3_scaling(factors: tuple[float, ...], rotated: int, theta: float) -> dict[str, Any]:
+  """The parameters of 'llama3' that give these factors (see `scaling`), or {} where none do within 1e-6.
+
+  Factors do not tell all of them: of those that give the same, the ones with low_freq_factor nearest to 1 are taken
+  whose original length is a whole number.
+  """
+  factor = 1 / min(factors)
+  if factor <= 1:
+    return {}
+  frequency = theta ** (-2 * np.arange(rotated // 2) / rotated)
+  kept = (np.array(factors) - 1 / factor) / (1 - 1 / factor)
+  # Between 1 and 0 a straight line: through its points or, where it has fewer than two, so steep that the points
+  # before and after it are beyond its ends.
+  inside = [i for i, k in enumerate(kept) if 1e-5 < k < 1 - 1e-5]
+  first = inside[0] if inside else int((kept > 0.5).sum())
+  last = inside[-1] if inside else first - 1
+  points = [*inside, *([first - 1] if first else []), *([last + 1] if last + 1 < len(kept) else [])]
+  pairs = [inside] if len(inside) > 1 else [sorted({i, j}) for i in points for j in points if abs(i - j) == 1]
+  slopes = [(kept[pair[0]] - kept[pair[-1]]) / (frequency[pair[0]] - frequency[pair[-1]]) for pair in pairs]
+  if not slopes or max(slopes) <= 0:
+    return {}
+  slope, through = max(slopes), inside[0] if inside else last
+  below = slope * frequency[through] - kept[through]  # kept = slope * frequency - below
+  if below <= 0:
+    return {}
+  original = max(1, round(2 * math.pi * slope / below))
+  low = original * below / (2 * math.pi * slope)
+  for digits in (3, 12):
+    found = {
+      'rope_type': 'llama3',
+      'factor': round(factor, digits),
+      'low_freq_factor': round(float(low), digits),
+      'high_freq_factor': round(float(low + low / below), digits),
+      'original_max_position_embeddings': original,
+    }
+    again, _ = scaling('llama3', found, rotated, theta, '')
+    if np.allclose(again, factors, rtol=1e-6, atol=0):
+      return found
+  return {}
+
+
 def _yarn_gain(factor: float, said: Mapping[str, Any], number: Any) -> float:
   """0.1 ln(factor) + 1 (Peng et al. 2023, eq. 22), or where both are given the ratio of two such with other weights."""
 

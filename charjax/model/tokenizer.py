@@ -46,7 +46,7 @@ class _Backed:
 
   def __init__(self, source: str, eos_ids: tuple[int, ...], pad_id: int):
     """Args: source, a tokenizer.json as text; eos_ids and pad_id, as in Tokenizer."""
-    self._source, self.eos_ids, self.pad_id = source, eos_ids, pad_id
+    self.source, self.eos_ids, self.pad_id = source, eos_ids, pad_id
     # Two, since whether special tokens are seen is a state of the library's object, and threads share it.
     self._seeing = tokenizers.Tokenizer.from_str(source)
     self._plain = tokenizers.Tokenizer.from_str(source)
@@ -60,7 +60,7 @@ class _Backed:
 
   def __reduce__(self) -> tuple[Any, ...]:
     # The library's own pickle forgets encode_special_tokens.
-    return _Backed, (self._source, self.eos_ids, self.pad_id)
+    return _Backed, (self.source, self.eos_ids, self.pad_id)
 
   def encode(self, text: str, special: bool = False, opens: bool = True) -> list[int]:
     backend = self._seeing if special else self._plain if opens else self._inner
@@ -68,6 +68,12 @@ class _Backed:
 
   def decode(self, ids: Sequence[int]) -> str:
     return self._seeing.decode(list(ids), skip_special_tokens=True)
+
+
+def to_tokenizer_json(tokenizer: Tokenizer) -> str:
+  """The tokenizer.json of a tokenizer that is none of SentencePiece's."""
+  assert isinstance(tokenizer, _Backed)
+  return tokenizer.source
 
 
 def bpe_from_gguf(metadata: Mapping[str, Any], where: str, reply_end: str = '') -> Tokenizer:

@@ -1,0 +1,115 @@
+"""`charjax export`: which model of a run, or which model alone, becomes a Hugging Face directory."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from charjax import workdir as workdirs
+from charjax.errors import UserError
+from charjax.export import card
+from charjax.export.directory import Model, check_output, published, write
+from charjax.model.checkpoint_source import Tensors
+from charjax.model.decoder import Decoder
+from charjax.model.lora import merge
+from charjax.model.save import DTYPES
+from charjax.report.read import Run, read_run
+from charjax.stages import STAGES, policy, preference
+from charjax.training.heads import bind
+from charjax.workdir import Session
+
+_MODELS_OF = {'preference': 'train', 'judge': 'judge'}  # as the preference stage calls them
+
+
+def export(session: Session, kind: str, dtype: str, output: epath.Path) -> None:
+  """Writes a model as a directory that transformers loads.
+
+  Args:
+    session: the model and, unless `kind` is 'start', the run folder.
+    kind: 'policy', 'start', or the preference models: 'preference', which rewarded the policy, and 'judge'.
+    dtype: 'bfloat16' or 'float32', of the weights.
+    output: the directory; one that an export wrote is replaced.
+
+  Raises:
+    UserError: the model was not trained, or the output is something else, or cannot be written.
+  """
+  output = output.resolve()
+  check_output(output, session.config.model.path)
+  stage = {'policy': 'policy', 'start': ''}.get(kind, 'preference')
+  if stage:
+    _check_trained(session, stage)
+  checkpoint = session.checkpoint
+  base = os.path.basename(os.path.abspath(session.config.model.path))
+  said = base, checkpoint.family, dtype
+  if kind == 'start':
+    text, model = card.of_start(*said), _start(session, dtype)
+  elif kind == 'policy':
+    thinks = 'enable_thinking' in checkpoint.template.source
+    text, model = card.of_policy(_run(session), *said, thinks), _policy(session)
+  else:
+    model = _reward(session, kind)
+    layers = model.config.num_layers, checkpoint.config.num_layers
+    text = card.of_reward(_run(session), *said, kind, layers)
+  with published(output) as folder:
+    write(folder, model, checkpoint, dtype, text)
+  session.log(f'{output}: {kind} in {dtype}')
+
+
+def _check_trained(session: Session, name: str) -> None:
+  stage = next(stage for stage in STAGES if stage.name == name)
+  state = workdirs.status(stage, session)
+  if state != 'done':
+    raise UserError(
+      f'{session.folder(name)}: {state}, and export reads it; run charjax {name} first, or export the model that it '
+      'starts from: --model=start'
+    )
+
+
+def _run(session: Session) -> Run:
+  """The run folder, without an evaluation that is of another policy."""
+  run = read_run(session.workdir)
+  stage = next(stage for stage in STAGES if stage.name == 'evaluation')
+  if workdirs.status(stage, session) == 'done':
+    return run
+  return dataclasses.replace(run, summary={}, stages={n: s for n, s in run.stages.items() if n != 'evaluation'})
+
+
+def _start(session: Session, dtype: str) -> Model:
+  tensors = session.checkpoint.tensors
+
+  def get(name: str) -> Any:
+    if not isinstance(tensors, Tensors):
+      return tensors[name]
+    # Something may be added to norms, before they are rounded.
+    return tensors.read(name, np.float32 if name.endswith('norm') else DTYPES[dtype])
+
+  return Model('start', session.checkpoint.config, get)
+
+
+def _policy(session: Session) -> Model:
+  decoder = _merged(*bind(session.model.decoder, policy.load(session)))
+  return Model('policy', decoder.config, _arrays(decoder))
+
+
+def _reward(session: Session, kind: str) -> Model:
+  trainable = preference.load(session, _MODELS_OF[kind])
+  decoder = _merged(*bind(preference.trunk(session), trainable))
+  head = np.asarray(jax.device_get(trainable['head'].w[...]))
+  traits = [trait.id for trait in session.character.traits]
+  return Model(kind, decoder.config, _arrays(decoder), head, traits)
+
+
+def _merged(decoder: Decoder, adapter: Any) -> Decoder:
+  return decoder if adapter is None else merge(decoder, adapter)
+
+
+def _arrays(decoder: Decoder) -> Callable[[str], Any]:
+  def get(name: str) -> Any:
+    owner, _, last = name.rpartition('.')
+    return getattr(decoder.blocks if owner else decoder, last)[...]
+
+  return get
