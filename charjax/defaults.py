@@ -86,8 +86,8 @@ def get_config() -> ConfigDict:
   config.policy.replies_per_prompt = 8
   # Of the ranked replies to the same message, preferred among each other: shown, opposed and plain in turn.
   config.policy.ranked_replies = 0
-  # Share of the rankings in what is preferred; the rest is the preference model's, and all of it where the held-out judge
-  # learned from the ranking.
+  # Share of the rankings in what is preferred; the rest is the preference model's, and all of it is where the held-out
+  # judge learned from the ranking.
   config.policy.ranked_labels = 0.0
   config.policy.ranked_weight = 1.0  # of that preference loss, beside the policy gradient on drawn replies
   config.policy.ranked_beta = 0.1  # of that preference loss; the higher, the sooner a gain is enough

@@ -221,7 +221,7 @@ def test_an_unexpected_error_keeps_its_trace(monkeypatch):
 
 def test_another_character_brings_all_its_traits():
   def traits(*changes):
-    return command_line._read_config(QUICKSTART, changes).character.traits
+    return config_file.read_config(QUICKSTART, changes).character.traits
 
   assert len(traits()) == 4
   assert traits('--config.character.path=stoic') == ()
