@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import getpass
 import importlib.metadata
 import json
 import os
@@ -30,6 +31,7 @@ _USAGE = f"""charjax: train a character into a language model
   charjax STAGE --config=FILE.py --workdir=DIR   one of {', '.join(stage.name for stage in STAGES)}
   charjax chat MODEL|DIR [--side_by_side]        talk to a model, or to what the run in DIR made of it
   charjax export MODEL|DIR [--output=DIR]        a Hugging Face directory of a model, or of what the run in DIR made
+  charjax review --workdir=DIR                   judge what the run in DIR made, blind, on a page of this machine
   charjax character check FILE                   what is wrong with a character's examples
   charjax help                                   this text
 
@@ -40,16 +42,18 @@ _USAGE = f"""charjax: train a character into a language model
   --temperature=0.7 --max_new_tokens=512 --seed=0   chat: how replies are drawn
   --model=policy|preference|judge|start          export: the policy, what rewarded it, what judged it, or the beginning
   --dtype=bfloat16|float32                       export: of the weights
+  --reviewer=NAME --port=0                       review: who judges, and where the page is
 
 A finished stage is skipped, one that was cut off goes on, one whose inputs or settings changed is made anew.
 """
 
 _PACKAGES = ('charjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
-# Commands that take a model or a run, and the flags that only they have.
+# Commands that have flags of their own.
 _FLAGS_OF = {
   'chat': ('side_by_side', 'trait', 'temperature', 'max_new_tokens', 'seed'),
   'export': ('output', 'model', 'dtype'),
+  'review': ('reviewer', 'port'),
 }
 
 _AWAY = 'move it away, or choose another --workdir'
@@ -127,10 +131,12 @@ def _command(arguments: list[str]) -> int:
     return _chat(rest, config_spec, workdir, changes, options)
   if command == 'export':
     return _export(rest, config_spec, workdir, changes, options)
-  if command not in ('run', *known):
+  if command not in ('run', 'review', *known):
     raise UserError(f'there is no command {command}{nearest(command, ["run", *_FLAGS_OF, "character", *known])}')
   if rest:
     raise UserError(f'unexpected argument {rest[0]}; flags begin with --, and `charjax help` lists them')
+  if command == 'review':
+    return _review(config_spec or ''.join(changes[:1]), workdir, options)
   if not config_spec:
     raise UserError(f'charjax {command} needs --config=FILE.py')
   if not workdir:
@@ -209,6 +215,23 @@ def _at(place: epath.Path, wants_run: bool, changes: Sequence[str]) -> tuple[ml_
   return override(config, changes), record is not None
 
 
+def _review(config: str, workdir: str, options: dict[str, Any]) -> int:
+  if config:
+    raise UserError(f'charjax review takes no config ({config}): the run in --workdir=DIR has its own')
+  if not workdir:
+    raise UserError('charjax review needs --workdir=DIR, the folder of a finished run')
+  if '://' in workdir:  # Object stores cannot take a line at a time.
+    raise UserError(f'--workdir={workdir}: charjax review needs a folder of this machine; copy the run here')
+  try:
+    reviewer = options.get('reviewer') or getpass.getuser()
+  except (OSError, KeyError) as error:  # Who works under a number that has no name.
+    raise UserError('charjax review needs --reviewer=NAME') from error
+  from charjax.review import server
+
+  server.serve(epath.Path(os.path.expanduser(workdir)), reviewer, options.get('port', 0))
+  return 0
+
+
 def _model_path(path: str, wants_run: bool) -> str:
   """The path, unless there is neither a model nor a run."""
   from charjax.model import checkpoint_source
@@ -265,6 +288,8 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str], di
   flags.DEFINE_string('output', None, 'where an export is written', flag_values=values)
   flags.DEFINE_enum('model', None, ['policy', 'preference', 'judge', 'start'], 'what is exported', flag_values=values)
   flags.DEFINE_enum('dtype', None, ['bfloat16', 'float32'], 'of exported weights', flag_values=values)
+  flags.DEFINE_string('reviewer', None, 'who judges', flag_values=values)
+  flags.DEFINE_integer('port', None, 'of the page', lower_bound=0, upper_bound=2**16 - 1, flag_values=values)
   try:
     names = values(['charjax', *others])[1:]
   except flags.Error as error:

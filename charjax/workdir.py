@@ -145,15 +145,25 @@ def numbered_rows(path: epath.PathLike, fields: Mapping[str, Any] | None = None)
   Raises:
     UserError: the file is missing or not UTF-8, or a line is no JSON object or lacks a field.
   """
-  path = epath.Path(path)
   try:
-    text = read_file(path).decode('utf-8')
+    data = read_file(path)
   except (OSError, ValueError) as error:
-    if isinstance(error, UnicodeDecodeError):
-      broken = error.object[: error.start].count(b'\n') + 1
-      raise UserError(f'{path}:{broken}: not UTF-8 text; save the file as UTF-8') from error
     reason = getattr(error, 'strerror', None) or error
     raise UserError(f'{path}: cannot be read ({reason}); check the path') from error
+  return parse_rows(path, data, fields)
+
+
+def parse_rows(path: epath.PathLike, data: bytes, fields: Mapping[str, Any] | None = None) -> list[tuple[int, Row]]:
+  """`numbered_rows` of what was read from `path`, which is only named.
+
+  Raises:
+    UserError: it is not UTF-8, or a line is no JSON object or lacks a field.
+  """
+  try:
+    text = data.decode('utf-8')
+  except UnicodeDecodeError as error:
+    broken = data[: error.start].count(b'\n') + 1
+    raise UserError(f'{path}:{broken}: not UTF-8 text; save the file as UTF-8') from error
   rows = []
   # Not splitlines(): it also cuts at U+2028 and others, which stand unescaped inside JSON strings.
   for number, line in enumerate(text.split('\n'), start=1):

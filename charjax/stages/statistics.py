@@ -29,10 +29,15 @@ def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> Interval | 
     return {'mean': mean, 'low': None, 'high': None, 'n': n}
   if np.ptp(array) == 0:
     return {'mean': mean, 'low': mean, 'high': mean, 'n': n}
-  tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * _t_quantile(n - 1))
+  tail = _tail(n)
   index = np.random.default_rng(seed).integers(0, n, (_RESAMPLES, n))
   low, high = np.quantile(array[index].mean(1), [tail, 1 - tail])
   return {'mean': mean, 'low': float(low), 'high': float(high), 'n': n}
+
+
+def _tail(n: int) -> float:
+  """Which percentiles of n resampled items make a 95% interval: see `interval`."""
+  return NormalDist().cdf(-math.sqrt(n / (n - 1)) * _t_quantile(n - 1))
 
 
 def _t_quantile(freedom: int) -> float:
@@ -66,6 +71,48 @@ def share(hits: Sequence[float] | np.ndarray, tries: float = 1) -> Interval | No
   centre = (p + _Z**2 / (2 * effective)) / (1 + _Z**2 / effective)
   half = _Z / (1 + _Z**2 / effective) * math.sqrt(p * (1 - p) / effective + _Z**2 / (4 * effective**2))
   return {'mean': p, 'low': max(0.0, centre - half), 'high': min(1.0, centre + half), 'n': n}
+
+
+def kappa(first: Sequence[str], second: Sequence[str], groups: Sequence[str], seed: int = 0) -> Interval | None:
+  """Cohen's (1960) kappa of two raters: agreement beyond what their own habits would bring about by chance.
+
+  Args:
+    first: one rater's label of each item.
+    second: the other's.
+    groups: the message of each item; its items are resampled together, as they are not independent.
+    seed: of the resampling.
+
+  Returns:
+    {mean, low, high, n} with n the number of groups, and low and high those of a percentile bootstrap widened as in
+    `interval`; None where there is no chance to compare with: no items, or one label alone. Low and high are None
+    where resampling says nothing: of a single group, or where one rater never varies and kappa is 0 by its form.
+    Where it never disagrees the low end is that of Wilson's share of agreements.
+  """
+  labels, names = sorted({*first, *second}), sorted(set(groups))
+  tables = np.zeros((len(names), len(labels), len(labels)))
+  index = ([names.index(g) for g in groups], [labels.index(a) for a in first], [labels.index(b) for b in second])
+  np.add.at(tables, index, 1)
+  whole, n = tables.sum(0), len(names)
+  if len(labels) < 2:
+    return None
+  agreed, chance = (float(value) for value in _agreement(whole))
+  found: Interval = {'mean': (agreed - chance) / (1 - chance), 'low': None, 'high': None, 'n': n}
+  if n == 1 or 1 in ((whole.sum(0) > 0).sum(), (whole.sum(1) > 0).sum()):
+    return found
+  if agreed == 1:
+    wilson = share([1.0] * n)
+    return found | {'low': (wilson['low'] - chance) / (1 - chance) if wilson else None, 'high': 1.0}
+  drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), _RESAMPLES)
+  agreed_by, chance_by = _agreement(np.tensordot(drawn, tables, 1))
+  usable = chance_by < 1  # A resample of one label alone has no kappa.
+  low, high = np.quantile((agreed_by - chance_by)[usable] / (1 - chance_by)[usable], [_tail(n), 1 - _tail(n)])
+  return found | {'low': float(low), 'high': float(high)}
+
+
+def _agreement(tables: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Share of agreements, and that expected by chance, of contingency tables [..., label, label]."""
+  shares = tables / tables.sum((-2, -1), keepdims=True)
+  return np.trace(shares, axis1=-2, axis2=-1), (shares.sum(-1) * shares.sum(-2)).sum(-1)
 
 
 def correlation(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float | None:
