@@ -48,6 +48,7 @@ class Stage:
     products: its files whose contents stand for its result.
     files: the config fields that name a file; its contents count, not its path.
     check: reads what `run` will read, and raises UserError where a person's edits broke it.
+    added: folders that people add to a finished run, whose JSON Lines it reads where there are any.
   """
 
   name: str
@@ -57,6 +58,7 @@ class Stage:
   products: tuple[str, ...]
   files: tuple[str, ...] = ()
   check: Callable[[Session], None] = lambda session: None
+  added: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -356,6 +358,11 @@ def _inputs(stage: Stage, session: Session) -> dict[str, str]:
     if not names or not all((folder / file).exists() for file in names):
       raise UserError(f'{folder}: stage {name} is not finished and {stage.name} reads it; run {name} first')
     inputs[name] = fingerprint(_products(folder, names))
+  for name in stage.added:
+    folder = session.folder(name)
+    files = sorted(path.name for path in folder.glob('*.jsonl')) if folder.is_dir() else []
+    if files:
+      inputs[name] = fingerprint(_products(folder, files))
   return inputs
 
 
@@ -395,9 +402,10 @@ def status(stage: Stage, session: Session) -> str:
     inputs = _inputs(stage, session)
   except UserError:
     return 'missing'
-  changed = [name for name in inputs if record['inputs'].get(name) != inputs[name]]
-  if changed or len(record['inputs']) != len(inputs):
-    return f'{", ".join(changed) or "the list of stages it reads"} changed'
+  before = record['inputs']
+  changed = [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
+  if changed:
+    return f'{", ".join(changed)} changed'
   if not done:
     return 'unfinished' if record['version'] == charjax.__version__ else 'the version of charjax changed'
   lost = [name for name in stage.products if not (folder / name).exists()]

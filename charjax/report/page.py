@@ -13,8 +13,10 @@ from markupsafe import Markup
 
 from charjax.report import figures, words
 from charjax.report.figures import Figure, Table
+from charjax.report.people import People, people
 from charjax.report.read import CONDITIONS, STAGES, Estimate, Run, estimate, finite, listed, read_run, section
 from charjax.report.replies import Exchange, exchanges, samples_over_time, typical
+from charjax.review import verdicts
 
 _HERE = epath.Path(__file__).parent
 _LENGTH_CORRELATION_LIMIT = 0.2  # above it, the reward may be paying for length
@@ -85,6 +87,7 @@ def render(workdir: epath.PathLike) -> str:
   )
   style, script = (_HERE / 'page.css').read_text(), (_HERE / 'page.js').read_text()
   groups = _groups(run)
+  judged = people(run, verdicts.read_all(workdir))
   return environment.get_template('page.html').render(
     policy=f"default-src 'none'; style-src '{_sha256(style)}'; script-src '{_sha256(script)}'; "
     "base-uri 'none'; form-action 'none'",
@@ -93,9 +96,10 @@ def render(workdir: epath.PathLike) -> str:
     title=words.spoken(str(run.character.get('name', run.name))),
     description=run.character.get('description', ''),
     meta=_meta(run),
-    answer=_answer(run),
+    answer=_answer(run, judged),
     overview=_overview(run),
     traits=_traits(run, groups),
+    people=judged,
     groups=groups,
     side_effects=_conditions(section(run.summary, 'side_effects')),
     neutral=_conditions(section(run.summary, 'neutral')),
@@ -133,7 +137,7 @@ def _meta(run: Run) -> list[str]:
   return [part for part in parts if part]
 
 
-def _answer(run: Run) -> list[str]:
+def _answer(run: Run, judged: People | None) -> list[str]:
   """What training did, in a few sentences; the first is the answer."""
   margins, wins = _metric(run, 'margin', 'delta'), _metric(run, 'win_rate', 'trained')
   known = [value for value in margins.values() if value is not None]
@@ -146,11 +150,15 @@ def _answer(run: Run) -> list[str]:
     margins, 0.0, 'in-character replies became likelier for', 'the change is not clear of zero for',
     'in-character replies became less likely for',
   ))  # fmt: skip
-  judged = words.count_sentence(
+  by_judge = words.count_sentence(
     wins, 0.5, 'a held-out judge prefers the trained model to the base model for', 'the judge is undecided for',
     'the judge prefers the base model for',
   )  # fmt: skip
-  sentences.append(judged)
+  by_people = words.count_sentence(
+    judged.wins if judged else {}, 0.5, 'people who judged blind prefer the trained model to the base model for',
+    'people are undecided for', 'people prefer the base model for',
+  )  # fmt: skip
+  sentences += [by_judge, by_people]
   sentences.append(_neutral_sentence(run))
   return [sentence for sentence in sentences if sentence]
 

@@ -8,7 +8,7 @@
     t: 'tie', '=': 'tie', 3: 'tie',
     s: 'skip', 4: 'skip',
   };
-  const SAID = { left: 'A it is.', right: 'B it is.', tie: 'About the same.', skip: 'Left open.' };
+  const SAID = { left: 'Kept: A', right: 'Kept: B', tie: 'Kept: about the same', skip: 'Kept: cannot tell' };
   const buttons = [...document.querySelectorAll('[data-verdict]')];
   let state = null;
   let busy = false;
@@ -53,7 +53,9 @@
     if (!pair) return;
     for (const name of ['trait', 'statement', 'prompt']) at(name).textContent = pair[name];
     for (const side of ['left', 'right']) {
-      at(side).textContent = pair[side].text.trim() ? pair[side].text : '(nothing)';
+      const empty = !pair[side].text.trim();
+      at(side).textContent = empty ? '(nothing)' : pair[side].text;
+      at(side).classList.toggle('nothing', empty);
       at(`cut-${side}`).hidden = !pair[side].cut_off;
     }
     at('note').value = pair.note;
@@ -68,7 +70,7 @@
 
   async function undo() {
     if (!state || !state.can_undo) return;
-    if (await ask('undo', {})) at('status').textContent = 'Taken back.';
+    if (await ask('undo', {})) at('status').textContent = 'Taken back';
   }
 
   for (const button of buttons) button.addEventListener('click', () => judge(button.dataset.verdict));

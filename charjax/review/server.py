@@ -26,7 +26,11 @@ from charjax.workdir import Row
 
 _LONGEST_NOTE = 2000  # characters, as in page.html
 _LARGEST_BODY = 1 << 16  # bytes; such a note takes 12,000 as JSON
-_PAGE = {'': ('page.html', 'text/html'), 'page.css': ('page.css', 'text/css'), 'page.js': ('page.js', 'text/javascript')}
+_PAGE = {
+  '': ('page.html', 'text/html'),
+  'page.css': ('page.css', 'text/css'),
+  'page.js': ('page.js', 'text/javascript'),
+}
 _HEADERS = {
   'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
   "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",

@@ -30,7 +30,9 @@ def reviewer_name(name: str) -> str:
   """
   name = unicodedata.normalize('NFC', name)
   if not re.fullmatch(r'\w[\w.-]{0,39}', name):
-    raise UserError(f'--reviewer={name[:80]!r}: give at most 40 letters, digits and . _ - that begin with a letter or digit')
+    raise UserError(
+      f'--reviewer={name[:80]!r}: give at most 40 letters, digits and . _ - that begin with a letter or digit'
+    )
   return name
 
 
@@ -103,7 +105,7 @@ class Verdicts:
       OSError: the disk does not take it. The file is as it was before.
     """
     left, right = pair.sides(reviewer)
-    row = {'pair': pair.id, 'trait': pair.trait, 'message': pair.message, 'reviewer': reviewer}
+    row: Row = {'pair': pair.id, 'trait': pair.trait, 'message': pair.message, 'reviewer': reviewer}
     row |= {'left': left, 'right': right, 'verdict': verdict, 'note': note}
     self._append(row)
     self.standing.pop(pair.id, None)

@@ -21,6 +21,7 @@ def _check(name: str, reads: Sequence[str], session: Session) -> None:
       read_products(session, read)
   if name == 'report':
     importlib.import_module('charjax.report.read').read_run(session.workdir)
+    importlib.import_module('charjax.review.verdicts').read_all(session.workdir)
   elif edited:  # The last of them is checked against those before it, which are read on the way.
     importlib.import_module(f'charjax.stages.{edited[-1]}').load(session)
 
@@ -31,6 +32,7 @@ def _stage(
   products: tuple[str, ...],
   files: tuple[str, ...] = (),
   also: tuple[str, ...] = (),
+  added: tuple[str, ...] = (),
 ) -> Stage:
   """A stage whose own settings are the config section of its name (the report has none), and `also` some others."""
   own = () if name == 'report' else (name,)
@@ -42,6 +44,7 @@ def _stage(
     products=products,
     files=files,
     check=functools.partial(_check, name, reads),
+    added=added,
   )
 
 
@@ -70,5 +73,6 @@ STAGES: tuple[Stage, ...] = (
     'report',
     reads=('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation'),
     products=('index.html',),
+    added=('review',),
   ),
 )
