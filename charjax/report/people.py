@@ -74,7 +74,7 @@ def people(run: Run, rows: Sequence[Mapping[str, Any]]) -> People | None:
     return None
   asked = pairs(run)
   found = _verdicts(asked, rows)
-  traits = list(dict.fromkeys(pair.trait for pair in asked))
+  traits = [str(trait['id']) for trait in run.traits if any(pair.trait == trait['id'] for pair in asked)]
   wins = {against: _wins(found, traits, against) for against in OPPONENTS}
   drawn = [_win_figure(against, *wins[against]) for against in OPPONENTS]
   agreement = {trait: _Agreement.of(_of(found, trait)) for trait in (_ALL, *traits)}
@@ -198,7 +198,7 @@ def _agreement_table(agreement: Mapping[str, _Agreement]) -> Table | None:
     for trait, row in agreement.items()
     if row.verdicts
   ]
-  head = ('trait', 'verdicts', 'ties', 'cannot tell', 'judge agrees', 'more frequent answer', 'kappa')
+  head = ('trait', 'verdicts', 'ties', 'cannot tell', 'judge agrees', 'base rate', 'kappa')
   return Table(head, rows) if rows else None
 
 
@@ -245,7 +245,7 @@ def _sentences(found: Sequence[Verdict], earlier: int, agreement: _Agreement) ->
     told = f' Beyond chance that is a kappa of {_cell(kappa)}.' if kappa is not None else ''
     sentences.append(
       f'The held-out judge gives the answer that people gave in {_cell(accuracy, True)} of the pairs that both decide; '
-      f'always giving people\u2019s more frequent answer would in {percent(agreement.base_rate)}.{told}'
+      f'the base rate, always giving people\u2019s more frequent answer, is {percent(agreement.base_rate)}.{told}'
     )
   left = _share((v, v.side == 'left') for v in found if v.decided)
   if left is not None:
