@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from charjax.stages import statistics
-from charjax.stages.statistics import correlation, interval, share
+from charjax.stages.statistics import correlation, interval, kappa, share
 
 
 @pytest.mark.parametrize(
@@ -89,3 +89,71 @@ def test_a_share_of_draws_or_of_near_certainty_is_no_surer_than_its_tries_allow(
     plain = share([p] * (n * tries))  # as many single tries
     assert found['low'] <= plain['low'] + 1e-9 and found['high'] >= plain['high'] - 1e-9
     assert found['n'] == n
+
+
+def one_message_each(labels) -> list[str]:
+  return [str(i) for i in range(len(labels))]
+
+
+@pytest.mark.parametrize(
+  ('table', 'expected'),
+  [
+    ([[20, 5], [10, 15]], 0.4),
+    ([[45, 15], [25, 15]], 0.1304),
+    ([[25, 35], [5, 35]], 0.2593),  # of equal agreement, the one with the fairer chance has the larger kappa
+    ([[88, 14, 18], [10, 40, 10], [2, 6, 12]], 0.492),  # Fleiss, Cohen and Everitt 1969, Psychological Bulletin 72:323
+  ],
+)
+def test_kappa_has_the_values_of_known_tables(table, expected):
+  first = [str(a) for a, row in enumerate(table) for count in row for _ in range(count)]
+  second = [str(b) for row in table for b, count in enumerate(row) for _ in range(count)]
+  found = kappa(first, second, one_message_each(first))
+  assert found['mean'] == pytest.approx(expected, abs=6e-4) and found['low'] < expected < found['high']
+  swapped = kappa(second, first, one_message_each(first))
+  assert swapped['mean'] == pytest.approx(found['mean'])
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_kappa_against_chance_taken_over_all_pairs(seed):
+  rng = np.random.default_rng(seed)
+  first = rng.choice(['a', 'b', 'c'], 37, p=[0.6, 0.3, 0.1])
+  second = np.where(rng.uniform(size=37) < 0.5, first, rng.choice(['a', 'b', 'd'], 37))
+  agreed, chance = np.mean(first == second), np.mean(first[:, None] == second[None, :])
+  found = kappa(list(first), list(second), one_message_each(first))
+  assert found['mean'] == pytest.approx((agreed - chance) / (1 - chance), abs=1e-12) and found['n'] == 37
+
+
+def test_kappa_s_interval_holds_it_95_times_of_100(monkeypatch):
+  monkeypatch.setattr(statistics, '_RESAMPLES', 500)
+  rng, n, trials, true = np.random.default_rng(0), 50, 700, 0.4
+  covered = 0
+  for _ in range(trials):
+    first = rng.uniform(size=n) < 0.6
+    # A copy now and then, else an answer of one's own with the same habits: kappa is how often it is a copy.
+    second = np.where(rng.uniform(size=n) < true, first, rng.uniform(size=n) < 0.6)
+    found = kappa([str(a) for a in first], [str(b) for b in second], one_message_each(first))
+    covered += found['low'] <= true <= found['high']
+  assert 0.93 <= covered / trials <= 0.97
+
+
+def test_kappa_resamples_messages_not_verdicts():
+  rng = np.random.default_rng(0)
+  first, second = ([str(v) for v in rng.integers(0, 2, 30)] for _ in range(2))
+  once = kappa(first, second, one_message_each(first))
+  # The same reviewer twice tells nothing new.
+  assert kappa(first * 2, second * 2, one_message_each(first) * 2) == pytest.approx(once)
+  apart = kappa(first * 2, second * 2, one_message_each(first * 2))
+  assert apart['high'] - apart['low'] < 0.8 * (once['high'] - once['low'])
+
+
+def test_kappa_of_too_little():
+  assert kappa([], [], []) is None and kappa(['a'] * 5, ['a'] * 5, list('12345')) is None
+  alone = kappa(['a', 'b'], ['a', 'b'], ['m', 'm'])
+  assert (alone['mean'], alone['low'], alone['n']) == (1.0, None, 1)
+  constant = kappa(['a'] * 6, list('aaabbb'), list('123456'))
+  assert constant == {'mean': 0.0, 'low': None, 'high': None, 'n': 6}
+  complete = kappa(list('aabb') * 3, list('aabb') * 3, one_message_each('x' * 12))
+  # Resampling would say that it is certain; of 12 messages Wilson's share does not.
+  assert complete['mean'] == complete['high'] == 1 and complete['low'] == pytest.approx(
+    2 * share([1.0] * 12)['low'] - 1
+  )

@@ -160,6 +160,24 @@ def test_the_same_result_from_another_setting_spares_what_depends_on_it(tmp_path
   assert calls == ['first']
 
 
+def test_what_people_add_is_read_where_it_is_there(tmp_path):
+  calls: list[str] = []
+  first, second = make_stages(calls)
+  stages, session = (first, dataclasses.replace(second, added=('notes',))), make_session(tmp_path)
+  workdirs.execute((first, second), session)  # as it was before there was such a folder
+  calls.clear()
+  workdirs.execute(stages, session)
+  assert not calls
+  for change in ('one', 'another', None):
+    path = tmp_path / 'notes' / 'ann.jsonl'
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(change) if change else path.unlink()
+    assert workdirs.status(stages[1], session) == 'notes changed'
+    workdirs.execute(stages, session)
+    assert workdirs.status(stages[1], session) == 'done'
+  assert calls == ['second'] * 3
+
+
 def test_a_reworded_trait_is_named(tmp_path):
   calls: list[str] = []
   stages = make_stages(calls)
