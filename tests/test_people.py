@@ -48,7 +48,7 @@ def agreement(section: People) -> dict[str, tuple[str, ...]]:
 
 def test_without_verdicts_there_is_no_section(folder):
   assert people(read_run(folder), []) is None
-  assert 'id="people"' not in report.render(folder) and '#people' not in report.render(folder)
+  assert 'id="people"' not in report.render(folder) and 'href="#people"' not in report.render(folder)
   (folder / 'review').mkdir()
   (folder / 'review' / 'ann.jsonl').write_text('')
   assert 'id="people"' not in report.render(folder)
@@ -77,7 +77,7 @@ def test_ties_and_what_nobody_can_tell_decide_nothing(folder):
   assert section.wins['curiosity'].mean == 0.5 and section.wins['curiosity'].n == 3
   assert [row for row in section.figures[0].table.rows if row[0] == 'curiosity'] == [
     ('curiosity', 'people', '50%', '12.5%', '87.5%', '3'),
-    ('curiosity', 'held-out judge, same pairs', '66.7%', '20.8%', '93.9%', '3'),
+    ('curiosity', 'held-out judge', '66.7%', '20.8%', '93.9%', '3'),
   ]
 
 
@@ -145,7 +145,7 @@ def test_the_page_shows_it_and_what_reviewers_wrote_stays_text(folder):
   assert not [tag for tag, _ in parsed.tags if tag == 'img'] and '\x1b' not in text
   rows = parsed.tables['People and the held-out judge, share or kappa (95% interval)']
   assert rows[0][4:] == ['judge agrees', 'base rate', 'kappa'] and rows[1][:2] == ['all', '64']
-  assert len(parsed.tables['Notes']) == 33 and 'alert(1)' in parsed.tables['Notes'][1][4]
+  assert text.count('<p class="small">ann, ') == 32 and text.count('&lt;script&gt;alert(1)') >= 32
   assert 'eople who judged blind prefer the trained model to the base model for' not in text  # of 4 messages
   assert 'The ranker scored the replies to training messages and none of these' in text
   assert report.render(folder) == text

@@ -52,12 +52,20 @@ class Verdict:
 
 
 @dataclasses.dataclass(frozen=True)
+class Note:
+  """What a reviewer noted with a verdict; `of` says who, on which trait, and the verdict."""
+
+  of: str
+  prompt: str
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
 class People:
   """The section of the report.
 
   Attributes:
     wins: how often people prefer the trained model's reply to base's, by trait.
-    notes: what reviewers noted.
   """
 
   sentences: Sequence[str]
@@ -65,7 +73,7 @@ class People:
   figures: Sequence[Figure]
   agreement: Table | None
   reviewers: Table | None
-  notes: Table | None
+  notes: Sequence[Note]
 
 
 def people(run: Run, rows: Sequence[Mapping[str, Any]]) -> People | None:
@@ -92,7 +100,7 @@ def people(run: Run, rows: Sequence[Mapping[str, Any]]) -> People | None:
     figures=figures.present(drawn),
     agreement=_agreement_table(agreement),
     reviewers=_reviewers_table(found),
-    notes=_notes_table(found),
+    notes=_notes(found),
   )
 
 
@@ -143,7 +151,7 @@ def _win_figure(
     f'The trained model beats {_AGAINST[against]}',
     'share of pairs',
     ('people', 'trained', by_people),
-    ('held-out judge, same pairs', 'judge', by_judge),
+    ('held-out judge', 'judge', by_judge),
     note='A tie is half a win. Dots: people, blind. Diamonds: the held-out judge on the same pairs.',
   )
 
@@ -262,17 +270,14 @@ def _sentences(found: Sequence[Verdict], earlier: int, agreement: _Agreement) ->
   return sentences
 
 
-def _notes_table(found: Sequence[Verdict]) -> Table | None:
-  said = {'tie': 'about the same', 'skip': 'cannot tell', 'trained': 'trained'}
-  rows = [
-    (
-      v.reviewer,
-      spoken(v.pair.trait),
+def _notes(found: Sequence[Verdict]) -> list[Note]:
+  said = {'tie': 'about the same', 'skip': 'cannot tell', 'trained': 'for trained'}
+  return [
+    Note(
+      f'{v.reviewer}, {spoken(v.pair.trait)}, ' + said.get(v.outcome, f'for {words.CONDITION_NAMES[v.pair.against]}'),
       v.pair.prompt,
-      said.get(v.outcome, words.CONDITION_NAMES[v.pair.against]),
       v.note,
     )
     for v in found
     if v.note
   ]
-  return Table(('reviewer', 'trait', 'message', 'verdict', 'note'), rows) if rows else None
