@@ -58,6 +58,8 @@ def serving(folder: Path, reviewer: str = 'ann') -> Iterator[server.Server]:
     with server.Server(review) as serves:
       thread = threading.Thread(target=serves.serve_forever, kwargs={'poll_interval': 0.02})
       thread.start()
-      yield serves
-      serves.shutdown()
-      thread.join()
+      try:
+        yield serves
+      finally:
+        serves.shutdown()
+        thread.join()

@@ -159,19 +159,20 @@ def test_a_damaged_file_is_one_line(folder, capsys, line, expected):
   assert path.read_text().endswith(bare + '\n')
 
 
-def test_a_full_disk_loses_no_verdict_and_leaves_no_half_one(folder, monkeypatch):
+@pytest.mark.parametrize('call', ['write', 'fsync'])
+def test_a_full_disk_loses_no_verdict_and_leaves_no_half_one(folder, monkeypatch, call):
   give(folder, 1)
   write, path = os.write, verdicts.path_of(folder, 'ann')
   before = path.read_bytes()
 
-  def full(file, data):
+  def full(file, data=b''):
     if len(data) < 60:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return write(file, data[: len(data) // 2])  # Then the disk is full.
 
   with serving(folder) as serves:
     pair = serves.review.state()['pair']['id']
-    monkeypatch.setattr(os, 'write', full)
+    monkeypatch.setattr(os, call, full)
     status, answer = post(serves, 'verdict', {'pair': pair, 'verdict': 'left'})
     assert (status, answer) == (507, {'error': 'the verdict cannot be written: No space left on device'})
     assert path.read_bytes() == before and serves.review.state()['pair']['id'] == pair
