@@ -181,6 +181,8 @@ def test_what_models_write_is_text_and_fits_at_any_width(page, tmp_path):
       for width in (320, 1280) if LONG[:40] in pair.trained.text else ():
         page.look(width, 700)
         assert page.evaluate('document.documentElement.scrollWidth') <= width
+        for side in ('left', 'right'):  # Nothing is cut off at the side, either.
+          assert page.evaluate(f'(e => e.scrollWidth <= e.clientWidth)(document.getElementById("{side}"))')
         assert page.evaluate('document.documentElement.scrollHeight') > 1400  # all of it can be reached
         box = page.evaluate('document.getElementById("bar").getBoundingClientRect().toJSON()')
         assert box['top'] > 350 and box['bottom'] <= 700.5  # The buttons stay in sight.
