@@ -67,6 +67,7 @@ def get_config() -> ConfigDict:
   config.preference.head_plain = 0.05  # share of the penalty on what varies among plain replies, where no trait speaks
   config.preference.depth = 1.0  # share of the layers that the heads read through
   config.preference.lora_rank = 0  # 0 trains all parameters
+  config.preference.lora_targets = ()  # of q, k, v, o, gate, up, down; empty: all that are not experts'
   config.preference.learning_rate = 3e-6
   config.preference.epochs = 1.0  # 0 leaves the weights as they are: the heads alone are trained
   config.preference.messages_per_batch = 16
@@ -80,6 +81,7 @@ def get_config() -> ConfigDict:
 
   config.policy = ConfigDict()
   config.policy.lora_rank = 0
+  config.policy.lora_targets = ()  # as in the preference model
   config.policy.learning_rate = 1e-6
   config.policy.steps = 200
   config.policy.prompts_per_step = 64

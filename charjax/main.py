@@ -398,7 +398,7 @@ def _run(chosen: Sequence[workdirs.Stage], config: ml_collections.ConfigDict, wo
     with _devices(config):
       # A broken model file is told of before any work too, unless there is none that needs the model.
       if any(stage.name != 'report' and workdirs.status(stage, session) != 'done' for stage in chosen):
-        session.checkpoint  # noqa: B018
+        limits.check_model(config, session.checkpoint.config)
       # Only now: what a run in this folder was started with is not overwritten by a mistake.
       _record(session)
       workdirs.execute(chosen, session)

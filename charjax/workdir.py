@@ -352,10 +352,21 @@ def _inputs(stage: Stage, session: Session) -> dict[str, str]:
 # ---- what is finished ----
 
 
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  """The fields that differ between two flat configs. One that is empty says as much as none: those of later versions
+  leave what earlier ones made as it is."""
+  missing = object()
+
+  def said(values: Mapping[str, Any], field: str) -> Any:
+    value = values.get(field, missing)
+    return missing if value in ('', []) else value
+
+  return [field for field in {**before, **now} if said(before, field) != said(now, field)]
+
+
 def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
   """Names the first field that differs between two flat configs, and how many more do."""
-  missing = object()
-  fields = [f for f in {**before, **now} if before.get(f, missing) != now.get(f, missing)]
+  fields = _changed(before, now)
   # The contents of one trait say more than the list of all.
   field = min(fields, key=lambda f: f == 'character.traits')
   if field.startswith('character.'):
@@ -379,7 +390,7 @@ def status(stage: Stage, session: Session) -> str:
     return 'missing'
   record = done or unfinished
   config = relevant_config(stage, session)
-  if record['config_values'] != config:
+  if _changed(record['config_values'], config):
     return _change(record['config_values'], config)
   try:
     inputs = _inputs(stage, session)

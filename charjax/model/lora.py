@@ -12,10 +12,8 @@ import numpy as np
 from flax import nnx
 
 from charjax.errors import UserError
-from charjax.model.config import ModelConfig
+from charjax.model.config import PROJECTIONS, ModelConfig
 from charjax.model.decoder import Decoder, block_shapes
-
-TARGETS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 
 
 class Adapter(nnx.Module):
@@ -23,19 +21,20 @@ class Adapter(nnx.Module):
 
   The scale alpha / r of the paper is folded into the initial a, so that there is no such field. Experts of a mixture,
   which see few tokens each, and their router have no adapters.
+
+  Raises:
+    UserError: the rank is below 1, or the decoder lacks a target.
   """
 
   def __init__(self, config: ModelConfig, rank: int, *, rngs: nnx.Rngs, targets: Sequence[str] = ()):
     if rank < 1:
       raise UserError(f'lora rank is {rank}; it must be at least 1')
+    config.check_targets(targets, 'lora target')
     shapes = block_shapes(config)
-    for name in targets or config.dense_projections:
-      if name not in TARGETS:
-        raise UserError(f'lora target {name!r} is unknown; choose from {", ".join(TARGETS)}')
-      if name not in config.dense_projections:
-        raise UserError(
-          f'lora target {name!r}: experts have no adapters; choose from {", ".join(config.dense_projections)}'
-        )
+    # In one order, so that the first values are the same in whatever order the targets are named.
+    for name in config.dense_projections:
+      if targets and name not in targets:
+        continue
       layers, *dims = shapes[name]
       inputs = 2 if name == 'o' else 1
       in_dim, out_dim = int(np.prod(dims[:inputs])), int(np.prod(dims[inputs:]))
@@ -49,7 +48,7 @@ class Adapter(nnx.Module):
   def arrays(self) -> dict[str, dict[str, Any]]:
     return {
       name: {'a': getattr(self, name)['a'][...], 'b': getattr(self, name)['b'][...]}
-      for name in TARGETS
+      for name in PROJECTIONS
       if hasattr(self, name)
     }
 
