@@ -11,7 +11,10 @@ def get_config() -> ConfigDict:
   config.mesh = (1, -1, 1)
 
   config.model = ConfigDict()
-  config.model.path = 'smollm2-135m-instruct'  # or a .gguf file, or a Hugging Face directory
+  # Or a .gguf file, a Hugging Face directory, or the folder of a run, for the policy that it trained.
+  config.model.path = 'smollm2-135m-instruct'
+  # Added to its weights: folders of PEFT adapters, or of runs that trained a LoRA; 'path:0.5' counts half.
+  config.model.adapters = ()
   config.model.dtype = 'bfloat16'  # of the starting weights; what is trained is float32
   config.model.compute_dtype = 'bfloat16'  # of the operands of matrix products
   config.model.scan_layers = True

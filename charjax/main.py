@@ -18,7 +18,7 @@ from absl import flags
 from etils import epath
 
 from charjax import character as characters
-from charjax import defaults, limits
+from charjax import defaults, limits, starting_model
 from charjax import workdir as workdirs
 from charjax.config_file import merge, nearest, override, read_config
 from charjax.errors import UserError, one_line
@@ -158,11 +158,9 @@ def _chat(rest: Sequence[str], config_spec: str, workdir: str, changes: Sequence
     raise UserError('--trait goes with --side_by_side, where it is shown to the model')
   place = epath.Path(os.path.expanduser(given[0]))
   config, trained = (read_config(config_spec, changes), False) if config_spec else _at(place, bool(workdir), changes)
-  if trained and not (place / 'policy' / 'stage.json').exists():
-    raise UserError(
-      f'{place}: its policy is not trained to the end; run charjax policy, or talk to the model that it starts from: '
-      f'charjax chat {config.model.path}'
-    )
+  if trained:
+    instead = f'or talk to the model that it starts from: charjax chat {config.model.path}'
+    starting_model.check_trained(place, f'run charjax policy, {instead}')
   session = _prepare(config, place)
   from charjax import chat
 
@@ -198,42 +196,18 @@ def _export(
 
 def _at(place: epath.Path, wants_run: bool, changes: Sequence[str]) -> tuple[ml_collections.ConfigDict, bool]:
   """The config of what is at a place, and whether that is a run, which has its own, or a model."""
-  record = _read_record(place)
+  record = starting_model.read_record(place)
   config = defaults.get_config()
   config.lock()
   if record is None:
-    config.model.path = _model_path(str(place), wants_run)
+    if wants_run:
+      raise UserError(f'{place}: no run was begun there; give the --workdir of a run')
+    starting_model.check_path(str(place))
+    config.model.path = str(place)
   else:
     merge(config, record, str(place / 'config.json'), '')
     config.character.path = str(place / 'character.toml')
   return override(config, changes), record is not None
-
-
-def _model_path(path: str, wants_run: bool) -> str:
-  """The path, unless there is neither a model nor a run."""
-  from charjax.model import checkpoint_source
-
-  known = path in (checkpoint_source.EMBEDDED, checkpoint_source.RANDOM)
-  if wants_run or not (known or os.path.isfile(path) or os.path.exists(os.path.join(path, 'config.json'))):
-    what = 'no run was begun there' if wants_run else 'neither a model nor a run folder'
-    raise UserError(
-      f'{path}: {what}; give the --workdir of a run, {checkpoint_source.EMBEDDED}, a .gguf file or a Hugging Face '
-      'directory'
-    )
-  return path
-
-
-def _read_record(folder: epath.Path) -> ml_collections.ConfigDict | None:
-  """The config that a run was started with; None if the folder is not a run's."""
-  try:
-    record = json.loads((folder / 'config.json').read_text())
-  except OSError:
-    return None
-  except (ValueError, RecursionError) as error:
-    raise UserError(f'{folder / "config.json"}: not valid JSON ({one_line(error)}); restore the file') from error
-  # A Hugging Face checkpoint has a config.json, too.
-  found = record.get('config') if isinstance(record, dict) else None
-  return ml_collections.ConfigDict(found) if isinstance(found, dict) else None
 
 
 # ---- flags and config ----
@@ -281,17 +255,6 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str], di
 # ---- a run ----
 
 
-def _model_is_there(path: str) -> None:
-  """A missing file is told of before any work; what is in it is checked when it is read."""
-  from charjax.model import checkpoint_source
-
-  if path not in (checkpoint_source.EMBEDDED, checkpoint_source.RANDOM) and not os.path.exists(path):
-    raise UserError(
-      f'config.model.path={path}: no such file or directory; give {checkpoint_source.EMBEDDED}, a .gguf file '
-      'or a Hugging Face directory'
-    )
-
-
 def _prepare(config: ml_collections.ConfigDict, workdir: epath.Path) -> workdirs.Session:
   """Reads all that can be wrong before a stage starts.
 
@@ -301,7 +264,7 @@ def _prepare(config: ml_collections.ConfigDict, workdir: epath.Path) -> workdirs
   limits.check(config)
   character = characters.select(characters.load(config.character.path), config.character.traits)
   _can_be_judged(config, character)
-  _model_is_there(config.model.path)
+  starting_model.check(config.model)
   if config.evaluation.probes or config.evaluation.neutral:
     from charjax.stages import evaluation
 
@@ -387,6 +350,7 @@ def _sources(stage: workdirs.Stage) -> set[str]:
 
 def _run(chosen: Sequence[workdirs.Stage], config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
   session = _prepare(config, workdir)
+  starting_model.check_apart(config.model, workdir)
   with workdirs.lock(workdir):
     if len(chosen) == 1:
       for stage in STAGES:

@@ -79,9 +79,16 @@ class Session:
   @functools.cached_property
   def checkpoint(self) -> Checkpoint:
     """The starting model, read when a stage first needs it."""
-    from charjax.model import checkpoint_source
+    from charjax import starting_model
 
-    return checkpoint_source.load(self.config.model.path)
+    return starting_model.load(self.config.model)
+
+  @functools.cached_property
+  def model_contents(self) -> dict[str, Any]:
+    """The fields of config.model that name what others made, by what is in it; see `starting_model.contents`."""
+    from charjax import starting_model
+
+    return {f'model.{field}': value for field, value in starting_model.contents(self.config.model).items()}
 
   @functools.cached_property
   def model(self) -> LanguageModel:
@@ -271,6 +278,8 @@ def relevant_config(stage: Stage, session: Session) -> dict[str, Any]:
   for field in stage.files:
     if values.get(field):
       values[field] = 'contents ' + file_fingerprint(values[field])[:16]
+  if 'model.path' in values:
+    values |= session.model_contents
   character = dataclasses.asdict(session.character)
   values.pop('character.path', None)
   values['character.name'] = character['name']

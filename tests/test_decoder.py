@@ -330,7 +330,8 @@ def test_adapters_that_cannot_be_are_refused():
 def test_an_adapter_stands_beside_the_named_projections_alone():
   decoder = build(tiny_config())
   adapters = [
-    make_trainable(decoder, 2, 0, lora_targets=targets)['adapter'].arrays() for targets in (('v', 'down'), ('down', 'v'))
+    make_trainable(decoder, 2, 0, lora_targets=targets)['adapter'].arrays()
+    for targets in (('v', 'down'), ('down', 'v'))
   ]
   assert list(adapters[0]) == ['v', 'down']
   jax.tree.map(np.testing.assert_array_equal, *adapters)

@@ -4,9 +4,12 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+
 import pytest
+from llama_reference import tiny_config
 
 from charjax import config_file
 from charjax import main as command_line
@@ -54,7 +57,7 @@ def toy_stages(monkeypatch):
     Stage('replies', write('replies'), ('messages',), ('seed',), ('seed.txt',)),
   )
   monkeypatch.setattr(command_line, 'STAGES', stages)
-  monkeypatch.setattr(workdirs.Session, 'checkpoint', None)
+  monkeypatch.setattr(workdirs.Session, 'checkpoint', types.SimpleNamespace(config=tiny_config()))
 
 
 def mistake(capsys, *arguments: str) -> str:

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from charjax.errors import UserError
 from charjax.mesh import spec
-from charjax.model.checkpoint_source import Tensors
+from charjax.model.checkpoint_source import read_tensor
 from charjax.model.config import ModelConfig
 from charjax.model.decoder import Decoder, Runtime
 
@@ -45,7 +45,7 @@ def make_decoder(config: ModelConfig, tensors: Mapping[str, np.ndarray], dtype: 
   for name, leaf in flat.items():
     if name not in tensors:
       raise UserError(f'checkpoint: tensor {name} is missing; is the checkpoint complete?')
-    host = tensors.read(name, dtype) if isinstance(tensors, Tensors) else np.asarray(tensors[name], dtype)
+    host = read_tensor(tensors, name, dtype)
     if host.shape != leaf.shape:
       raise UserError(f'checkpoint: tensor {name} has shape {host.shape}, the config says {leaf.shape}')
     if not mesh.empty:
