@@ -37,7 +37,7 @@ _MEANS_NOTHING = (
   *('megatron_core', 'qalora_group_size', 'runtime_config', 'ensure_weight_tying'),
 )
 # All other fields, also those of versions to come, change what is computed unless they have one of these values.
-_NEUTRAL = (None, False, 'none', '', [], {})
+_NEUTRAL: tuple[Any, ...] = (None, False, 'none', '', [], {})
 # First values that leave the base model's weights as they are; others (pissa, olora, loftq) take from them what they
 # put into the adapter.
 _INITS = (None, True, False, 'gaussian', 'orthogonal', 'eva')
@@ -166,8 +166,8 @@ def read(folder: str | Path, config: ModelConfig, family: str) -> dict[str, dict
       ranks[ours] = max(rank, ranks.get(ours, 0))
   out: dict[str, dict[str, np.ndarray]] = {}
   for ours, (inputs, outputs) in sizes(config).items():
-    if rank := ranks.get(ours):
-      a, b = (config.num_layers, inputs, rank), (config.num_layers, rank, outputs)
+    if ours in ranks:
+      a, b = (config.num_layers, inputs, ranks[ours]), (config.num_layers, ranks[ours], outputs)
       out[ours] = {'a': np.zeros(a, np.float32), 'b': np.zeros(b, np.float32)}
   for name, pair in found.items():
     module, layer = places[name]
