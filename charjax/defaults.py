@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
   config.model.adapters = ()
   config.model.dtype = 'bfloat16'  # of the starting weights; what is trained is float32
   config.model.compute_dtype = 'bfloat16'  # of the operands of matrix products
+  config.model.quantize = ''  # 'int8' or 'int4': projections are kept so, and LoRA alone is trained (needs qwix)
   config.model.scan_layers = True
   config.model.remat = True
 

@@ -49,6 +49,7 @@ _ABOVE_ZERO = (
 CHOICES = {
   'model.dtype': ('float32', 'bfloat16'),
   'model.compute_dtype': ('float32', 'bfloat16'),
+  'model.quantize': ('', 'int8', 'int4'),
   'replies.show': ('trait', 'character'),
   'rankings.ranker': ('auto', 'likelihood', 'pairwise', 'pointwise'),
   'preference.labels': ('soft', 'hard'),
@@ -73,7 +74,8 @@ def check(config: ConfigDict) -> None:
   for name, choices in CHOICES.items():
     section, field = name.split('.')
     if config[section][field] not in choices:
-      raise UserError(f'config.{name} is {config[section][field]!r}; choose from {", ".join(choices)}')
+      known = ', '.join(choice or "''" for choice in choices)
+      raise UserError(f'config.{name} is {config[section][field]!r}; choose from {known}')
   if config.rankings.label_low > config.rankings.label_high:
     raise UserError(
       f'config.rankings.label_low is {config.rankings.label_low}; it must not be above label_high, which is '
@@ -123,3 +125,9 @@ def check_model(config: ConfigDict, model: ModelConfig) -> None:
   """
   for section in ('preference', 'policy'):
     model.check_targets(config[section].lora_targets, f'config.{section}.lora_targets:')
+    trains = section == 'policy' or config.preference.epochs > 0
+    if config.model.quantize and trains and not config[section].lora_rank:
+      raise UserError(
+        f'config.{section}.lora_rank is 0, which trains all parameters, and those of config.model.quantize='
+        f'{config.model.quantize} are frozen; give a rank, or leave quantize empty'
+      )

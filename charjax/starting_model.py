@@ -7,6 +7,7 @@ it trained. Of a run that is given as a path, that is all its weights; of one th
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -16,25 +17,27 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 from etils import epath
 
-from charjax import defaults
+from charjax import defaults, limits
 from charjax.errors import UserError, one_line
 from charjax.workdir import file_fingerprint, fingerprint
 
 if TYPE_CHECKING:
   import numpy as np
 
-  from charjax.model.checkpoint_source import Checkpoint
+  from charjax.model.checkpoint_source import Checkpoint, Tensors
   from charjax.model.config import ModelConfig
   from charjax.model.lora import Arrays
 
 
 def check(model: ml_collections.ConfigDict) -> None:
-  """Whether what config.model names is there; what is in it is checked when it is read.
+  """Whether what config.model names is there, and what it needs; what is in it is checked when it is read.
 
   Raises:
     UserError: it is not.
   """
   check_path(model.path, 'config.model.path=')
+  if model.quantize and importlib.util.find_spec('qwix') is None:
+    raise UserError("config.model.quantize needs qwix, which is not installed; run: pip install 'charjax[quantize]'")
   for place, _ in _entries(model.adapters):
     if read_record(place) is None and not (place / 'adapter_config.json').exists():
       raise UserError(
@@ -131,7 +134,7 @@ def _load(model: Mapping[str, Any], through: Sequence[epath.Path]) -> Checkpoint
 def _policy(folder: epath.Path, record: ml_collections.ConfigDict, through: Sequence[epath.Path]) -> Checkpoint:
   """The checkpoint that a run's policy is: what it started from, with its trained weights or its LoRA."""
   from charjax.model import lora
-  from charjax.model.checkpoint_source import Tensors, read_tensor
+  from charjax.model.checkpoint_source import Tensors
 
   model, through = _model_of(folder, record, through)
   trained = _trained(folder)
@@ -139,12 +142,25 @@ def _policy(folder: epath.Path, record: ml_collections.ConfigDict, through: Sequ
   if all(f'decoder.{name}' in trained for name in start.tensors):
     tensors = Tensors(start.tensors.keys(), lambda name, dtype: trained.read(f'decoder.{name}', dtype))
   else:
-    # The LoRA was trained beside weights of this type.
-    rounded = Tensors(
-      start.tensors.keys(), lambda name, dtype: read_tensor(start.tensors, name, model['dtype']).astype(dtype)
-    )
-    tensors = lora.add(rounded, [(1.0, _lora(folder, trained, start.config))])
+    tensors = lora.add(_as_kept(start, model), [(1.0, _lora(folder, trained, start.config))])
   return dataclasses.replace(start, tensors=tensors)
+
+
+def _as_kept(start: Checkpoint, model: ml_collections.ConfigDict) -> Tensors:
+  """What a run started from as it was kept, and its LoRA trained beside it: rounded to its type, or quantised."""
+  from charjax.model import quantized
+  from charjax.model.checkpoint_source import Tensors, read_tensor
+  from charjax.model.decoder import block_parameters
+
+  parameters = block_parameters(start.config)
+  small = {f'blocks.{name}': parameters[name].inputs for name in start.config.dense_projections if model.quantize}
+
+  def read(name: str, dtype: Any) -> np.ndarray:
+    if name in small:
+      return quantized.rounded(start.tensors[name], small[name], model.quantize).astype(dtype)
+    return read_tensor(start.tensors, name, model.dtype).astype(dtype)
+
+  return Tensors(start.tensors.keys(), read)
 
 
 def _model_of(
@@ -164,8 +180,9 @@ def _model_of(
         raise UserError(
           f'{folder / "config.json"}: field model.{field} is {str(found[field])[:40]!r}; restore the file'
         ) from error
-  if model.dtype not in ('float32', 'bfloat16'):
-    raise UserError(f'{folder / "config.json"}: field model.dtype is {model.dtype[:40]!r}; restore the file')
+  for field in ('dtype', 'quantize'):
+    if model[field] not in limits.CHOICES[f'model.{field}']:
+      raise UserError(f'{folder / "config.json"}: field model.{field} is {model[field][:40]!r}; restore the file')
   return model, (*through, where)
 
 
@@ -233,7 +250,7 @@ def _contents(model: Mapping[str, Any], through: Sequence[epath.Path]) -> dict[s
   if record is not None:
     folder = epath.Path(path)
     theirs, through = _model_of(folder, record, through)
-    start = _contents(theirs, through) | {'dtype': theirs.dtype}
+    start = _contents(theirs, through) | {'dtype': theirs.dtype, 'quantize': theirs.quantize}
     path = 'contents ' + fingerprint([start, _of_files(folder / 'policy' / 'fingerprint.json')])[:16]
   adapters = []
   for place, weight in _entries(model['adapters']):

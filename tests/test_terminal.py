@@ -50,7 +50,7 @@ def endless(tmp_path_factory) -> str:
 
 @pytest.fixture(scope='module')
 def small_model() -> LanguageModel:
-  settings = {'dtype': 'float32', 'compute_dtype': 'float32', 'scan_layers': True, 'remat': False}
+  settings = {'dtype': 'float32', 'compute_dtype': 'float32', 'scan_layers': True, 'remat': False, 'quantize': ''}
   return language_model.build(checkpoint_source.load('random'), _Fields(settings))
 
 

@@ -161,6 +161,9 @@ class Tensors(Mapping[str, np.ndarray]):
   def __getitem__(self, name: str) -> np.ndarray:
     return self.read(name, np.float32)
 
+  def __contains__(self, name: object) -> bool:
+    return name in self._names  # Mapping's own would read it.
+
   def __iter__(self) -> Iterator[str]:
     return iter(self._names)
 

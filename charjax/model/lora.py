@@ -16,6 +16,7 @@ from charjax.errors import UserError
 from charjax.model.checkpoint_source import Tensors, read_tensor
 from charjax.model.config import PROJECTIONS, ModelConfig
 from charjax.model.decoder import Decoder, block_parameters
+from charjax.model.weights import dequantized
 
 # What an Adapter holds, by projection: 'a' [L, I, R] and 'b' [L, R, O], float32.
 Arrays = Mapping[str, Mapping[str, Any]]
@@ -66,7 +67,7 @@ class Adapter(nnx.Module):
 
 def merge(decoder: Decoder, adapter: Adapter) -> Decoder:
   """The weights with the adapter in them, float32 and laid out as they were: W + B A, the product in float32."""
-  merged = jax.tree.map(lambda x: x.astype(jnp.float32), decoder)
+  merged = jax.tree.map(lambda x: x.astype(jnp.float32), dequantized(decoder))
   for name, pair in adapter.arrays().items():
     weight = getattr(merged.blocks, name)
     change = jnp.einsum('lir,lro->lio', pair['a'], pair['b'], precision='highest')
