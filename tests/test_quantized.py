@@ -18,6 +18,8 @@ from charjax.model import lora
 from charjax.model.checkpoint_source import Tensors
 from charjax.model.decoder import Runtime, block_parameters, forward, lower_layers
 from charjax.model.weights import dequantized, make_decoder
+from charjax.training.heads import make_trainable
+from charjax.training.step import init_optimizer, make_optimizer, make_step
 
 qwix = pytest.importorskip('qwix')
 
@@ -108,6 +110,24 @@ def test_an_adapter_learns_as_beside_the_weights_that_it_stands_for(kind, ways):
       np.testing.assert_allclose(found.arrays()[name][part], value, atol=1e-4 * np.abs(value).max(), rtol=1e-4)
   merged = lora.merge(decoder, adapter)
   np.testing.assert_allclose(loss(None, merged), jax.jit(loss)(adapter, decoder), rtol=1e-4)
+
+
+def test_a_train_step_changes_the_adapter_alone():
+  decoder = build('int8', scan_layers=True, remat=True)
+  before = jax.tree.map(np.asarray, decoder)
+  trainable = make_trainable(decoder, 2, 0, lora_targets=('q', 'down'))
+  optimizer = make_optimizer(1e-2, 1, 10, 0.0, 1.0)
+  state, layout = init_optimizer(optimizer, trainable)
+  step = make_step(
+    lambda trainable, decoder, _: (loss(trainable['adapter'], decoder), {}), optimizer, trainable, layout
+  )
+  losses = []
+  for _ in range(3):
+    trainable, state, values = step(trainable, state, decoder, None)
+    assert not values['skipped']
+    losses.append(float(values['loss']))
+  assert losses[2] < losses[1] < losses[0] == pytest.approx(float(jax.jit(loss)(None, decoder)), abs=1e-4)
+  jax.tree.map(np.testing.assert_array_equal, before, decoder)
 
 
 def test_training_keeps_no_weight_in_full():
