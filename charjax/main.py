@@ -22,6 +22,7 @@ from charjax import defaults, limits, starting_model
 from charjax import workdir as workdirs
 from charjax.config_file import merge, nearest, override, read_config
 from charjax.errors import UserError, one_line
+from charjax.errors import UserError, one_line
 from charjax.stages import STAGES
 
 _USAGE = f"""charjax: train a character into a language model
