@@ -54,7 +54,7 @@ def check_path(path: str, field: str = '') -> None:
   """
   from charjax.model.checkpoint_source import EMBEDDED, RANDOM
 
-  if path in (EMBEDDED, RANDOM) or os.path.exists(os.path.join(path, 'config.json')):
+  if path in (EMBEDDED, RANDOM) or os.path.lexists(os.path.join(path, 'config.json')):
     return
   if os.path.isdir(path) or not os.path.exists(path):
     what = 'neither a model nor a run folder' if os.path.isdir(path) else 'no such file or directory'
@@ -88,7 +88,7 @@ def read_record(folder: epath.PathLike) -> ml_collections.ConfigDict | None:
   except OSError:
     return None
   except (ValueError, RecursionError) as error:
-    raise UserError(f'{folder / "config.json"}: not valid JSON ({one_line(error)}); restore the file') from error
+    raise UserError(f'{folder / "config.json"}: not valid JSON ({one_line(error)}); fetch it again or restore it') from error
   # A Hugging Face checkpoint has a config.json, too.
   found = record.get('config') if isinstance(record, dict) else None
   return ml_collections.ConfigDict(found) if isinstance(found, dict) else None
