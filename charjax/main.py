@@ -22,7 +22,6 @@ from charjax import defaults, limits, starting_model
 from charjax import workdir as workdirs
 from charjax.config_file import merge, nearest, override, read_config
 from charjax.errors import UserError, one_line
-from charjax.errors import UserError, one_line
 from charjax.stages import STAGES
 
 _USAGE = f"""charjax: train a character into a language model
@@ -39,7 +38,8 @@ _USAGE = f"""charjax: train a character into a language model
   --workdir=DIR                                  where the run lives; the same command goes on with it
   --side_by_side [--trait=ID]                    chat: the model, shown its character (or one trait), and trained
   --temperature=0.7 --max_new_tokens=512 --seed=0   chat: how replies are drawn
-  --model=policy|preference|judge|start          export: the policy, what rewarded it, what judged it, or the beginning
+  --model=policy|preference|judge|start|adapter  export: the policy, what rewarded it, what judged it, or the beginning;
+                                                 or the policy's LoRA alone, for PEFT
   --dtype=bfloat16|float32                       export: of the weights
 
 A finished stage is skipped, one that was cut off goes on, one whose inputs or settings changed is made anew.
@@ -238,7 +238,9 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str], di
   flags.DEFINE_integer('max_new_tokens', None, 'of a reply', lower_bound=1, flag_values=values)
   flags.DEFINE_integer('seed', None, 'of the draws', lower_bound=0, upper_bound=2**31 - 1, flag_values=values)
   flags.DEFINE_string('output', None, 'where an export is written', flag_values=values)
-  flags.DEFINE_enum('model', None, ['policy', 'preference', 'judge', 'start'], 'what is exported', flag_values=values)
+  flags.DEFINE_enum(
+    'model', None, ['policy', 'adapter', 'preference', 'judge', 'start'], 'what is exported', flag_values=values
+  )
   flags.DEFINE_enum('dtype', None, ['bfloat16', 'float32'], 'of exported weights', flag_values=values)
   try:
     names = values(['charjax', *others])[1:]

@@ -88,7 +88,9 @@ def read_record(folder: epath.PathLike) -> ml_collections.ConfigDict | None:
   except OSError:
     return None
   except (ValueError, RecursionError) as error:
-    raise UserError(f'{folder / "config.json"}: not valid JSON ({one_line(error)}); fetch it again or restore it') from error
+    raise UserError(
+      f'{folder / "config.json"}: not valid JSON ({one_line(error)}); fetch it again or restore it'
+    ) from error
   # A Hugging Face checkpoint has a config.json, too.
   found = record.get('config') if isinstance(record, dict) else None
   return ml_collections.ConfigDict(found) if isinstance(found, dict) else None

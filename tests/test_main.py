@@ -7,7 +7,6 @@ import sys
 import types
 from pathlib import Path
 
-
 import pytest
 from llama_reference import tiny_config
 

@@ -221,6 +221,18 @@ def test_a_checkpoint_whose_contents_changed_is_refused(tmp_path, monkeypatch):
     starting_model.load(asked(run))
 
 
+def test_the_lora_of_a_policy_is_exported_for_peft(smoke_run, tmp_path, capsys):
+  run, _ = smoke_run
+  flags = ['export', str(run), '--model=adapter', f'--output={tmp_path / "out"}']
+  assert main(flags) == 0
+  assert "the policy's LoRA, which stands beside random" in capsys.readouterr().out
+  for name, pair in peft.read(tmp_path / 'out', BASE.config, BASE.family).items():
+    expected = starting_model.load(asked(run)).tensors[f'blocks.{name}'] - BASE.tensors[f'blocks.{name}']
+    np.testing.assert_allclose((pair['a'] @ pair['b']).reshape(expected.shape), expected, atol=2e-6)
+  assert main(flags) == 2
+  assert 'something is there; choose another, or move it away' in capsys.readouterr().err
+
+
 def test_a_run_leaves_what_it_starts_from(tmp_path, capsys, adapters):
   run = write_run(tmp_path / 'run', asked(), {'adapter': random_adapter(BASE.config)})
   for field in ('path', 'adapters'):
