@@ -15,6 +15,7 @@ from test_peft import changes, random_adapter
 
 from charjax import defaults, starting_model
 from charjax import main as command_line
+from charjax.config_file import read_config
 from charjax.errors import UserError
 from charjax.main import main
 from charjax.model import checkpoint_source, lora, peft
@@ -81,7 +82,7 @@ def test_adapters_add_up_with_their_weights(adapters, dtype):
 def test_a_run_stands_for_its_policy(smoke_run, adapters):
   """As a path for all its weights, as an adapter for its LoRA: those that the stages load."""
   run, _ = smoke_run
-  session = command_line._prepare(command_line._read_config('configs/smoke.py', []), epath.Path(run))
+  session = command_line._prepare(read_config('configs/smoke.py', []), epath.Path(run))
   expected = lora.merge(*policy.bind(session.model.decoder, policy.load(session)))
   one, _ = adapters
   for model, more in ((asked(run), {}), (asked('random', run, f'{one}:2'), adapters[one])):
