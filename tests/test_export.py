@@ -417,7 +417,10 @@ MISTAKES = {
     lambda place: [f'--workdir={place.folder}'],
     r'no run was begun there; give the --workdir of a run',
   ),
-  'no model': (lambda place: [str(place.folder / 'none'), '--output=x'], r'none: no such file or directory; give smollm2'),
+  'no model': (
+    lambda place: [str(place.folder / 'none'), '--output=x'],
+    r'none: no such file or directory; give smollm2',
+  ),
   'nothing': (lambda place: [], r'charjax export takes a model or a run folder, or --workdir=DIR with or without'),
   'two places': (lambda place: ['random', f'--workdir={place.run}'], r'charjax export takes a model or a run folder'),
   'a config alone': (lambda place: [f'--config={place.config}'], r'charjax export takes a model or a run folder'),
