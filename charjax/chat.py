@@ -15,10 +15,12 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any, TextIO
 
+from charjax import starting_model
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling
 from charjax.engine.stream import shapes, stream
 from charjax.errors import UserError
+from charjax.model import language_model
 from charjax.model.decoder import Decoder
 from charjax.model.language_model import LanguageModel
 from charjax.stages import policy, prompts
@@ -41,7 +43,8 @@ class Settings:
     top_p: see engine.sample.Sampling.
     max_new_tokens: a reply that has not ended by then is cut off.
     seed: of the draws; the n-th message is answered alike each time.
-    side_by_side: the starting model, the same with the character shown, and the trained one answer each message.
+    side_by_side: the starting model (also without its adapters, if it has some), the same with the character shown, and
+      the trained one answer each message.
     trait: whose statement is shown then; '' for all of the character's.
   """
 
@@ -150,8 +153,12 @@ class Speaker:
 
 
 def _speakers(session: Session, trained: bool, settings: Settings) -> list[Speaker]:
-  model = session.model
-  speakers = [Speaker('base', [], model.decoder)]
+  model, adapters = session.model, session.config.model.adapters
+  speakers = [Speaker('combined' if adapters else 'base', [], model.decoder)]
+  if settings.side_by_side and adapters:
+    config = session.config.model.copy_and_resolve_references()
+    config.adapters = ()
+    speakers.insert(0, Speaker('base', [], language_model.build(starting_model.load(config), config).decoder))
   if settings.side_by_side:
     traits = {trait.id: trait for trait in session.character.traits}
     if settings.trait and settings.trait not in traits:

@@ -11,9 +11,13 @@ def get_config() -> ConfigDict:
   config.mesh = (1, -1, 1)
 
   config.model = ConfigDict()
-  config.model.path = 'smollm2-135m-instruct'  # or a .gguf file, or a Hugging Face directory
+  # Or a .gguf file, a Hugging Face directory, or the folder of a run, for the policy that it trained.
+  config.model.path = 'smollm2-135m-instruct'
+  # Added to its weights: folders of PEFT adapters, or of runs that trained a LoRA; 'path:0.5' counts half.
+  config.model.adapters = ()
   config.model.dtype = 'bfloat16'  # of the starting weights; what is trained is float32
   config.model.compute_dtype = 'bfloat16'  # of the operands of matrix products
+  config.model.quantize = ''  # 'int8' or 'int4': projections are kept so, and LoRA alone is trained (needs qwix)
   config.model.scan_layers = True
   config.model.remat = True
 
@@ -67,6 +71,7 @@ def get_config() -> ConfigDict:
   config.preference.head_plain = 0.05  # share of the penalty on what varies among plain replies, where no trait speaks
   config.preference.depth = 1.0  # share of the layers that the heads read through
   config.preference.lora_rank = 0  # 0 trains all parameters
+  config.preference.lora_targets = ()  # of q, k, v, o, gate, up, down; empty: all that are not experts'
   config.preference.learning_rate = 3e-6
   config.preference.epochs = 1.0  # 0 leaves the weights as they are: the heads alone are trained
   config.preference.messages_per_batch = 16
@@ -80,6 +85,7 @@ def get_config() -> ConfigDict:
 
   config.policy = ConfigDict()
   config.policy.lora_rank = 0
+  config.policy.lora_targets = ()  # as in the preference model
   config.policy.learning_rate = 1e-6
   config.policy.steps = 200
   config.policy.prompts_per_step = 64

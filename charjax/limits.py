@@ -5,6 +5,7 @@ import math
 from ml_collections import ConfigDict
 
 from charjax.errors import UserError
+from charjax.model.config import PROJECTIONS, ModelConfig
 
 # The least and the most that a number may be.
 _COUNT, _SIZE, _AMOUNT, _SHARE = (0, math.inf), (1, math.inf), (0.0, math.inf), (0.0, 1.0)
@@ -48,6 +49,7 @@ _ABOVE_ZERO = (
 CHOICES = {
   'model.dtype': ('float32', 'bfloat16'),
   'model.compute_dtype': ('float32', 'bfloat16'),
+  'model.quantize': ('', 'int8', 'int4'),
   'replies.show': ('trait', 'character'),
   'rankings.ranker': ('auto', 'likelihood', 'pairwise', 'pointwise'),
   'preference.labels': ('soft', 'hard'),
@@ -72,12 +74,22 @@ def check(config: ConfigDict) -> None:
   for name, choices in CHOICES.items():
     section, field = name.split('.')
     if config[section][field] not in choices:
-      raise UserError(f'config.{name} is {config[section][field]!r}; choose from {", ".join(choices)}')
+      known = ', '.join(choice or "''" for choice in choices)
+      raise UserError(f'config.{name} is {config[section][field]!r}; choose from {known}')
   if config.rankings.label_low > config.rankings.label_high:
     raise UserError(
       f'config.rankings.label_low is {config.rankings.label_low}; it must not be above label_high, which is '
       f'{config.rankings.label_high}'
     )
+  for section in ('preference', 'policy'):
+    targets = config[section].lora_targets
+    if wrong := [target for target in targets if target not in PROJECTIONS]:
+      raise UserError(f'config.{section}.lora_targets names {wrong[0]!r}; choose from {", ".join(PROJECTIONS)}')
+    if targets and not config[section].lora_rank:
+      raise UserError(
+        f'config.{section}.lora_targets names projections, but lora_rank is 0, which trains all parameters; give a '
+        'rank, or no targets'
+      )
   policy, preference, replies = config.policy, config.preference, config.replies
   ranked = replies.shown + replies.plain + replies.opposed
   if ranked < 2:
@@ -103,3 +115,19 @@ def check(config: ConfigDict) -> None:
       f'config.policy.max_new_tokens is {policy.max_new_tokens}, and the ranked replies that the policy learns from '
       f'have at most {replies.max_new_tokens} tokens; lower it, or raise config.replies.max_new_tokens'
     )
+
+
+def check_model(config: ConfigDict, model: ModelConfig) -> None:
+  """What depends on the shape of the model, before it is trained.
+
+  Raises:
+    UserError: naming the field and what it may be.
+  """
+  for section in ('preference', 'policy'):
+    model.check_targets(config[section].lora_targets, f'config.{section}.lora_targets:')
+    trains = section == 'policy' or config.preference.epochs > 0
+    if config.model.quantize and trains and not config[section].lora_rank:
+      raise UserError(
+        f'config.{section}.lora_rank is 0, which trains all parameters, and those of config.model.quantize='
+        f'{config.model.quantize} are frozen; give a rank, or leave quantize empty'
+      )

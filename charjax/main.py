@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 
 from charjax import character as characters
-from charjax import defaults, limits
+from charjax import defaults, limits, starting_model
 from charjax import workdir as workdirs
 from charjax.config_file import merge, nearest, override, read_config
 from charjax.errors import UserError, one_line
@@ -40,7 +40,8 @@ _USAGE = f"""charjax: train a character into a language model
   --workdir=DIR                                  where the run lives; the same command goes on with it
   --side_by_side [--trait=ID]                    chat: the model, shown its character (or one trait), and trained
   --temperature=0.7 --max_new_tokens=512 --seed=0   chat: how replies are drawn
-  --model=policy|preference|judge|start          export: the policy, what rewarded it, what judged it, or the beginning
+  --model=policy|preference|judge|start|adapter  export: the policy, what rewarded it, what judged it, or the beginning;
+                                                 or the policy's LoRA alone, for PEFT
   --dtype=bfloat16|float32                       export: of the weights
   --reviewer=NAME --port=0                       review: who judges, and where the page is
 
@@ -164,11 +165,9 @@ def _chat(rest: Sequence[str], config_spec: str, workdir: str, changes: Sequence
     raise UserError('--trait goes with --side_by_side, where it is shown to the model')
   place = epath.Path(os.path.expanduser(given[0]))
   config, trained = (read_config(config_spec, changes), False) if config_spec else _at(place, bool(workdir), changes)
-  if trained and not (place / 'policy' / 'stage.json').exists():
-    raise UserError(
-      f'{place}: its policy is not trained to the end; run charjax policy, or talk to the model that it starts from: '
-      f'charjax chat {config.model.path}'
-    )
+  if trained:
+    instead = f'or talk to the model that it starts from: charjax chat {config.model.path}'
+    starting_model.check_trained(place, f'run charjax policy, {instead}')
   session = _prepare(config, place)
   from charjax import chat
 
@@ -204,11 +203,14 @@ def _export(
 
 def _at(place: epath.Path, wants_run: bool, changes: Sequence[str]) -> tuple[ml_collections.ConfigDict, bool]:
   """The config of what is at a place, and whether that is a run, which has its own, or a model."""
-  record = _read_record(place)
+  record = starting_model.read_record(place)
   config = defaults.get_config()
   config.lock()
   if record is None:
-    config.model.path = _model_path(str(place), wants_run)
+    if wants_run:
+      raise UserError(f'{place}: no run was begun there; give the --workdir of a run')
+    starting_model.check_path(str(place))
+    config.model.path = str(place)
   else:
     merge(config, record, str(place / 'config.json'), '')
     config.character.path = str(place / 'character.toml')
@@ -230,33 +232,6 @@ def _review(config: str, workdir: str, options: dict[str, Any]) -> int:
 
   server.serve(epath.Path(os.path.expanduser(workdir)), reviewer, options.get('port', 0))
   return 0
-
-
-def _model_path(path: str, wants_run: bool) -> str:
-  """The path, unless there is neither a model nor a run."""
-  from charjax.model import checkpoint_source
-
-  known = path in (checkpoint_source.EMBEDDED, checkpoint_source.RANDOM)
-  if wants_run or not (known or os.path.isfile(path) or os.path.exists(os.path.join(path, 'config.json'))):
-    what = 'no run was begun there' if wants_run else 'neither a model nor a run folder'
-    raise UserError(
-      f'{path}: {what}; give the --workdir of a run, {checkpoint_source.EMBEDDED}, a .gguf file or a Hugging Face '
-      'directory'
-    )
-  return path
-
-
-def _read_record(folder: epath.Path) -> ml_collections.ConfigDict | None:
-  """The config that a run was started with; None if the folder is not a run's."""
-  try:
-    record = json.loads((folder / 'config.json').read_text())
-  except OSError:
-    return None
-  except (ValueError, RecursionError) as error:
-    raise UserError(f'{folder / "config.json"}: not valid JSON ({one_line(error)}); restore the file') from error
-  # A Hugging Face checkpoint has a config.json, too.
-  found = record.get('config') if isinstance(record, dict) else None
-  return ml_collections.ConfigDict(found) if isinstance(found, dict) else None
 
 
 # ---- flags and config ----
@@ -286,7 +261,9 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str], di
   flags.DEFINE_integer('max_new_tokens', None, 'of a reply', lower_bound=1, flag_values=values)
   flags.DEFINE_integer('seed', None, 'of the draws', lower_bound=0, upper_bound=2**31 - 1, flag_values=values)
   flags.DEFINE_string('output', None, 'where an export is written', flag_values=values)
-  flags.DEFINE_enum('model', None, ['policy', 'preference', 'judge', 'start'], 'what is exported', flag_values=values)
+  flags.DEFINE_enum(
+    'model', None, ['policy', 'adapter', 'preference', 'judge', 'start'], 'what is exported', flag_values=values
+  )
   flags.DEFINE_enum('dtype', None, ['bfloat16', 'float32'], 'of exported weights', flag_values=values)
   flags.DEFINE_string('reviewer', None, 'who judges', flag_values=values)
   flags.DEFINE_integer('port', None, 'of the page', lower_bound=0, upper_bound=2**16 - 1, flag_values=values)
@@ -306,17 +283,6 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str], di
 # ---- a run ----
 
 
-def _model_is_there(path: str) -> None:
-  """A missing file is told of before any work; what is in it is checked when it is read."""
-  from charjax.model import checkpoint_source
-
-  if path not in (checkpoint_source.EMBEDDED, checkpoint_source.RANDOM) and not os.path.exists(path):
-    raise UserError(
-      f'config.model.path={path}: no such file or directory; give {checkpoint_source.EMBEDDED}, a .gguf file '
-      'or a Hugging Face directory'
-    )
-
-
 def _prepare(config: ml_collections.ConfigDict, workdir: epath.Path) -> workdirs.Session:
   """Reads all that can be wrong before a stage starts.
 
@@ -326,7 +292,7 @@ def _prepare(config: ml_collections.ConfigDict, workdir: epath.Path) -> workdirs
   limits.check(config)
   character = characters.select(characters.load(config.character.path), config.character.traits)
   _can_be_judged(config, character)
-  _model_is_there(config.model.path)
+  starting_model.check(config.model)
   if config.evaluation.probes or config.evaluation.neutral:
     from charjax.stages import evaluation
 
@@ -412,6 +378,7 @@ def _sources(stage: workdirs.Stage) -> set[str]:
 
 def _run(chosen: Sequence[workdirs.Stage], config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
   session = _prepare(config, workdir)
+  starting_model.check_apart(config.model, workdir)
   with workdirs.lock(workdir):
     if len(chosen) == 1:
       for stage in STAGES:
@@ -423,7 +390,7 @@ def _run(chosen: Sequence[workdirs.Stage], config: ml_collections.ConfigDict, wo
     with _devices(config):
       # A broken model file is told of before any work too, unless there is none that needs the model.
       if any(stage.name != 'report' and workdirs.status(stage, session) != 'done' for stage in chosen):
-        session.checkpoint  # noqa: B018
+        limits.check_model(config, session.checkpoint.config)
       # Only now: what a run in this folder was started with is not overwritten by a mistake.
       _record(session)
       workdirs.execute(chosen, session)

@@ -81,9 +81,16 @@ class Session:
   @functools.cached_property
   def checkpoint(self) -> Checkpoint:
     """The starting model, read when a stage first needs it."""
-    from charjax.model import checkpoint_source
+    from charjax import starting_model
 
-    return checkpoint_source.load(self.config.model.path)
+    return starting_model.load(self.config.model)
+
+  @functools.cached_property
+  def model_contents(self) -> dict[str, Any]:
+    """The fields of config.model that name what others made, by what is in it; see `starting_model.contents`."""
+    from charjax import starting_model
+
+    return {f'model.{field}': value for field, value in starting_model.contents(self.config.model).items()}
 
   @functools.cached_property
   def model(self) -> LanguageModel:
@@ -283,6 +290,8 @@ def relevant_config(stage: Stage, session: Session) -> dict[str, Any]:
   for field in stage.files:
     if values.get(field):
       values[field] = 'contents ' + file_fingerprint(values[field])[:16]
+  if 'model.path' in values:
+    values |= session.model_contents
   character = dataclasses.asdict(session.character)
   values.pop('character.path', None)
   values['character.name'] = character['name']
@@ -369,10 +378,21 @@ def _inputs(stage: Stage, session: Session) -> dict[str, str]:
 # ---- what is finished ----
 
 
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  """The fields that differ between two flat configs. One that is empty says as much as none: those of later versions
+  leave what earlier ones made as it is."""
+  missing = object()
+
+  def said(values: Mapping[str, Any], field: str) -> Any:
+    value = values.get(field, missing)
+    return missing if value in ('', []) else value
+
+  return [field for field in {**before, **now} if said(before, field) != said(now, field)]
+
+
 def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
   """Names the first field that differs between two flat configs, and how many more do."""
-  missing = object()
-  fields = [f for f in {**before, **now} if before.get(f, missing) != now.get(f, missing)]
+  fields = _changed(before, now)
   # The contents of one trait say more than the list of all.
   field = min(fields, key=lambda f: f == 'character.traits')
   if field.startswith('character.'):
@@ -396,7 +416,7 @@ def status(stage: Stage, session: Session) -> str:
     return 'missing'
   record = done or unfinished
   config = relevant_config(stage, session)
-  if record['config_values'] != config:
+  if _changed(record['config_values'], config):
     return _change(record['config_values'], config)
   try:
     inputs = _inputs(stage, session)

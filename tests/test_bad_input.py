@@ -333,7 +333,7 @@ GGUF = {
   ),
   'that is a folder': (
     lambda place: [(place.folder / 'm.gguf').mkdir(), f'--config.model.path={place.folder / "m.gguf"}'][1],
-    r'm.gguf/config.json: No such file or directory; is this a Hugging Face checkpoint directory\?',
+    r'm.gguf: neither a model nor a run folder; give smollm2-135m-instruct, a .gguf file, a Hugging Face directory or',
   ),
   'that is a device': (lambda place: '--config.model.path=/dev/zero', r'/dev/zero: not a .gguf file; give a'),
 }

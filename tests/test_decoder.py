@@ -22,9 +22,11 @@ from charjax.engine.sample import Sampling, sample
 from charjax.engine.score import Group, make_rows, reply_log_probs, reply_mask
 from charjax.errors import UserError
 from charjax.model import checkpoint_source
+from charjax.model.config import PROJECTIONS
 from charjax.model.decoder import Decoder, Runtime, forward, logits, lower_layers, make_cache, matmul
-from charjax.model.lora import TARGETS, Adapter, merge
+from charjax.model.lora import Adapter, merge
 from charjax.model.weights import make_decoder
+from charjax.training.heads import make_trainable
 
 CONFIGS = {
   'tied, grouped heads': tiny_config(),
@@ -307,7 +309,7 @@ def test_an_adapter_is_a_product_added_to_each_weight(scan):
   config = CONFIGS['own head, one key head, wide heads']
   tensors, rows = random_tensors(config), texts(config)
   adapter = Adapter(config, 2, rngs=nnx.Rngs(0))
-  for i, target in enumerate(TARGETS):
+  for i, target in enumerate(PROJECTIONS):
     pair, name = getattr(adapter, target), f'blocks.{target}'
     pair['b'][...] = jax.random.normal(jax.random.key(i), pair['b'].shape) * 0.3
     change = np.asarray(pair['a'][...]) @ np.asarray(pair['b'][...])
@@ -321,8 +323,18 @@ def test_an_adapter_is_a_product_added_to_each_weight(scan):
 def test_adapters_that_cannot_be_are_refused():
   with pytest.raises(UserError, match='rank is 0'):
     Adapter(tiny_config(), 0, rngs=nnx.Rngs(0))
-  with pytest.raises(UserError, match="'head' is unknown"):
+  with pytest.raises(UserError, match="'head': there is no such projection; choose from q, k, v, o, gate, up, down"):
     Adapter(tiny_config(), 1, rngs=nnx.Rngs(0), targets=('head',))
+
+
+def test_an_adapter_stands_beside_the_named_projections_alone():
+  decoder = build(tiny_config())
+  adapters = [
+    make_trainable(decoder, 2, 0, lora_targets=targets)['adapter'].arrays()
+    for targets in (('v', 'down'), ('down', 'v'))
+  ]
+  assert list(adapters[0]) == ['v', 'down']
+  jax.tree.map(np.testing.assert_array_equal, *adapters)
 
 
 # ---- products ----

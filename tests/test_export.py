@@ -417,7 +417,10 @@ MISTAKES = {
     lambda place: [f'--workdir={place.folder}'],
     r'no run was begun there; give the --workdir of a run',
   ),
-  'no model': (lambda place: [str(place.folder / 'none'), '--output=x'], r'none: neither a model nor a run folder'),
+  'no model': (
+    lambda place: [str(place.folder / 'none'), '--output=x'],
+    r'none: no such file or directory; give smollm2',
+  ),
   'nothing': (lambda place: [], r'charjax export takes a model or a run folder, or --workdir=DIR with or without'),
   'two places': (lambda place: ['random', f'--workdir={place.run}'], r'charjax export takes a model or a run folder'),
   'a config alone': (lambda place: [f'--config={place.config}'], r'charjax export takes a model or a run folder'),
@@ -428,7 +431,7 @@ MISTAKES = {
   ),
   'a wrong model': (
     of_run('--model=polisy'),
-    r'--model=polisy: value should be one of <policy\|preference\|judge\|start>',
+    r'--model=polisy: value should be one of <policy\|adapter\|preference\|judge\|start>',
   ),
   'a wrong type': (of_run('--dtype=int8'), r'--dtype=int8: value should be one of <bfloat16\|float32>; `charjax help`'),
   'a flag of chat': (of_run('--seed=1'), r'--seed is a flag of charjax chat; `charjax help` lists those of export'),

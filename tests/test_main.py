@@ -4,9 +4,11 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+from llama_reference import tiny_config
 
 from charjax import config_file
 from charjax import main as command_line
@@ -54,7 +56,7 @@ def toy_stages(monkeypatch):
     Stage('replies', write('replies'), ('messages',), ('seed',), ('seed.txt',)),
   )
   monkeypatch.setattr(command_line, 'STAGES', stages)
-  monkeypatch.setattr(workdirs.Session, 'checkpoint', None)
+  monkeypatch.setattr(workdirs.Session, 'checkpoint', types.SimpleNamespace(config=tiny_config()))
 
 
 def mistake(capsys, *arguments: str) -> str:
@@ -132,6 +134,8 @@ def test_a_mistake_ends_in_one_line(tmp_path, config, capsys, arguments, expecte
     ('--config.policy.ranked_replies=99', 'ranked_replies is 99, and 7 a message are ranked; set it to 0, or from 2'),
     ('--config.policy.ranked_temperature=0.0', 'policy.ranked_temperature is 0.0; it must be above 0'),
     ('--config.policy.max_new_tokens=600', 'policy.max_new_tokens is 600, and the ranked replies'),
+    ('--config.policy.lora_targets=q,w', "policy.lora_targets names 'w'; choose from q, k, v, o, gate, up, down"),
+    ('--config.preference.lora_targets=(1,)', 'preference.lora_targets names 1; choose from q, k'),
   ],
 )
 def test_a_wrong_setting_ends_in_one_line(tmp_path, config, capsys, change, expected):

@@ -50,7 +50,7 @@ def endless(tmp_path_factory) -> str:
 
 @pytest.fixture(scope='module')
 def small_model() -> LanguageModel:
-  settings = {'dtype': 'float32', 'compute_dtype': 'float32', 'scan_layers': True, 'remat': False}
+  settings = {'dtype': 'float32', 'compute_dtype': 'float32', 'scan_layers': True, 'remat': False, 'quantize': ''}
   return language_model.build(checkpoint_source.load('random'), _Fields(settings))
 
 
@@ -307,7 +307,7 @@ LOOP = '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
   [
     ((), 'takes a model or a run folder, or --config=FILE.py: one of them'),
     (('random', '--workdir={run}'), 'one of them'),
-    (('{tmp}/nowhere',), 'nowhere: neither a model nor a run folder'),
+    (('{tmp}/nowhere',), 'nowhere: no such file or directory; give smollm2-135m-instruct, a .gguf file, a Hugg'),
     (('--workdir={tmp}',), 'no run was begun there'),
     (('{tmp}',), 'neither a model nor a run folder'),
     (('--config={tmp}/none.py',), 'none.py: cannot be read'),

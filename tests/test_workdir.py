@@ -151,6 +151,17 @@ def test_a_changed_field_is_named_and_only_what_depends_on_it_is_made_anew(tmp_p
   assert (tmp_path / 'second/count.txt').read_text() == '4'
 
 
+def test_a_field_that_is_new_and_empty_leaves_what_was_made(tmp_path):
+  calls: list[str] = []
+  stages = make_stages(calls)
+  workdirs.execute(stages, make_session(tmp_path))
+  first = dataclasses.replace(stages[0], fields=(*stages[0].fields, 'targets', 'wishes'))
+  assert workdirs.status(first, make_session(tmp_path, targets=(), wishes='')) == 'done'
+  for value in (('q',), 0, False):
+    said = workdirs.status(first, make_session(tmp_path, targets=value, wishes=''))
+    assert said == 'config field targets was added'
+
+
 def test_the_same_result_from_another_setting_spares_what_depends_on_it(tmp_path):
   calls: list[str] = []
   stages = make_stages(calls)

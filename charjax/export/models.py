@@ -13,10 +13,12 @@ from charjax import workdir as workdirs
 from charjax.errors import UserError
 from charjax.export import card
 from charjax.export.directory import Model, check_output, published, write
+from charjax.model import peft
 from charjax.model.checkpoint_source import Tensors
 from charjax.model.decoder import Decoder
 from charjax.model.lora import merge
 from charjax.model.save import DTYPES
+from charjax.model.weights import dequantized
 from charjax.report.read import Run, read_run
 from charjax.stages import STAGES, policy, preference
 from charjax.training.heads import bind
@@ -30,7 +32,8 @@ def export(session: Session, kind: str, dtype: str, output: epath.Path) -> None:
 
   Args:
     session: the model and, unless `kind` is 'start', the run folder.
-    kind: 'policy', 'start', or the preference models: 'preference', which rewarded the policy, and 'judge'.
+    kind: 'policy', 'start', or the preference models: 'preference', which rewarded the policy, and 'judge'; or
+      'adapter', the policy's LoRA alone, as PEFT loads it, in float32.
     dtype: 'bfloat16' or 'float32', of the weights.
     output: the directory; one that an export wrote is replaced.
 
@@ -38,6 +41,9 @@ def export(session: Session, kind: str, dtype: str, output: epath.Path) -> None:
     UserError: the model was not trained, or the output is something else, or cannot be written.
   """
   output = output.resolve()
+  if kind == 'adapter':
+    _export_adapter(session, output)
+    return
   check_output(output, session.config.model.path)
   stage = {'policy': 'policy', 'start': ''}.get(kind, 'preference')
   if stage:
@@ -57,6 +63,22 @@ def export(session: Session, kind: str, dtype: str, output: epath.Path) -> None:
   with published(output) as folder:
     write(folder, model, checkpoint, dtype, text)
   session.log(f'{output}: {kind} in {dtype}')
+
+
+def _export_adapter(session: Session, output: epath.Path) -> None:
+  if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    raise UserError(f'--output={output}: something is there; choose another, or move it away')
+  _check_trained(session, 'policy')
+  trainable, start = policy.load(session), session.config.model
+  if 'adapter' not in trainable:
+    raise UserError(
+      '--model=adapter: this run trained all parameters (config.policy.lora_rank is 0); leave --model out'
+    )
+  checkpoint = session.checkpoint
+  with published(output) as folder:
+    peft.write(trainable['adapter'].arrays(), checkpoint.config, checkpoint.family, folder, start.path)
+  beside = ' with its adapters (--model=start writes them together)' if start.adapters else ''
+  session.log(f"{output}: the policy's LoRA, which stands beside {start.path}{beside}")
 
 
 def _check_trained(session: Session, name: str) -> None:
@@ -104,7 +126,7 @@ def _reward(session: Session, kind: str) -> Model:
 
 
 def _merged(decoder: Decoder, adapter: Any) -> Decoder:
-  return decoder if adapter is None else merge(decoder, adapter)
+  return dequantized(decoder) if adapter is None else merge(decoder, adapter)
 
 
 def _arrays(decoder: Decoder) -> Callable[[str], Any]:

@@ -153,35 +153,27 @@ class Layout:
 
 
 class Tensors(Mapping[str, np.ndarray]):
-  """The tensors of a file, each stacked over layers (and experts) when it is asked for.
+  """Tensors that are read when they are asked for, each time anew: float32, or by `read` in a type of one's choice."""
 
-  Beside the one asked for, the largest tensor of the file is in memory at a time. Since a stacked tensor is one array
-  here and on the devices, a model's loading needs its own size and about twice that of its largest stacked tensor.
-  """
-
-  def __init__(self, layout: Layout, read: Callable[[str, str], np.ndarray]):
-    self._layout, self._read = layout, read
+  def __init__(self, names: Collection[str], read: Callable[[str, Any], np.ndarray]):
+    self._names, self.read = names, read
 
   def __getitem__(self, name: str) -> np.ndarray:
     return self.read(name, np.float32)
 
+  def __contains__(self, name: object) -> bool:
+    return name in self._names  # Mapping's own would read it.
+
   def __iter__(self) -> Iterator[str]:
-    return iter(self._layout.shapes)
+    return iter(self._names)
 
   def __len__(self) -> int:
-    return len(self._layout.shapes)
+    return len(self._names)
 
-  def read(self, name: str, dtype: Any) -> np.ndarray:
-    """A tensor in a type of its own choice: from 16 bits to 16 bits it never takes 32."""
-    out = np.empty(self._layout.shapes[name], dtype)
-    for part in self._layout.parts(name):
-      value = self._read(name, part.file_name)
-      if value.shape[0] != part.end - part.begin:
-        value = value[part.begin : part.end]
-      place = out[part.place]
-      turned = value if name == 'embed' or value.ndim < 2 else value.swapaxes(-2, -1)
-      place[...] = turned.reshape(place.shape)
-    return out
+
+def read_tensor(tensors: Mapping[str, np.ndarray], name: str, dtype: Any) -> np.ndarray:
+  """One of a checkpoint's tensors in this type, without a copy in another where it is read from a file."""
+  return tensors.read(name, dtype) if isinstance(tensors, Tensors) else np.asarray(tensors[name], dtype)
 
 
 def assemble(
@@ -194,6 +186,10 @@ def assemble(
   family: str = 'llama',
 ) -> Tensors:
   """A file's tensors as a checkpoint's, after a look at the names and shapes of all of them.
+
+  Each is stacked over layers (and experts) when it is asked for. Beside the one asked for, the largest tensor of the
+  file is in memory at a time, and from 16 bits to 16 bits nothing takes 32. Since a stacked tensor is one array here
+  and on the devices, a model's loading needs its own size and about twice that of its largest stacked tensor.
 
   Args:
     config: the shape of the model.
@@ -229,7 +225,19 @@ def assemble(
   unknown = [f'tensor {name[:80]!r} has no place in a {family} decoder' for name in sorted(set(found) - expected)]
   if unknown:
     raise UserError(f'{where}: {_listed(unknown)} of its config; was it saved from another model, or with adapters?')
-  return Tensors(layout, read)
+
+  def stacked(name: str, dtype: Any) -> np.ndarray:
+    out = np.empty(layout.shapes[name], dtype)
+    for part in layout.parts(name):
+      value = read(name, part.file_name)
+      if value.shape[0] != part.end - part.begin:
+        value = value[part.begin : part.end]
+      place = out[part.place]
+      turned = value if name == 'embed' or value.ndim < 2 else value.swapaxes(-2, -1)
+      place[...] = turned.reshape(place.shape)
+    return out
+
+  return Tensors(layout.shapes, stacked)
 
 
 _LISTED = 8  # so many fit in one line that is still read

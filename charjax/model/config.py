@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from charjax.errors import UserError
 
 ACTIVATIONS = ('silu', 'gelu_tanh')
+PROJECTIONS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')  # the weight matrices of a block
 
 
 class LayerKind(NamedTuple):
@@ -139,7 +141,18 @@ class ModelConfig:
   @property
   def dense_projections(self) -> tuple[str, ...]:
     """The weight matrices that every token goes through: experts are not among them."""
-    return ('q', 'k', 'v', 'o', *(('gate', 'up', 'down') if not self.num_experts else ()))
+    return PROJECTIONS[:4] if self.num_experts else PROJECTIONS
+
+  def check_targets(self, targets: Sequence[str], what: str) -> None:
+    """Whether adapters can stand beside the named projections.
+
+    Raises:
+      UserError: beginning with `what`: the decoder lacks one of them.
+    """
+    for name in targets:
+      if name not in self.dense_projections:
+        why = 'experts have no adapters' if name in PROJECTIONS else 'there is no such projection'
+        raise UserError(f'{what} {name!r}: {why}; choose from {", ".join(self.dense_projections)}')
 
   def layer_kinds(self) -> list[LayerKind]:
     """What sets each layer apart, in order."""

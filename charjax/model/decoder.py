@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from charjax.mesh import constrain
+from charjax.model import quantized
 from charjax.model.attention import SharedKV, attention, softcap
 from charjax.model.config import LayerKind, ModelConfig
 from charjax.model.experts import mixture
@@ -57,12 +58,15 @@ class Runtime:
     scan_layers: one compiled layer, scanned (compiles several times faster), or all unrolled. Decoding with a cache
       is always unrolled: a scan would copy the cache at every token.
     remat: recompute each layer in the backward pass instead of keeping its activations.
+    quantize: how the projections that adapters can stand beside are kept: '' as they are, or 'int8' or 'int4' (see
+      charjax.model.quantized), frozen.
   """
 
   compute_dtype: Any = jnp.float32
   attention_dtype: Any = jnp.float32
   scan_layers: bool = False
   remat: bool = False
+  quantize: str = ''
 
 
 def block_parameters(config: ModelConfig) -> dict[str, BlockParameter]:
@@ -114,9 +118,8 @@ def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 class Blocks(nnx.Module):
   """The parameters of all L blocks, each stacked along a first axis."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
-    parameters = block_parameters(config)
-    self.names = tuple(parameters)
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any, quantize: str = ''):
+    parameters, names = block_parameters(config), []
     for name, (shape, axes, inputs) in parameters.items():
       if name.endswith('norm'):
         value = jnp.full(shape, 1 - config.norm_offset, dtype)
@@ -126,7 +129,13 @@ class Blocks(nnx.Module):
         first = 2 if axes[1] == 'experts' else 1
         fan_in = math.prod(shape[first : first + inputs])
         value = (jax.random.normal(rngs.params(), shape) * fan_in**-0.5).astype(dtype)
+      if quantize and name in config.dense_projections:
+        value, scale = quantized.quantize(value, inputs, quantize)
+        setattr(self, f'{name}_scale', nnx.Param(scale, axes=axes))
+        names.append(f'{name}_scale')
       setattr(self, name, nnx.Param(value, axes=axes))
+      names.append(name)
+    self.names = tuple(names)
 
   def arrays(self) -> dict[str, jax.Array]:
     return {name: getattr(self, name)[...] for name in self.names}
@@ -141,7 +150,7 @@ class Decoder(nnx.Module):
     c = config
     embed = jax.random.normal(rngs.params(), (c.vocab_size, c.embed_dim)) * c.embed_dim**-0.5
     self.embed = nnx.Param(embed.astype(dtype), axes=('vocab', 'embed'))
-    self.blocks = Blocks(c, rngs=rngs, dtype=dtype)
+    self.blocks = Blocks(c, rngs=rngs, dtype=dtype, quantize=self.runtime.quantize)
     self.final_norm = nnx.Param(jnp.full((c.embed_dim,), 1 - c.norm_offset, dtype), axes=(None,))
     if not c.tied_embeddings:
       head = jax.random.normal(rngs.params(), (c.embed_dim, c.vocab_size)) * c.embed_dim**-0.5
@@ -198,6 +207,28 @@ def _matmul_backward(dtype: Any, axis: int, saved: Any, grad: jax.Array) -> tupl
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def frozen_matmul(x: jax.Array, q: jax.Array, s: jax.Array, dtype: Any) -> jax.Array:
+  """x [..., I] @ a quantised weight, as `matmul`; the weight has no gradient.
+
+  The backward pass makes the weight anew from its few bits: else it would keep every one of them in full.
+  """
+  return matmul(x, quantized.dequantize(q, s).reshape(x.shape[-1], -1), dtype)
+
+
+def _frozen_forward(x: jax.Array, q: jax.Array, s: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
+  return frozen_matmul(x, q, s, dtype), (q, s, jnp.zeros((0, x.shape[-1]), x.dtype))
+
+
+def _frozen_backward(dtype: Any, saved: Any, grad: jax.Array) -> tuple[jax.Array, None, None]:
+  q, s, like = saved
+  weight = quantized.dequantize(q, s).reshape(like.shape[-1], -1)
+  return _dot(grad.astype(dtype), weight.astype(dtype), (grad.ndim - 1,), (1,)).astype(like.dtype), None, None
+
+
+frozen_matmul.defvjp(_frozen_forward, _frozen_backward)
+
+
 def rms_norm(x: jax.Array, scale_d: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
   """x / sqrt(mean(x^2) + eps) * (offset + scale), in float32 (Zhang and Sennrich 2019, eq. 4)."""
   x = x.astype(jnp.float32)
@@ -251,10 +282,13 @@ def forward(
 
   def linear(x: jax.Array, name: str, layer: Any, lora: Any, in_axes: int = 1) -> jax.Array:
     weight = layer[name]
-    in_dim = 1
-    for size in weight.shape[:in_axes]:
-      in_dim *= size
-    out = matmul(x, weight.reshape(in_dim, -1), dtype)
+    if f'{name}_scale' in layer:
+      out = frozen_matmul(x, weight, layer[f'{name}_scale'], dtype)
+    else:
+      in_dim = 1
+      for size in weight.shape[:in_axes]:
+        in_dim *= size
+      out = matmul(x, weight.reshape(in_dim, -1), dtype)
     if lora is not None and name in lora:
       out += matmul(matmul(x, lora[name]['a'], dtype), lora[name]['b'], dtype)
     if f'{name}_bias' in layer:

@@ -58,6 +58,7 @@ def build(checkpoint: Checkpoint, config: Any) -> LanguageModel:
     attention_dtype=jnp.float32 if jax.default_backend() == 'cpu' else compute,
     scan_layers=config.scan_layers,
     remat=config.remat,
+    quantize=config.quantize,
   )
   decoder = make_decoder(checkpoint.config, checkpoint.tensors, _DTYPES[config.dtype], runtime)
   return LanguageModel(decoder, checkpoint.tokenizer, checkpoint.template)

@@ -132,7 +132,9 @@ def _figures(rollout: Rollout, kl: float) -> dict[str, float]:
 
 def _untrained(session: Session) -> Any:
   config = session.config.policy
-  return make_trainable(session.model.decoder, config.lora_rank, session.config.seed + 10)
+  return make_trainable(
+    session.model.decoder, config.lora_rank, session.config.seed + 10, lora_targets=config.lora_targets
+  )
 
 
 def load(session: Session) -> Any:

@@ -252,7 +252,14 @@ def _seed(session: Session, name: str) -> int:
 
 def _untrained(session: Session, lower: Decoder, name: str) -> Any:
   config, traits = session.config.preference, len(session.character.traits)
-  return make_trainable(lower, config.lora_rank, _seed(session, name), traits=traits, frozen=config.epochs == 0)
+  return make_trainable(
+    lower,
+    config.lora_rank,
+    _seed(session, name),
+    lora_targets=config.lora_targets,
+    traits=traits,
+    frozen=config.epochs == 0,
+  )
 
 
 def _merge_metrics(session: Session) -> None:

@@ -1,6 +1,8 @@
 """Training state in Orbax checkpoints: parameters, optimizer, data position; and fingerprints of weights."""
 
 import hashlib
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -8,7 +10,8 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from charjax.errors import UserError
+from charjax.errors import UserError, one_line
+from charjax.model.checkpoint_source import Tensors
 
 
 class Checkpoints:
@@ -84,6 +87,39 @@ class Checkpoints:
     self._checkpointer.close()
 
 
+def read_trained(folder: epath.Path) -> Tensors:
+  """What the latest checkpoint in a folder holds of what was trained, read array by array, and changed in nothing.
+
+  Their names are those of a trainable's parts: 'adapter.q.a', 'decoder.blocks.q', 'head.w'.
+
+  Raises:
+    UserError: there is no checkpoint, or it is damaged.
+  """
+  steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+  if not steps:
+    raise UserError(f'{folder}: the checkpoint is gone; restore it, or train again')
+  where = (folder / str(max(steps))).resolve()
+  try:
+    stored = ocp.checkpointables_metadata(where).metadata['trainable']
+    record = ocp.load_checkpointables(where, {'record': None})['record']
+    keys = {'.'.join(re.findall(r'\w+', key.removesuffix('.value'))): key for key in stored}
+
+    def read(name: str, dtype: Any) -> np.ndarray:
+      leaf = stored[keys[name]]
+      wanted = {key: ... for key in stored} | {keys[name]: np.empty(leaf.shape, leaf.dtype)}
+      loaded = ocp.load_checkpointables(where, {'trainable': wanted})['trainable'][keys[name]]
+      return np.asarray(loaded).astype(dtype, copy=False)
+
+    # As jax.tree.leaves orders them.
+    trained = Tensors(keys, read)
+    found = _digest(read(name, stored[keys[name]].dtype) for name in sorted(keys, key=lambda name: keys[name]))
+  except (ValueError, KeyError, OSError, TypeError) as error:
+    raise UserError(f'{where}: cannot be read ({one_line(error)}); restore it, or train again') from error
+  if found != record['fingerprint']:
+    raise UserError(f'{where}: the checkpoint is damaged (wrong fingerprint); restore it, or train again')
+  return trained
+
+
 def _named(tree: Any) -> dict[str, jax.Array]:
   """The arrays of a pytree by their path in it."""
   return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -91,9 +127,12 @@ def _named(tree: Any) -> dict[str, jax.Array]:
 
 def fingerprint(tree: Any) -> str:
   """sha256 over the contents of all arrays of a pytree, in order."""
+  return _digest(np.asarray(jax.device_get(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def _digest(arrays: Iterable[np.ndarray]) -> str:
   digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(tree):
-    array = np.asarray(jax.device_get(leaf))
+  for array in arrays:
     digest.update(f'{array.dtype}{array.shape}'.encode())
     digest.update(np.ascontiguousarray(array).tobytes())
   return digest.hexdigest()

@@ -35,7 +35,13 @@ class RewardHead(nnx.Module):
 
 
 def make_trainable(
-  decoder: Decoder, lora_rank: int, seed: int, *, traits: int = 0, frozen: bool = False
+  decoder: Decoder,
+  lora_rank: int,
+  seed: int,
+  *,
+  lora_targets: Sequence[str] = (),
+  traits: int = 0,
+  frozen: bool = False,
 ) -> dict[str, Any]:
   """The pytree a train step changes.
 
@@ -43,12 +49,13 @@ def make_trainable(
     decoder: the starting weights.
     lora_rank: of the 'adapter'; 0 trains all parameters, the 'decoder' in float32.
     seed: of the adapter's first values.
+    lora_targets: the projections that the adapter is for; () is all dense ones.
     traits: how many directions the 'head' has; 0 leaves it out.
     frozen: the head alone is trained.
   """
   trainable: dict[str, Any] = {}
   if lora_rank and not frozen:
-    trainable['adapter'] = Adapter(decoder.config, lora_rank, rngs=nnx.Rngs(seed))
+    trainable['adapter'] = Adapter(decoder.config, lora_rank, rngs=nnx.Rngs(seed), targets=lora_targets)
   elif not frozen:
     trainable['decoder'] = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), decoder)
   if traits:
