@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       file=sys.stderr,
     )
     return 2
-  except KeyboardInterrupt:
-    print('charjax: interrupted', file=sys.stderr)
+  except KeyboardInterrupt as error:
+    print(f'charjax: {error}' if str(error) else 'charjax: interrupted', file=sys.stderr)
     return 130
 
 
@@ -157,7 +157,7 @@ def _chat(rest: Sequence[str], config_spec: str, workdir: str, changes: Sequence
   if 'trait' in options and not options.get('side_by_side'):
     raise UserError('--trait goes with --side_by_side, where it is shown to the model')
   place = epath.Path(os.path.expanduser(given[0]))
-  config, trained = (read_config(config_spec, changes), False) if config_spec else _at(place, bool(workdir), changes)
+  config, trained = (read_config(config_spec, changes), False) if config_spec else _at(given[0], bool(workdir), changes)
   if trained and not (place / 'policy' / 'stage.json').exists():
     raise UserError(
       f'{place}: its policy is not trained to the end; run charjax policy, or talk to the model that it starts from: '
@@ -165,9 +165,12 @@ def _chat(rest: Sequence[str], config_spec: str, workdir: str, changes: Sequence
     )
   session = _prepare(config, place)
   from charjax import chat
+  from charjax.model import hub
 
   drawn = {'temperature': config.evaluation.temperature, 'top_p': config.evaluation.top_p, 'max_new_tokens': 512}
   with _devices(config):
+    if hub.is_address(config.model.path):
+      session.checkpoint  # noqa: B018  (bars of a download do not go into the lines of a conversation)
     chat.run(session, trained, chat.Settings(**drawn | options))
   return 0
 
@@ -180,7 +183,7 @@ def _export(
   if len(given) != 1 or (rest and config_spec):
     raise UserError('charjax export takes a model or a run folder, or --workdir=DIR with or without --config=FILE.py')
   place = epath.Path(os.path.expanduser(given[0]))
-  config, is_run = (read_config(config_spec, changes), True) if config_spec else _at(place, bool(workdir), changes)
+  config, is_run = (read_config(config_spec, changes), True) if config_spec else _at(given[0], bool(workdir), changes)
   kind = options.get('model', 'policy' if is_run else 'start')
   if kind != 'start' and not is_run:
     raise UserError(f'--model={kind}: {place} is a model and no run; leave the flag out, or give the folder of a run')
@@ -196,13 +199,17 @@ def _export(
   return 0
 
 
-def _at(place: epath.Path, wants_run: bool, changes: Sequence[str]) -> tuple[ml_collections.ConfigDict, bool]:
+def _at(named: str, wants_run: bool, changes: Sequence[str]) -> tuple[ml_collections.ConfigDict, bool]:
   """The config of what is at a place, and whether that is a run, which has its own, or a model."""
-  record = _read_record(place)
+  from charjax.model import hub
+
+  place = epath.Path(os.path.expanduser(named))
+  # A model of the hub is not looked into where it is, as epath would.
+  record = None if hub.is_address(named) else _read_record(place)
   config = defaults.get_config()
   config.lock()
   if record is None:
-    config.model.path = _model_path(str(place), wants_run)
+    config.model.path = _model_path(os.path.expanduser(named), wants_run)
   else:
     merge(config, record, str(place / 'config.json'), '')
     config.character.path = str(place / 'character.toml')
@@ -211,14 +218,14 @@ def _at(place: epath.Path, wants_run: bool, changes: Sequence[str]) -> tuple[ml_
 
 def _model_path(path: str, wants_run: bool) -> str:
   """The path, unless there is neither a model nor a run."""
-  from charjax.model import checkpoint_source
+  from charjax.model import checkpoint_source, hub
 
-  known = path in (checkpoint_source.EMBEDDED, checkpoint_source.RANDOM)
+  known = path in (checkpoint_source.EMBEDDED, checkpoint_source.RANDOM) or hub.is_address(path)
   if wants_run or not (known or os.path.isfile(path) or os.path.exists(os.path.join(path, 'config.json'))):
     what = 'no run was begun there' if wants_run else 'neither a model nor a run folder'
     raise UserError(
       f'{path}: {what}; give the --workdir of a run, {checkpoint_source.EMBEDDED}, a .gguf file or a Hugging Face '
-      'directory'
+      f'directory{"" if wants_run else hub.hint(path)}'
     )
   return path
 
@@ -283,12 +290,14 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str], di
 
 def _model_is_there(path: str) -> None:
   """A missing file is told of before any work; what is in it is checked when it is read."""
-  from charjax.model import checkpoint_source
+  from charjax.model import checkpoint_source, hub
 
-  if path not in (checkpoint_source.EMBEDDED, checkpoint_source.RANDOM) and not os.path.exists(path):
+  if hub.is_address(path):
+    hub.check(path)
+  elif path not in (checkpoint_source.EMBEDDED, checkpoint_source.RANDOM) and not os.path.exists(path):
     raise UserError(
       f'config.model.path={path}: no such file or directory; give {checkpoint_source.EMBEDDED}, a .gguf file '
-      'or a Hugging Face directory'
+      f'or a Hugging Face directory{hub.hint(path)}'
     )
 
 
@@ -331,6 +340,18 @@ def _can_be_judged(config: ml_collections.ConfigDict, character: characters.Char
       f'it could be as bad as {best["low"]:.2f}, and config.rankings.minimum_accuracy is {wanted}; write twelve '
       'a trait, or lower that'
     )
+
+
+def _pin(session: workdirs.Session) -> None:
+  """Names the very commit of a model of the hub, so that it is the same in all of a run: the one it was begun with."""
+  from charjax.model import hub
+
+  path = session.config.model.path
+  if hub.is_address(path):
+    model = (_read_record(session.workdir) or {}).get('model', {})
+    before = model.get('path', '') if isinstance(model, ml_collections.ConfigDict) else ''
+    session.config.model.path = before if str(before).startswith(f'{path}@') else hub.pin(path)
+    session.log(f'model: {session.config.model.path}')
 
 
 def _record(session: workdirs.Session) -> None:
@@ -388,6 +409,7 @@ def _sources(stage: workdirs.Stage) -> set[str]:
 def _run(chosen: Sequence[workdirs.Stage], config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
   session = _prepare(config, workdir)
   with workdirs.lock(workdir):
+    _pin(session)
     if len(chosen) == 1:
       for stage in STAGES:
         state = workdirs.status(stage, session) if stage.name in _sources(chosen[0]) else 'done'

@@ -1,4 +1,4 @@
-"""Where starting weights come from: the embedded default, a GGUF file or a Hugging Face directory."""
+"""Where starting weights come from: the embedded default, a GGUF file, a Hugging Face directory or the hub."""
 
 import dataclasses
 import hashlib
@@ -48,22 +48,28 @@ class Checkpoint:
 
 
 def load(path: str) -> Checkpoint:
-  """Opens 'smollm2-135m-instruct', a .gguf file or a Hugging Face directory, or makes the tiny 'random'.
+  """Opens 'smollm2-135m-instruct', a .gguf file, a Hugging Face directory or hf://org/name, or makes the tiny 'random'.
 
   Raises:
     UserError: there is no such thing, or it cannot be read as a decoder of a supported family.
   """
   # These need Checkpoint from here.
-  from charjax.model import gguf, huggingface, random_model
+  from charjax.model import gguf, hub, huggingface, random_model
 
   if path == EMBEDDED:
     return gguf.read(_embedded_path())
   if path == RANDOM:
     return random_model.make()
+  if hub.is_address(path):
+    address = hub.pin(path)
+    # What is not supported is refused before gigabytes are fetched.
+    return huggingface.read(hub.fetch(address, huggingface.TEXT), lambda names: hub.fetch(address, names))
   if os.path.isdir(path):
     return huggingface.read(path)
   if not os.path.exists(path):
-    raise UserError(f'{path}: no such file or directory; give {EMBEDDED!r}, a .gguf file or a Hugging Face directory')
+    raise UserError(
+      f'{path}: no such file or directory; give {EMBEDDED!r}, a .gguf file or a Hugging Face directory{hub.hint(path)}'
+    )
   if not path.endswith('.gguf') or not os.path.isfile(path):
     raise UserError(f'{path}: not a .gguf file; give a .gguf file or the directory that holds config.json')
   return gguf.read(path)
