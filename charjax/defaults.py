@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
   config.mesh = (1, -1, 1)
 
   config.model = ConfigDict()
-  config.model.path = 'smollm2-135m-instruct'  # or a .gguf file, or a Hugging Face directory
+  config.model.path = 'smollm2-135m-instruct'  # or a .gguf file, a Hugging Face directory, hf://org/name
   config.model.dtype = 'bfloat16'  # of the starting weights; what is trained is float32
   config.model.compute_dtype = 'bfloat16'  # of the operands of matrix products
   config.model.scan_layers = True

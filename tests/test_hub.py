@@ -265,7 +265,9 @@ def run(tmp_path, monkeypatch, capsys):
 
   def start(path: str, folder: str = 'run') -> tuple[str, str]:
     workdir = tmp_path / folder
-    assert main(['run', f'--config={tmp_path / "config.py"}', f'--workdir={workdir}', f'--config.model.path={path}']) == 0
+    assert (
+      main(['run', f'--config={tmp_path / "config.py"}', f'--workdir={workdir}', f'--config.model.path={path}']) == 0
+    )
     return capsys.readouterr().out, json.loads((workdir / 'config.json').read_text())['config']['model']['path']
 
   return start
@@ -291,14 +293,18 @@ def test_a_run_is_refused_before_anything_is_fetched(tiny, tmp_path, capsys, mon
   arguments = ('run', f'--config={tmp_path / "config.py"}', f'--workdir={tmp_path / "run"}')
   line = mistake(capsys, *arguments, '--config.model.path=hf://org/tiny')
   assert line.startswith("charjax: hf://org/tiny: needs the client of the Hugging Face Hub; run: pip install 'hugg")
-  assert 'not the address of a model; give hf://ORG/NAME' in mistake(capsys, *arguments, '--config.model.path=hf://tiny')
+  assert 'not the address of a model; give hf://ORG/NAME' in mistake(
+    capsys, *arguments, '--config.model.path=hf://tiny'
+  )
   assert not (tmp_path / 'run').exists() and not tiny.hub.files
 
 
 # ---- what goes wrong ----
 
 
-@pytest.mark.parametrize('address', ['hf://', 'hf://tiny', 'hf://org/tiny@', 'hf://a/b/c', 'hf://org/../x', 'hf://o/n@a b'])
+@pytest.mark.parametrize(
+  'address', ['hf://', 'hf://tiny', 'hf://org/tiny@', 'hf://a/b/c', 'hf://org/../x', 'hf://org/a--b', 'hf://o/n@a b']
+)
 def test_what_is_no_address_is_told(address, capsys):
   assert f'{address}: not the address of a model; give hf://ORG/NAME' in mistake(capsys, 'chat', address)
 
@@ -325,7 +331,6 @@ def test_a_client_that_is_too_old_is_told(client, capsys, monkeypatch):
 def test_a_model_that_is_not_there_is_told(tiny, capsys):
   assert 'no such model, or a private one; check the name at http' in refusal(capsys, 'hf://org/none')
   assert 'it has no revision v9; choose from those at http' in refusal(capsys, 'hf://org/tiny@v9')
-  assert 'cannot be fetched (' in refusal(capsys, 'hf://org/a--b')  # which the client takes for no name
 
 
 @pytest.mark.parametrize(
@@ -355,7 +360,7 @@ def test_a_file_that_breaks_off_is_told_and_fetched_again(tiny, capsys):
 def test_without_a_connection_the_cache_serves_what_it_has_whole(tiny, client, capsys, monkeypatch):
   with monkeypatch.context() as patch:
     offline(client, patch)
-    assert 'cannot be reached (Cannot reach' in (line := refusal(capsys, 'hf://org/tiny')) and 'connect' in line
+    assert 'the hub cannot be reached (HF_HUB_OFFLINE is set); connect' in refusal(capsys, 'hf://org/tiny')
   wanted = load('hf://org/tiny')
   offline(client, monkeypatch)
   tiny.hub.files.clear()

@@ -73,7 +73,7 @@ def fetch(address: str, names: Sequence[str]) -> str:
 def _split(address: str) -> tuple[str, str]:
   """The name and the revision, or ''."""
   match = re.fullmatch(rf'{_PREFIX}({_NAME})(?:@([^\s@]+))?', address, re.ASCII)
-  if not match:
+  if not match or '--' in match[1] or '..' in match[1]:
     raise UserError(f'{address}: not the address of a model; give {_PREFIX}ORG/NAME or {_PREFIX}ORG/NAME@REVISION')
   return match[1], match[2] or ''
 
@@ -107,6 +107,7 @@ def _told(address: str) -> Iterator[None]:
   except (errors.RevisionResolutionError, errors.LocalEntryNotFoundError) as error:
     # The client went on to its cache; the reason why stands in what it raised this from.
     reason = one_line(error.__cause__) if isinstance(error.__cause__, Exception) else one_line(error)
+    reason = 'HF_HUB_OFFLINE is set' if constants.is_offline_mode() else reason
     raise UserError(
       f'{address}: not whole in the cache {constants.HF_HUB_CACHE}, and the hub cannot be reached ({reason}); connect '
       'and give the same command again, or give a directory'

@@ -48,9 +48,7 @@ def read(path: str, fetch: Callable[[Sequence[str]], object] = lambda names: Non
   return Checkpoint(config, tensors, tokenizer, template, family, source=str(folder))
 
 
-def _tensors(
-  folder: Path, config: ModelConfig, family: str, fetch: Callable[[Sequence[str]], object]
-) -> Tensors:
+def _tensors(folder: Path, config: ModelConfig, family: str, fetch: Callable[[Sequence[str]], object]) -> Tensors:
   files: dict[str, Any] = {}
   shapes: dict[str, tuple[int, ...]] = {}
   for shard in _shards(folder, fetch):
