@@ -42,6 +42,7 @@ class Hub(ThreadingHTTPServer):
     refuses: a model's name to status and X-Error-Code, for its files alone or ('*') for all.
     ends: of a file that is cut off, after how many bytes; from then on there is none.
     slow: set once a file of a gigabyte, which comes in pieces, was asked for.
+    pieces: how many of those 1024 were sent.
   """
 
   daemon_threads = True
@@ -49,7 +50,7 @@ class Hub(ThreadingHTTPServer):
   def __init__(self):
     super().__init__(('127.0.0.1', 0), _Handler)
     self.models, self.files, self.refuses, self.ends = {}, [], {}, {}
-    self.slow = threading.Event()
+    self.slow, self.pieces = threading.Event(), 0
 
   def add(self, name: str, folder: Path, revision: str = 'main') -> str:
     commit = hashlib.sha1(f'{name} {folder}'.encode()).hexdigest()
@@ -121,8 +122,9 @@ class _Handler(BaseHTTPRequestHandler):
     if self.command == 'GET':
       self.server.slow.set()
       with contextlib.suppress(OSError):
-        while True:
+        while self.server.pieces < 1024:
           self.wfile.write(bytes(2**20))
+          self.server.pieces += 1
           time.sleep(0.01)
 
   def answer(self, status: int = 200, code: str = '', content: bytes = b'', length: int | None = None, **headers):
@@ -390,5 +392,6 @@ def test_ctrl_c_ends_a_download_without_waiting_for_its_files(tiny, client, tmp_
   assert main(['chat', 'hf://org/slow']) == 130
   err = capsys.readouterr().err
   assert err.split('\n')[-2].startswith('charjax: hf://org/slow@') and 'give the same command again' in err
+  assert tiny.hub.pieces < 1024
   # What had come of the file was let go.
   assert not list(Path(client.constants.HF_HUB_CACHE).rglob('*.incomplete'))

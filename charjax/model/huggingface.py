@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from charjax.errors import UserError, one_line
 from charjax.model import sentencepiece
 from charjax.model.chat import ChatTemplate
-from charjax.model.checkpoint_source import Checkpoint, Tensors, assemble
+from charjax.model.checkpoint_source import Checkpoint, Index, Tensors, assemble
 from charjax.model.config import ModelConfig
 from charjax.model.families import from_hf, tensor_names
 from charjax.model.tokenizer import Tokenizer, from_tokenizer_json
@@ -68,9 +68,9 @@ def _tensors(folder: Path, config: ModelConfig, family: str, fetch: Callable[[Se
   if config.tied_embeddings:
     ignored.append(names['head'])
 
-  def tensor(_: str, file_name: str) -> np.ndarray:
+  def tensor(_: str, file_name: str, part: Index) -> np.ndarray:
     try:
-      return files[file_name].get_tensor(file_name)
+      return files[file_name].get_slice(file_name)[part]
     except (OSError, SafetensorError) as error:
       raise UserError(f'{folder}: tensor {file_name} cannot be read ({one_line(error)}); fetch it again') from error
 
