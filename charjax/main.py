@@ -383,7 +383,8 @@ def _devices(config: ml_collections.ConfigDict) -> Iterator[None]:
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     jax.config.update('jax_compilation_cache_dir', os.path.join(caches, 'charjax', 'xla'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  if not os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   try:
     backend = jax.default_backend()
   except RuntimeError as error:
