@@ -199,17 +199,18 @@ def _export(
   return 0
 
 
-def _at(named: str, wants_run: bool, changes: Sequence[str]) -> tuple[ml_collections.ConfigDict, bool]:
+def _at(where: epath.PathLike, wants_run: bool, changes: Sequence[str]) -> tuple[ml_collections.ConfigDict, bool]:
   """The config of what is at a place, and whether that is a run, which has its own, or a model."""
   from charjax.model import hub
 
-  place = epath.Path(os.path.expanduser(named))
+  named = os.path.expanduser(os.fspath(where))
+  place = epath.Path(named)
   # A model of the hub is not looked into where it is, as epath would.
   record = None if hub.is_address(named) else _read_record(place)
   config = defaults.get_config()
   config.lock()
   if record is None:
-    config.model.path = _model_path(os.path.expanduser(named), wants_run)
+    config.model.path = _model_path(named, wants_run)
   else:
     merge(config, record, str(place / 'config.json'), '')
     config.character.path = str(place / 'character.toml')
