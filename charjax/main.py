@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       file=sys.stderr,
     )
     return 2
-  except KeyboardInterrupt:
-    print('charjax: interrupted', file=sys.stderr)
+  except KeyboardInterrupt as error:
+    print(f'charjax: {error}' if str(error) else 'charjax: interrupted', file=sys.stderr)
     return 130
 
 
@@ -164,15 +164,18 @@ def _chat(rest: Sequence[str], config_spec: str, workdir: str, changes: Sequence
   if 'trait' in options and not options.get('side_by_side'):
     raise UserError('--trait goes with --side_by_side, where it is shown to the model')
   place = epath.Path(os.path.expanduser(given[0]))
-  config, trained = (read_config(config_spec, changes), False) if config_spec else _at(place, bool(workdir), changes)
+  config, trained = (read_config(config_spec, changes), False) if config_spec else _at(given[0], bool(workdir), changes)
   if trained:
     instead = f'or talk to the model that it starts from: charjax chat {config.model.path}'
     starting_model.check_trained(place, f'run charjax policy, {instead}')
   session = _prepare(config, place)
   from charjax import chat
+  from charjax.model import hub
 
   drawn = {'temperature': config.evaluation.temperature, 'top_p': config.evaluation.top_p, 'max_new_tokens': 512}
   with _devices(config):
+    if hub.is_address(config.model.path):
+      session.checkpoint  # noqa: B018  (bars of a download do not go into the lines of a conversation)
     chat.run(session, trained, chat.Settings(**drawn | options))
   return 0
 
@@ -185,7 +188,7 @@ def _export(
   if len(given) != 1 or (rest and config_spec):
     raise UserError('charjax export takes a model or a run folder, or --workdir=DIR with or without --config=FILE.py')
   place = epath.Path(os.path.expanduser(given[0]))
-  config, is_run = (read_config(config_spec, changes), True) if config_spec else _at(place, bool(workdir), changes)
+  config, is_run = (read_config(config_spec, changes), True) if config_spec else _at(given[0], bool(workdir), changes)
   kind = options.get('model', 'policy' if is_run else 'start')
   if kind != 'start' and not is_run:
     raise UserError(f'--model={kind}: {place} is a model and no run; leave the flag out, or give the folder of a run')
@@ -201,16 +204,18 @@ def _export(
   return 0
 
 
-def _at(place: epath.Path, wants_run: bool, changes: Sequence[str]) -> tuple[ml_collections.ConfigDict, bool]:
+def _at(where: epath.PathLike, wants_run: bool, changes: Sequence[str]) -> tuple[ml_collections.ConfigDict, bool]:
   """The config of what is at a place, and whether that is a run, which has its own, or a model."""
-  record = starting_model.read_record(place)
+  named = os.path.expanduser(os.fspath(where))
+  place = epath.Path(named)
+  record = starting_model.read_record(named)
   config = defaults.get_config()
   config.lock()
   if record is None:
     if wants_run:
       raise UserError(f'{place}: no run was begun there; give the --workdir of a run')
-    starting_model.check_path(str(place))
-    config.model.path = str(place)
+    starting_model.check_path(named)
+    config.model.path = named
   else:
     merge(config, record, str(place / 'config.json'), '')
     config.character.path = str(place / 'character.toml')
@@ -324,6 +329,18 @@ def _can_be_judged(config: ml_collections.ConfigDict, character: characters.Char
     )
 
 
+def _pin(session: workdirs.Session) -> None:
+  """Names the very commit of a model of the hub, so that it is the same in all of a run: the one it was begun with."""
+  from charjax.model import hub
+
+  path = session.config.model.path
+  if hub.is_address(path):
+    model = (starting_model.read_record(session.workdir) or {}).get('model', {})
+    before = model.get('path', '') if isinstance(model, ml_collections.ConfigDict) else ''
+    session.config.model.path = before if str(before).startswith(f'{path}@') else hub.pin(path)
+    session.log(f'model: {session.config.model.path}')
+
+
 def _record(session: workdirs.Session) -> None:
   """Writes what the run was started with beside its stages."""
   versions = {'python': platform.python_version()}
@@ -353,7 +370,8 @@ def _devices(config: ml_collections.ConfigDict) -> Iterator[None]:
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     jax.config.update('jax_compilation_cache_dir', os.path.join(caches, 'charjax', 'xla'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  if not os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   try:
     backend = jax.default_backend()
   except RuntimeError as error:
@@ -380,6 +398,7 @@ def _run(chosen: Sequence[workdirs.Stage], config: ml_collections.ConfigDict, wo
   session = _prepare(config, workdir)
   starting_model.check_apart(config.model, workdir)
   with workdirs.lock(workdir):
+    _pin(session)
     if len(chosen) == 1:
       for stage in STAGES:
         state = workdirs.status(stage, session) if stage.name in _sources(chosen[0]) else 'done'

@@ -52,13 +52,19 @@ def check_path(path: str, field: str = '') -> None:
   Raises:
     UserError: beginning with `field`: it is not.
   """
+  from charjax.model import hub
   from charjax.model.checkpoint_source import EMBEDDED, RANDOM
 
+  if hub.is_address(path):
+    hub.check(path)
+    return
   if path in (EMBEDDED, RANDOM) or os.path.lexists(os.path.join(path, 'config.json')):
     return
   if os.path.isdir(path) or not os.path.exists(path):
     what = 'neither a model nor a run folder' if os.path.isdir(path) else 'no such file or directory'
-    raise UserError(f'{field}{path}: {what}; give {EMBEDDED}, a .gguf file, a Hugging Face directory or a run folder')
+    raise UserError(
+      f'{field}{path}: {what}; give {EMBEDDED}, a .gguf file, a Hugging Face directory or a run folder{hub.hint(path)}'
+    )
 
 
 def load(model: Mapping[str, Any]) -> Checkpoint:
@@ -82,6 +88,10 @@ def contents(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_record(folder: epath.PathLike) -> ml_collections.ConfigDict | None:
   """The config that a run was started with; None if the folder is not a run's."""
+  from charjax.model import hub
+
+  if hub.is_address(os.fspath(folder)):  # epath would look into it where it is.
+    return None
   folder = epath.Path(folder)
   try:
     record = json.loads((folder / 'config.json').read_text())
@@ -102,7 +112,10 @@ def check_apart(model: ml_collections.ConfigDict, workdir: epath.Path) -> None:
   Raises:
     UserError: it starts from its own folder.
   """
-  for folder in (epath.Path(model.path), *(place for place, _ in _entries(model.adapters))):
+  from charjax.model import hub
+
+  start = [] if hub.is_address(model.path) else [epath.Path(model.path)]
+  for folder in (*start, *(place for place, _ in _entries(model.adapters))):
     if folder.resolve() == workdir.resolve():
       raise UserError(f'--workdir={workdir}: a run cannot start from its own folder; choose another --workdir')
 

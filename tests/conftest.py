@@ -16,7 +16,7 @@ os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + FAST + ' --xla_force
 os.environ.setdefault(
   'JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(tempfile.gettempdir()) / f'charjax-tests-{os.getuid()}')
 )
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 # The files that take longest, in this order: where several processes share the tests, none is left with one of these.
 _FIRST = ('test_smoke.py', 'test_mesh.py', 'test_stages_on_meshes.py', 'test_checkpoints.py', 'test_decoder.py')

@@ -1,11 +1,11 @@
-"""Where starting weights come from: the embedded default, a GGUF file or a Hugging Face directory."""
+"""Where starting weights come from: the embedded default, a GGUF file, a Hugging Face directory or the hub."""
 
 import dataclasses
 import hashlib
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,22 +48,28 @@ class Checkpoint:
 
 
 def load(path: str) -> Checkpoint:
-  """Opens 'smollm2-135m-instruct', a .gguf file or a Hugging Face directory, or makes the tiny 'random'.
+  """Opens 'smollm2-135m-instruct', a .gguf file, a Hugging Face directory or hf://org/name, or makes the tiny 'random'.
 
   Raises:
     UserError: there is no such thing, or it cannot be read as a decoder of a supported family.
   """
   # These need Checkpoint from here.
-  from charjax.model import gguf, huggingface, random_model
+  from charjax.model import gguf, hub, huggingface, random_model
 
   if path == EMBEDDED:
     return gguf.read(_embedded_path())
   if path == RANDOM:
     return random_model.make()
+  if hub.is_address(path):
+    address = hub.pin(path)
+    # What is not supported is refused before gigabytes are fetched.
+    return huggingface.read(hub.fetch(address, huggingface.TEXT), lambda names: hub.fetch(address, names))
   if os.path.isdir(path):
     return huggingface.read(path)
   if not os.path.exists(path):
-    raise UserError(f'{path}: no such file or directory; give {EMBEDDED!r}, a .gguf file or a Hugging Face directory')
+    raise UserError(
+      f'{path}: no such file or directory; give {EMBEDDED!r}, a .gguf file or a Hugging Face directory{hub.hint(path)}'
+    )
   if not path.endswith('.gguf') or not os.path.isfile(path):
     raise UserError(f'{path}: not a .gguf file; give a .gguf file or the directory that holds config.json')
   return gguf.read(path)
@@ -92,6 +98,9 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   return shapes
 
 
+Index = tuple[slice, ...]  # a part of a tensor: a slice of each of its dimensions
+
+
 class Part(NamedTuple):
   """What of a file's tensor is which part of ours: rows [begin, end) of `file_name`, at `place` of ours."""
 
@@ -113,12 +122,12 @@ class Layout:
   def __init__(self, config: ModelConfig, names: Mapping[str, str]):
     """Args: names, our name to the file's, with {layer} and, unless experts are one tensor, {expert}. Where two of a
     layer have the same, it holds the rows of both, in the order of `tensor_shapes`."""
-    self.shapes, parameters = tensor_shapes(config), block_parameters(config)
+    self.shapes, self._parameters = tensor_shapes(config), block_parameters(config)
     self._config, self._names = config, names
     self.together: dict[str, list[str]] = {}
     for name in self.shapes:
       self.together.setdefault(names[name], []).append(name)
-    self._rows = {n: _file_shape(n, s, parameters, '{expert}' in names[n]) for n, s in self.shapes.items()}
+    self._rows = {n: _file_shape(n, s, self._parameters, '{expert}' in names[n]) for n, s in self.shapes.items()}
 
   def places(self, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The file's tensors that make up ours, and where each stands in it."""
@@ -144,6 +153,21 @@ class Layout:
     for file_name, place in self.places(name):
       yield Part(file_name, place, begin, begin + self._rows[name][0])
 
+  def matrices(self, name: str) -> Iterator[Part]:
+    """`parts`, experts one by one: those of one tensor are rows of one matrix, after those of the experts before."""
+    rows = self._rows[name]
+    for part in self.parts(name):
+      if len(rows) < 3:
+        yield part
+      for expert in range(rows[0]) if len(rows) == 3 else ():
+        yield Part(part.file_name, (*part.place, expert), expert * rows[1], (expert + 1) * rows[1])
+
+  def inputs(self, name: str) -> int | None:
+    """How many of the first dimensions of one of ours (of one layer and expert) are inputs; None: of the embedding."""
+    if name.startswith('blocks.'):
+      return self._parameters[name.removeprefix('blocks.')].inputs
+    return {'embed': None, 'head': 1}.get(name, 0)
+
   def to_file(self, name: str, value: Any) -> Any:
     """A part of ours as the file's rows have it; the inverse of what `Tensors` does."""
     rows = self._rows[name]
@@ -153,10 +177,20 @@ class Layout:
 
 
 class Tensors(Mapping[str, np.ndarray]):
-  """Tensors that are read when they are asked for, each time anew: float32, or by `read` in a type of one's choice."""
+  """Tensors that are read when they are asked for, each time anew: float32, or by `read` in a type of one's choice.
 
-  def __init__(self, names: Collection[str], read: Callable[[str, Any], np.ndarray]):
-    self._names, self.read = names, read
+  Attributes:
+    read: name and type to the tensor.
+    read_part: name, type and part to that part, of those that need not be read whole for it; else None.
+  """
+
+  def __init__(
+    self,
+    names: Collection[str],
+    read: Callable[[str, Any], np.ndarray],
+    read_part: Callable[[str, Any, Index], np.ndarray] | None = None,
+  ):
+    self._names, self.read, self.read_part = names, read, read_part
 
   def __getitem__(self, name: str) -> np.ndarray:
     return self.read(name, np.float32)
@@ -176,27 +210,59 @@ def read_tensor(tensors: Mapping[str, np.ndarray], name: str, dtype: Any) -> np.
   return tensors.read(name, dtype) if isinstance(tensors, Tensors) else np.asarray(tensors[name], dtype)
 
 
+def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+  """An array whose memory a CPU device takes over as it is; of one that begins elsewhere it would make a copy."""
+  dtype, alignment = np.dtype(dtype), 64
+  memory = np.empty(math.prod(shape) * dtype.itemsize + alignment, np.uint8)
+  start = -memory.ctypes.data % alignment
+  return memory[start : start + memory.size - alignment].view(dtype).reshape(shape)
+
+
+_BLOCK = 1 << 19  # numbers that are read at a time: what takes few bits in a file takes several times 32 meanwhile
+
+
+def _blocks(
+  out: np.ndarray, shape: Sequence[int], ranges: Sequence[range], inputs: int | None, begin: int
+) -> Iterator[tuple[np.ndarray, Index]]:
+  """The pieces in which a matrix or vector is read: where each goes, and what of the file's tensor it is.
+
+  Args:
+    out: the part of it that is wanted, with the axes that it has here.
+    shape: the whole of it.
+    ranges: which part. Only the first dimension of its inputs and of its outputs may be split.
+    inputs: how many of its first dimensions are inputs, which come second in a file; None: an embedding, [out, in].
+    begin: its first row in the file.
+  """
+  axes = list(range(len(shape)))
+  outputs = 1 if inputs is None else len(shape) - inputs
+  order = axes if inputs is None else axes[inputs:] + axes[:inputs]
+  out, sizes, ranges = out.transpose(order), [shape[axis] for axis in order], [ranges[axis] for axis in order]
+  tall, wide = math.prod(sizes[1:outputs]), math.prod(sizes[outputs + 1 :])
+  columns = [slice(some.start * wide, some.stop * wide) for some in ranges[outputs : outputs + 1]]
+  step = max(1, _BLOCK // math.prod(sizes[1:]))
+  for start in range(0, len(ranges[0]), step):
+    some = ranges[0][start : start + step]
+    yield out[start : start + len(some)], (slice(begin + some.start * tall, begin + some.stop * tall), *columns)
+
+
 def assemble(
   config: ModelConfig,
   where: str,
   names: Mapping[str, str],
   found: Mapping[str, tuple[int, ...]],
-  read: Callable[[str, str], np.ndarray],
+  read: Callable[[str, str, Index], np.ndarray],
   ignored: Collection[str] = (),
   family: str = 'llama',
 ) -> Tensors:
   """A file's tensors as a checkpoint's, after a look at the names and shapes of all of them.
-
-  Each is stacked over layers (and experts) when it is asked for. Beside the one asked for, the largest tensor of the
-  file is in memory at a time, and from 16 bits to 16 bits nothing takes 32. Since a stacked tensor is one array here
-  and on the devices, a model's loading needs its own size and about twice that of its largest stacked tensor.
 
   Args:
     config: the shape of the model.
     where: the file's path, for error messages.
     names: our name to the file's, as in `Layout`.
     found: shapes of the tensors in the file, matrices as [out, in].
-    read: our name and the file's name to the tensor, [out, in], of any float type.
+    read: our name, the file's name and a part to that part of the tensor, [out, in], of any float type. Its rows are
+      whole heads, and those of one expert's matrix follow those of another.
     ignored: tensors of the file that may be left unread.
     family: for error messages.
 
@@ -226,18 +292,23 @@ def assemble(
   if unknown:
     raise UserError(f'{where}: {_listed(unknown)} of its config; was it saved from another model, or with adapters?')
 
-  def stacked(name: str, dtype: Any) -> np.ndarray:
-    out = np.empty(layout.shapes[name], dtype)
-    for part in layout.parts(name):
-      value = read(name, part.file_name)
-      if value.shape[0] != part.end - part.begin:
-        value = value[part.begin : part.end]
-      place = out[part.place]
-      turned = value if name == 'embed' or value.ndim < 2 else value.swapaxes(-2, -1)
-      place[...] = turned.reshape(place.shape)
+  def read_part(name: str, dtype: Any, part: Index | None = None) -> np.ndarray:
+    """A part of a tensor, or all: from 16 bits to 16 bits it never takes 32.
+
+    Beside it a few blocks of rows are in memory at a time, whatever the sizes of the file's tensors.
+    """
+    shape = layout.shapes[name]
+    part = part or (slice(None),) * len(shape)
+    ranges = [range(*some.indices(size)) for some, size in zip(part, shape, strict=True)]
+    out = empty([len(some) for some in ranges], dtype)
+    for file_name, place, begin, _ in layout.matrices(name):
+      if all(i in some for i, some in zip(place, ranges, strict=False)):
+        depth, here = len(place), tuple(i - some.start for i, some in zip(place, ranges, strict=False))
+        for block, index in _blocks(out[here], shape[depth:], ranges[depth:], layout.inputs(name), begin):
+          block[...] = read(name, file_name, index).reshape(block.shape)
     return out
 
-  return Tensors(layout.shapes, stacked)
+  return Tensors(layout.shapes, read_part, read_part)
 
 
 _LISTED = 8  # so many fit in one line that is still read

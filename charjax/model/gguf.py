@@ -15,7 +15,7 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape
 
 from charjax.errors import UserError
 from charjax.model.chat import ChatTemplate
-from charjax.model.checkpoint_source import Checkpoint, assemble
+from charjax.model.checkpoint_source import Checkpoint, Index, assemble
 from charjax.model.gguf_families import from_gguf
 from charjax.model.tokenizer import bpe_from_gguf
 
@@ -49,14 +49,11 @@ def read(path: str) -> Checkpoint:
     _check_readable(header.kind, f'{path}: tensor {name[:80]}')
   shapes = {name: header.shape for name, header in stored.items()}
 
-  def tensor(_: str, file_name: str) -> np.ndarray:
-    return _dequantize(data, stored[file_name])
-
-  family = from_gguf(metadata, shapes, lambda name: tensor('', name), path)
+  family = from_gguf(metadata, shapes, lambda name: _dequantize(data, stored[name], slice(None)), path)
   config = family.config
 
-  def turned(name: str, file_name: str) -> np.ndarray:
-    value = tensor(name, file_name)
+  def tensor(name: str, file_name: str, part: Index) -> np.ndarray:
+    value = _dequantize(data, stored[file_name], part[0])[:, *part[1:]]
     if family.interleaved and name in ('blocks.q', 'blocks.k'):
       # Such a file keeps the pairs that are rotated together next to each other; here they are half a head apart.
       value = value.reshape(-1, config.head_dim // 2, 2, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
@@ -66,7 +63,7 @@ def read(path: str) -> Checkpoint:
   tokenizer = bpe_from_gguf(metadata, path, reply_end)
   if tokenizer.vocab_size > config.vocab_size:
     raise UserError(f'{path}: {tokenizer.vocab_size} tokens for {config.vocab_size} embeddings; wrong file?')
-  tensors = assemble(config, path, family.names, shapes, turned, family.ignored, family.architecture)
+  tensors = assemble(config, path, family.names, shapes, tensor, family.ignored, family.architecture)
   return Checkpoint(config, tensors, tokenizer, template, family.family, family.rope)
 
 
@@ -147,12 +144,16 @@ def _size(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
   return size
 
 
-def _dequantize(data: np.ndarray, stored: _Stored) -> np.ndarray:
+def _dequantize(data: np.ndarray, stored: _Stored, rows: slice) -> np.ndarray:
+  """Some rows of a tensor, [rows, in] whatever its shape; of a vector each number is a row, without an axis for it."""
   shape, kind, offset = stored
   raw = data[offset : offset + _size(shape, kind)]
   if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-    return raw.view('<f4' if kind == GGMLQuantizationType.F32 else '<f2').reshape(shape).astype(np.float32)
-  return dequantize(raw.reshape(quant_shape_to_byte_shape(shape, kind)), kind)
+    values = raw.view('<f4' if kind == GGMLQuantizationType.F32 else '<f2')
+    return values.reshape(-1, *shape[-1:] * (len(shape) > 1))[rows].astype(np.float32)
+  if len(shape) < 2:
+    return dequantize(raw, kind)[rows]
+  return dequantize(raw.reshape(-1, quant_shape_to_byte_shape(shape, kind)[-1])[rows], kind)
 
 
 def _check_readable(kind: GGMLQuantizationType, where: str) -> None:

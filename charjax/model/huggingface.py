@@ -1,7 +1,7 @@
 """Reads a Hugging Face directory: config.json, safetensors, tokenizer.json or tokenizer.model, chat template."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,26 @@ from safetensors import SafetensorError, safe_open
 from charjax.errors import UserError, one_line
 from charjax.model import sentencepiece
 from charjax.model.chat import ChatTemplate
-from charjax.model.checkpoint_source import Checkpoint, Tensors, assemble
+from charjax.model.checkpoint_source import Checkpoint, Index, Tensors, assemble
 from charjax.model.config import ModelConfig
 from charjax.model.families import from_hf, tensor_names
 from charjax.model.tokenizer import Tokenizer, from_tokenizer_json
 
 _FLOATS = ('F64', 'F32', 'F16', 'BF16')
+_WEIGHTS, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
+# All that is read but the weights; no model has all of them.
+TEXT = (
+  'config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json',
+  'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja', _INDEX,
+)  # fmt: skip
 
 
-def read(path: str) -> Checkpoint:
+def read(path: str, fetch: Callable[[Sequence[str]], object] = lambda names: None) -> Checkpoint:
   """A checkpoint as transformers saves it, one file or sharded, of any family of charjax.model.families.
+
+  Args:
+    path: the directory.
+    fetch: called before the files of the weights are opened, with their names, when all else was found right.
 
   Raises:
     UserError: a file is missing, damaged, or of a kind that is not supported.
@@ -34,14 +44,14 @@ def read(path: str) -> Checkpoint:
   config = from_hf(raw, where)
   template, tokenizer = _text(folder, raw, config)
   family = raw['model_type']
-  tensors = _tensors(folder, config, family)
+  tensors = _tensors(folder, config, family, fetch)
   return Checkpoint(config, tensors, tokenizer, template, family, source=str(folder))
 
 
-def _tensors(folder: Path, config: ModelConfig, family: str) -> Tensors:
+def _tensors(folder: Path, config: ModelConfig, family: str, fetch: Callable[[Sequence[str]], object]) -> Tensors:
   files: dict[str, Any] = {}
   shapes: dict[str, tuple[int, ...]] = {}
-  for shard in _shards(folder):
+  for shard in _shards(folder, fetch):
     try:
       # Left open, that is mapped into memory, until the last of its tensors has been read.
       file = safe_open(shard, framework='numpy')
@@ -58,17 +68,19 @@ def _tensors(folder: Path, config: ModelConfig, family: str) -> Tensors:
   if config.tied_embeddings:
     ignored.append(names['head'])
 
-  def tensor(_: str, file_name: str) -> np.ndarray:
+  def tensor(_: str, file_name: str, part: Index) -> np.ndarray:
     try:
-      return files[file_name].get_tensor(file_name)
+      return files[file_name].get_slice(file_name)[part]
     except (OSError, SafetensorError) as error:
       raise UserError(f'{folder}: tensor {file_name} cannot be read ({one_line(error)}); fetch it again') from error
 
   return assemble(config, str(folder), names, shapes, tensor, ignored, family)
 
 
-def _shards(folder: Path) -> list[Path]:
-  single, index = folder / 'model.safetensors', folder / 'model.safetensors.index.json'
+def _shards(folder: Path, fetch: Callable[[Sequence[str]], object]) -> list[Path]:
+  single, index = folder / _WEIGHTS, folder / _INDEX
+  if not index.exists():
+    fetch([_WEIGHTS])
   if single.exists():
     return [single]
   if not index.exists():
@@ -80,7 +92,9 @@ def _shards(folder: Path) -> list[Path]:
     # The index comes with the checkpoint: it must not lead out of its folder.
     if not isinstance(name, str) or Path(name).name != name or name == '..':
       raise UserError(f'{index}: shard {str(name)[:80]!r} is not a plain file name; fetch the checkpoint again')
-  return [folder / name for name in sorted(set(weight_map.values()))]
+  names = sorted(set(weight_map.values()))
+  fetch(names)
+  return [folder / name for name in names]
 
 
 def _text(folder: Path, raw: Mapping[str, Any], config: ModelConfig) -> tuple[ChatTemplate, Tokenizer]:

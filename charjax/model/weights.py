@@ -1,7 +1,7 @@
-"""Weights in: arrays by name become a Decoder, each put straight into its shards."""
+"""Weights in: arrays by name become a Decoder, each read straight into its shards."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from charjax.errors import UserError
 from charjax.mesh import spec
 from charjax.model import quantized
-from charjax.model.checkpoint_source import read_tensor
+from charjax.model.checkpoint_source import Index, Tensors, empty, read_tensor
 from charjax.model.config import ModelConfig
 from charjax.model.decoder import Decoder, Runtime, block_parameters
 
@@ -28,8 +28,8 @@ def make_decoder(config: ModelConfig, tensors: Mapping[str, np.ndarray], dtype: 
 
   Args:
     config: the model's shape.
-    tensors: arrays by name ('embed', 'blocks.q', ...), stacked over layers; those of a file are read one at a time,
-      each let go once it is on its devices.
+    tensors: arrays by name ('embed', 'blocks.q', ...), stacked over layers. Of those of a file no more is read than the
+      devices of this host hold, a shard at a time, and a device that computes in the host's memory takes it over.
     dtype: of the parameters.
     runtime: how it computes.
 
@@ -47,26 +47,26 @@ def make_decoder(config: ModelConfig, tensors: Mapping[str, np.ndarray], dtype: 
     raise UserError(f'checkpoint: tensor {unknown[0]} is not part of this model; is its config right?')
   loaded = {}
 
-  def put(name: str, host: np.ndarray) -> None:
+  def put(name: str, read: Callable[[Index | None], np.ndarray]) -> None:
     leaf = flat[name]
-    if not mesh.empty:
-      host = jax.device_put(host, NamedSharding(mesh, spec(leaf.shape, leaf.get_metadata()['axes'], mesh)))
-    # Copied before the next is read, so that no two of the host are there at a time.
-    loaded[tuple(name.split('.'))] = leaf.replace(jax.block_until_ready(jnp.asarray(host)))
+    if mesh.empty:
+      value = jax.device_put(read(None))
+    else:
+      value = _put(read, leaf.shape, NamedSharding(mesh, spec(leaf.shape, leaf.get_metadata()['axes'], mesh)))
+    loaded[tuple(name.split('.'))] = leaf.replace(value)
 
   for name, leaf in flat.items():
     if name.removesuffix('_scale') in small and name not in small:
       continue
     if name not in tensors:
       raise UserError(f'checkpoint: tensor {name} is missing; is the checkpoint complete?')
-    host = read_tensor(tensors, name, np.float32 if name in small else dtype)
-    if host.shape != leaf.shape:
-      raise UserError(f'checkpoint: tensor {name} has shape {host.shape}, the config says {leaf.shape}')
-    if name in small:
-      # Only now smaller: of all weights, those of one tensor are here in full at a time.
-      host, scale = quantized.quantize_host(host, small[name], runtime.quantize)
-      put(f'{name}_scale', scale)
-    put(name, host)
+    if name not in small:
+      put(name, _reader(tensors, name, dtype, leaf.shape))
+      continue
+    # Of all weights that are to be smaller, those of one tensor are here in full at a time.
+    q, scale = quantized.quantize_host(_whole(tensors, name, np.float32, leaf.shape), small[name], runtime.quantize)
+    put(name, _copies(q))
+    put(f'{name}_scale', _copies(scale))
   return nnx.merge(graph, nnx.from_flat_state(list(loaded.items())))
 
 
@@ -81,3 +81,43 @@ def dequantized(decoder: Decoder) -> Decoder:
     scale, whole = flat.pop(path), (*path[:-1], path[-1].removesuffix('_scale'))
     flat[whole] = flat[whole].replace(quantized.dequantize(flat[whole][...], scale[...]))
   return nnx.merge(graph, nnx.from_flat_state(list(flat.items())))
+
+
+def _reader(
+  tensors: Mapping[str, np.ndarray], name: str, dtype: Any, shape: tuple[int, ...]
+) -> Callable[[Index | None], np.ndarray]:
+  """What gives a part of a tensor, or all, in memory that is given away with it."""
+  if not isinstance(tensors, Tensors) or tensors.read_part is None:
+    return _copies(_whole(tensors, name, dtype, shape))
+  read, read_part = tensors.read, tensors.read_part
+  return lambda part: read(name, dtype) if part is None else read_part(name, dtype, part)
+
+
+def _whole(tensors: Mapping[str, np.ndarray], name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+  found = read_tensor(tensors, name, dtype)
+  if found.shape != shape:
+    raise UserError(f'checkpoint: tensor {name} has shape {found.shape}, the config says {shape}')
+  return found
+
+
+def _copies(whole: np.ndarray) -> Callable[[Index | None], np.ndarray]:
+  def copy(part: Index | None) -> np.ndarray:
+    found = whole if part is None else whole[part]
+    out = empty(found.shape, whole.dtype)
+    out[...] = found
+    return out
+
+  return copy
+
+
+def _put(read: Callable[[Index], np.ndarray], shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+  """A tensor on the devices of this host, by shards: each is read once, and let go before the next."""
+  holders: dict[tuple[tuple[int, int, int], ...], list[jax.Device]] = {}
+  for device, part in sharding.addressable_devices_indices_map(shape).items():
+    ranges = tuple(some.indices(size) for some, size in zip(part or (), shape, strict=True))
+    holders.setdefault(ranges, []).append(device)
+  arrays: list[jax.Array] = []
+  for ranges, devices in holders.items():
+    shard = read(tuple(slice(*some) for some in ranges))
+    arrays += jax.block_until_ready([jax.device_put(shard, device) for device in devices])
+  return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
