@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -274,25 +275,35 @@ def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     yield prefix, value
 
 
+# Fields that say how a result is reached and not what it is: one who changes them keeps what was made.
+_HOW = re.compile(r'model\.(remat|scan_layers)|\w+\.(save_every|skipped_steps|skipped_replies|minimum_accuracy)')
+
+
 def relevant_config(stage: Stage, session: Session) -> dict[str, Any]:
   """The values that a stage's result depends on, by dotted field, as JSON reads them back.
 
-  The character stands there by its contents, a trait at a time, in place of the path it was read from.
+  The character stands there by its contents, a trait at a time, in place of the path it was read from. The weights of
+  traits stand there for the stages that name the field 'character.weights'.
   """
   values: dict[str, Any] = {}
+  character = dataclasses.asdict(session.character)
+  weights = {trait['id']: trait.pop('weight') for trait in character['traits']}
   for field in stage.fields:
+    if field == 'character.weights':
+      values.update(_flat(weights, field))
+      continue
     value: Any = session.config
     for part in field.split('.'):
       value = value[part]
     if isinstance(value, ml_collections.ConfigDict):
       value = value.to_dict()
     values.update(_flat(value, field))
+  values = {field: value for field, value in values.items() if not _HOW.fullmatch(field)}
   for field in stage.files:
     if values.get(field):
       values[field] = 'contents ' + file_fingerprint(values[field])[:16]
   if 'model.path' in values:
     values |= session.model_contents
-  character = dataclasses.asdict(session.character)
   values.pop('character.path', None)
   values['character.name'] = character['name']
   values['character.description'] = character['description']

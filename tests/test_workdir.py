@@ -15,10 +15,12 @@ import ml_collections
 import pytest
 from etils import epath
 
+from charjax import defaults
 from charjax import workdir as workdirs
 from charjax.character import Character, Trait
 from charjax.errors import UserError
 from charjax.progress import Metrics
+from charjax.stages import STAGES
 from charjax.workdir import Session, Stage
 
 TRAIT = Trait(id='honesty', statement='I am honest.', opposites={'flattering': 'I flatter.'}, seeds=(), pairs=())
@@ -327,3 +329,21 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
   time.sleep(0.05)
   with workdirs.lock(path):
     pass
+
+
+def test_a_weight_concerns_those_that_learn_by_it_and_how_a_result_is_reached_concerns_nobody(tmp_path):
+  def told(weight=1.0, **changes):
+    config = defaults.get_config()
+    config.model.path = 'random'
+    config.update_from_flattened_dict(changes)
+    character = Character('assistant', 'kind', (dataclasses.replace(TRAIT, weight=weight),))
+    session = Session(config=config, character=character, workdir=epath.Path(tmp_path))
+    return {stage.name: workdirs.relevant_config(stage, session) for stage in STAGES}
+
+  def changed(*arguments, **changes):
+    return {name for name, values in told(*arguments, **changes).items() if values != told()[name]}
+
+  assert changed(2.0) == {'preference', 'policy', 'report'}
+  assert changed(**{'model.remat': False, 'policy.save_every': 7, 'rankings.minimum_accuracy': 0.5}) == set()
+  assert changed(**{'rankings.label_high': 0.9}) == {'rankings', 'policy'}
+  assert changed(**{'model.compute_dtype': 'float32'}) == {stage.name for stage in STAGES}

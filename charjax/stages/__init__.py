@@ -56,12 +56,13 @@ STAGES: tuple[Stage, ...] = (
     'preference',
     reads=('messages', 'replies', 'rankings'),
     products=('fingerprint.json', 'metrics.jsonl', 'report.json'),
+    also=('character.weights',),
   ),
   _stage(
     'policy',
     reads=('messages', 'replies', 'rankings', 'preference'),
     products=('fingerprint.json', 'metrics.jsonl', 'samples.jsonl'),
-    also=('rankings.label_low', 'rankings.label_high'),
+    also=('character.weights', 'rankings.label_low', 'rankings.label_high'),
   ),
   _stage(
     'evaluation',
@@ -74,5 +75,6 @@ STAGES: tuple[Stage, ...] = (
     reads=('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation'),
     products=('index.html',),
     added=('review',),
+    also=('character.weights',),
   ),
 )
