@@ -1,9 +1,21 @@
-"""Files that people give, of which some are none."""
+"""Files as a run reads and writes them: what people give, of which some is no file, text that is whole or not there at
+all, JSON Lines, and work that is committed in chunks.
+"""
 
+import contextlib
 import errno
+import json
 import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from etils import epath
+
+from charjax.errors import UserError
+from charjax.progress import Progress
+
+Row = dict[str, Any]
+T = TypeVar('T')
 
 
 def read_file(path: epath.PathLike) -> bytes:
@@ -15,3 +27,143 @@ def read_file(path: epath.PathLike) -> bytes:
   if os.path.exists(path) and not os.path.isfile(path):
     raise OSError(errno.EINVAL, 'not a file')
   return epath.Path(path).read_bytes()
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+  """Writes a file whole or not at all: a reader, or a restart, never sees half of it."""
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.parent / f'.{path.name}.tmp'
+  try:
+    # A lone surrogate, which a model's JSON may hold, has no UTF-8 form; its escape is the same JSON.
+    temporary.write_bytes(text.encode('utf-8', errors='backslashreplace'))
+    _onto_disk(temporary)
+    temporary.replace(path)
+  except OSError as error:
+    # On a full disk, half a file would take up what is left.
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    # The library says neither which file nor, of a folder in its place, which error.
+    code = errno.EISDIR if isinstance(error, IsADirectoryError) else error.errno
+    raise OSError(code, os.strerror(code), str(path)) if code else error from error
+
+
+def _onto_disk(path: epath.Path) -> None:
+  """Else, where the power fails, a file may have its new name and not its contents."""
+  if '://' not in str(path):  # what an object store has taken, it has
+    with open(path, 'rb') as file:
+      os.fsync(file.fileno())
+
+
+def write_jsonl(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+  """Writes one JSON object per line, keys in the order given, atomically."""
+  write_text(path, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+
+
+def read_jsonl(path: epath.PathLike, fields: Mapping[str, Any] | None = None) -> list[Row]:
+  """The rows of `numbered_rows`, without their lines."""
+  return [row for _, row in numbered_rows(path, fields)]
+
+
+def numbered_rows(path: epath.PathLike, fields: Mapping[str, Any] | None = None) -> list[tuple[int, Row]]:
+  """Reads one JSON object per line, with the number of its line; empty lines are passed over.
+
+  Args:
+    path: the file.
+    fields: what every row must have, and of which type (or tuple of types).
+
+  Raises:
+    UserError: the file is missing or not UTF-8, or a line is no JSON object or lacks a field.
+  """
+  try:
+    data = read_file(path)
+  except (OSError, ValueError) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(f'{path}: cannot be read ({reason}); check the path') from error
+  return parse_rows(path, data, fields)
+
+
+def parse_rows(path: epath.PathLike, data: bytes, fields: Mapping[str, Any] | None = None) -> list[tuple[int, Row]]:
+  """`numbered_rows` of what was read from `path`, which is only named.
+
+  Raises:
+    UserError: it is not UTF-8, or a line is no JSON object or lacks a field.
+  """
+  try:
+    text = data.decode('utf-8')
+  except UnicodeDecodeError as error:
+    broken = data[: error.start].count(b'\n') + 1
+    raise UserError(f'{path}:{broken}: not UTF-8 text; save the file as UTF-8') from error
+  rows = []
+  # Not splitlines(): it also cuts at U+2028 and others, which stand unescaped inside JSON strings.
+  for number, line in enumerate(text.split('\n'), start=1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+      reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
+      raise UserError(f'{path}:{number}: not JSON ({reason}); each line must be one JSON object') from error
+    if not isinstance(row, dict):
+      raise UserError(f'{path}:{number}: {type(row).__name__} found; each line must be one JSON object')
+    for field, kind in (fields or {}).items():
+      kinds = kind if isinstance(kind, tuple) else (kind,)
+      if field not in row or type(row[field]) not in kinds:
+        found = f'is {_short(row[field])}' if field in row else 'is missing'
+        wanted = ' or '.join(_JSON_TYPES[k] for k in kinds)
+        raise UserError(f'{path}:{number}: field {field} {found}; it must be {wanted}')
+    rows.append((number, row))
+  return rows
+
+
+_JSON_TYPES = {
+  str: 'text',
+  int: 'a whole number',
+  float: 'a number',
+  list: 'a list',
+  dict: 'an object',
+  type(None): 'null',
+}
+
+
+def _short(value: Any) -> str:
+  text = json.dumps(value)
+  return text if len(text) <= 60 else f'{text[:57]}...'
+
+
+def chunks(
+  folder: epath.Path,
+  name: str,
+  items: Sequence[T],
+  size: int,
+  make: Callable[[Sequence[T], int], list[Row]],
+  bar: Progress | None = None,
+) -> list[Row]:
+  """Makes rows from items in chunks of `size`, each committed as it is finished.
+
+  Args:
+    folder: the stage's folder; finished chunks are kept in its subfolder `chunks` until the stage ends.
+    name: what is made; names the files.
+    items: what the rows are made from.
+    size: items in a chunk; the last chunk may be shorter.
+    make: (the chunk's items, the chunk's index) -> its rows.
+    bar: counts items, if given.
+
+  Returns:
+    All rows in the order of the items, those of a process that was killed among them.
+  """
+  rows: list[Row] = []
+  for index, start in enumerate(range(0, len(items), size)):
+    path = folder / 'chunks' / f'{name}-{index:05d}.jsonl'
+    chunk = items[start : start + size]
+    if path.exists():
+      made = read_jsonl(path)
+      if bar is not None:
+        bar.skip(len(chunk))
+    else:
+      made = make(chunk, index)
+      write_jsonl(path, made)
+      if bar is not None:
+        bar.advance(len(chunk))
+    rows.extend(made)
+  return rows

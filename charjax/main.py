@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 
 from charjax import character as characters
-from charjax import defaults, limits, starting_model
+from charjax import defaults, files, limits, starting_model
 from charjax import workdir as workdirs
 from charjax.config_file import merge, nearest, override, read_config
 from charjax.errors import UserError, one_line
@@ -348,8 +348,8 @@ def _record(session: workdirs.Session) -> None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[package] = importlib.metadata.version(package)
   record = {'seed': session.config.seed, 'config': session.config.to_dict(), 'versions': versions}
-  workdirs.write_text(session.workdir / 'character.toml', characters.source(session.config.character.path))
-  workdirs.write_text(
+  files.write_text(session.workdir / 'character.toml', characters.source(session.config.character.path))
+  files.write_text(
     session.workdir / 'config.json', json.dumps(record, indent=2, ensure_ascii=False, default=str) + '\n'
   )
 

@@ -16,10 +16,11 @@ from etils import epath
 from charjax import main as command_line
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
+from charjax.files import read_jsonl
 from charjax.model.decoder import Decoder, forward, logits
 from charjax.stages import policy, preference, prompts
 from charjax.training.heads import bind, read_rewards, reply_states
-from charjax.workdir import Session, read_jsonl
+from charjax.workdir import Session
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'the run', required=True)
 _EXPORTS = flags.DEFINE_string('exports', None, 'folder of policy, policy-bfloat16, preference, judge', required=True)

@@ -35,7 +35,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
-from charjax import config_file, main, mesh, workdir
+from charjax import config_file, files, main, mesh, workdir
 from charjax.engine.score import score
 from charjax.stages import STAGES, policy, preference, prompts, replies
 from charjax.stages.rollouts import Rollout
@@ -163,7 +163,7 @@ def teacher_forced(session: workdir.Session) -> dict[str, Any]:
   The preference models are those of the run, restored onto whatever mesh there is.
   """
   model = session.model
-  texts = {row['id']: row['text'] for row in workdir.read_jsonl(session.folder('messages') / 'messages.jsonl')}
+  texts = {row['id']: row['text'] for row in files.read_jsonl(session.folder('messages') / 'messages.jsonl')}
   rows = replies.load(session)
   asked = [model.prompt(prompts.alone(texts[row['message']])) for row in rows]
   said = [model.reply(row['text'], row['finish'] == 'stop') for row in rows]
@@ -183,7 +183,7 @@ def farthest(found: Any, expected: Any) -> float:
 
 def losses_apart(one: Path, other: Path) -> float:
   """The largest relative difference between two runs' losses, by step."""
-  found, expected = ([row['loss'] for row in workdir.read_jsonl(path / 'metrics.jsonl')] for path in (other, one))
+  found, expected = ([row['loss'] for row in files.read_jsonl(path / 'metrics.jsonl')] for path in (other, one))
   assert len(found) == len(expected)
   return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
@@ -262,7 +262,7 @@ def _compare(one: Path, other: Path, far: dict[str, float], told: dict[str, str]
   name = one.name
   for file in ('messages.jsonl', 'replies.jsonl'):
     if (one / file).exists():
-      rows, others = (workdir.read_jsonl(folder / file) for folder in (one, other))
+      rows, others = (files.read_jsonl(folder / file) for folder in (one, other))
       same = [(a, b) for a, b in zip(rows, others, strict=False) if a['text'] == b['text']]
       told[f'{name} texts alike'] = f'{len(same)} of {len(rows)}'
       for key in ('logprob', 'score'):
@@ -271,7 +271,7 @@ def _compare(one: Path, other: Path, far: dict[str, float], told: dict[str, str]
           # They are rounded, log-probs to four digits.
           far[f'{name} {key}'] = max(0.0, max(apart) - TOLERANCE)
   if name == 'rankings':
-    scores, others = ([r['scores'] for r in workdir.read_jsonl(f / 'rankings.jsonl')] for f in (one, other))
+    scores, others = ([r['scores'] for r in files.read_jsonl(f / 'rankings.jsonl')] for f in (one, other))
     far['rankings scores'] = farthest(others, scores)
   if name == 'evaluation':
     margins, others = (

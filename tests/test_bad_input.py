@@ -21,6 +21,7 @@ from etils import epath
 from test_character import OPPOSITES, SEEDS, VALID
 from test_checkpoints import CONFIG, PADDED, TOKENS, random_tensors, write_gguf, write_hf, write_sentencepiece
 
+from charjax import files
 from charjax import main as command_line
 from charjax import workdir as workdirs
 from charjax.config_file import read_config
@@ -84,12 +85,12 @@ def stand_in(stage: workdirs.Stage, session: workdirs.Session) -> dict:
   for name in stage.products:
     rows = ROWS.get(name, [{'made': stage.name}])
     text = ''.join(json.dumps(row) + '\n' for row in rows) if name.endswith('l') else json.dumps({'of': stage.name})
-    workdirs.write_text(session.folder(stage.name) / name, text)
+    files.write_text(session.folder(stage.name) / name, text)
   return {}
 
 
 def too_much(stage: workdirs.Stage, session: workdirs.Session) -> dict:
-  workdirs.write_text(session.folder(stage.name) / stage.products[0], 'x' * 1_000_000)
+  files.write_text(session.folder(stage.name) / stage.products[0], 'x' * 1_000_000)
   return {}
 
 

@@ -21,7 +21,7 @@ from test_bad_input import Place, contents, finished  # noqa: F401  (the last is
 from test_checkpoints import CONFIG, random_tensors, write_hf
 from test_families import GGUF, write_gguf_of
 
-from charjax import workdir as workdirs
+from charjax import files
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
 from charjax.engine.score import score
@@ -234,7 +234,7 @@ def session(run):
 
 
 def prompt_rows(session, count=4):
-  rows = [row for row in workdirs.read_jsonl(session.folder('messages') / 'messages.jsonl') if row['trait']][:count]
+  rows = [row for row in files.read_jsonl(session.folder('messages') / 'messages.jsonl') if row['trait']][:count]
   return [session.model.prompt([{'role': 'user', 'content': row['text']}]) for row in rows]
 
 
@@ -259,8 +259,8 @@ def test_a_policy_says_the_same(run, session):
 @pytest.mark.parametrize('kind', ['preference', 'judge'])
 def test_a_preference_model_gives_the_same_rewards(run, session, kind):
   peer = load(run / f'export-{kind}', transformers.AutoModelForSequenceClassification, trust_remote_code=True)
-  rows = workdirs.read_jsonl(session.folder('replies') / 'replies.jsonl')[:12]
-  texts = {row['id']: row['text'] for row in workdirs.read_jsonl(session.folder('messages') / 'messages.jsonl')}
+  rows = files.read_jsonl(session.folder('replies') / 'replies.jsonl')[:12]
+  texts = {row['id']: row['text'] for row in files.read_jsonl(session.folder('messages') / 'messages.jsonl')}
   prompts = [session.model.prompt([{'role': 'user', 'content': texts[row['message']]}]) for row in rows]
   replies = [session.model.reply(row['text'], row['finish'] == 'stop') for row in rows]
   trainable = preference.load(session, {'preference': 'train', 'judge': 'judge'}[kind])

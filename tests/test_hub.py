@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import types
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +24,7 @@ import pytest
 from test_checkpoints import CONFIG, random_tensors, write_hf
 from test_main import mistake
 
+from charjax import files
 from charjax import main as command_line
 from charjax import workdir as workdirs
 from charjax.main import main
@@ -257,12 +259,12 @@ def run(tmp_path, monkeypatch, capsys):
   """Runs one stage that needs no model, and gives what it printed and the path that was recorded."""
 
   def work(session):
-    workdirs.write_text(session.folder('messages') / 'path.txt', session.config.model.path)
+    files.write_text(session.folder('messages') / 'path.txt', session.config.model.path)
     return {}
 
   stages = (Stage('messages', work, (), ('model.path',), ('path.txt',)),)
   monkeypatch.setattr(command_line, 'STAGES', stages)
-  monkeypatch.setattr(workdirs.Session, 'checkpoint', None)
+  monkeypatch.setattr(workdirs.Session, 'checkpoint', types.SimpleNamespace(config=CONFIG))
   (tmp_path / 'config.py').write_text('from charjax import defaults\nget_config = defaults.get_config\n')
 
   def start(path: str, folder: str = 'run') -> tuple[str, str]:

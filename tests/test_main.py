@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from llama_reference import tiny_config
 
-from charjax import config_file
+from charjax import config_file, files
 from charjax import main as command_line
 from charjax import workdir as workdirs
 from charjax.main import main
@@ -45,7 +45,7 @@ def toy_stages(monkeypatch):
 
   def write(name):
     def run(session):
-      workdirs.write_text(session.folder(name) / 'seed.txt', str(session.config.seed))
+      files.write_text(session.folder(name) / 'seed.txt', str(session.config.seed))
       return {}
 
     return run

@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 from charjax.character import Character, Trait
 from charjax.engine.batch import compute_prefix
 from charjax.engine.score import FixedShapes, Group, hidden_states, token_log_probs
+from charjax.files import write_jsonl
 from charjax.model.decoder import Runtime
 from charjax.model.weights import make_decoder
 from charjax.stages import policy, rollouts
-from charjax.workdir import write_jsonl
 
 
 class Words:

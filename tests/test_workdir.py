@@ -15,7 +15,7 @@ import ml_collections
 import pytest
 from etils import epath
 
-from charjax import defaults
+from charjax import defaults, files
 from charjax import workdir as workdirs
 from charjax.character import Character, Trait
 from charjax.errors import UserError
@@ -47,13 +47,13 @@ def make_stages(calls: list[str]) -> tuple[Stage, Stage]:
   def first(session: Session) -> dict:
     calls.append('first')
     rows = [{'id': i} for i in range(session.config.first.count)]
-    workdirs.write_jsonl(session.folder('first') / 'rows.jsonl', rows)
+    files.write_jsonl(session.folder('first') / 'rows.jsonl', rows)
     return {'rows': len(rows)}
 
   def second(session: Session) -> dict:
     calls.append('second')
-    rows = workdirs.read_jsonl(session.folder('first') / 'rows.jsonl')
-    workdirs.write_text(session.folder('second') / 'count.txt', str(len(rows)))
+    rows = files.read_jsonl(session.folder('first') / 'rows.jsonl')
+    files.write_text(session.folder('second') / 'count.txt', str(len(rows)))
     return {'rows': len(rows)}
 
   return (
@@ -74,8 +74,8 @@ def make_stages(calls: list[str]) -> tuple[Stage, Stage]:
 
 def test_json_lines_keep_what_models_write(tmp_path):
   rows = [{'text': 'a\u2028b\x85c\n\r\x0bd', 'z': 1, 'a': None}, {'text': '漢字'}, {'text': '\ud83d alone'}]
-  workdirs.write_jsonl(tmp_path / 'rows.jsonl', rows)
-  assert workdirs.read_jsonl(tmp_path / 'rows.jsonl') == rows
+  files.write_jsonl(tmp_path / 'rows.jsonl', rows)
+  assert files.read_jsonl(tmp_path / 'rows.jsonl') == rows
   assert (tmp_path / 'rows.jsonl').read_bytes().count(b'\n') == 3
   assert '漢字' in (tmp_path / 'rows.jsonl').read_text()
   assert os.listdir(tmp_path) == ['rows.jsonl']
@@ -93,12 +93,12 @@ def test_json_lines_keep_what_models_write(tmp_path):
 def test_a_broken_line_is_named(tmp_path, content, expected):
   (tmp_path / 'rows.jsonl').write_bytes(content)
   with pytest.raises(UserError, match='rows.jsonl' + expected):
-    workdirs.read_jsonl(tmp_path / 'rows.jsonl')
+    files.read_jsonl(tmp_path / 'rows.jsonl')
 
 
 def test_a_missing_file_is_named(tmp_path):
   with pytest.raises(UserError, match=r'none.jsonl: cannot be read \(No such file'):
-    workdirs.read_jsonl(tmp_path / 'none.jsonl')
+    files.read_jsonl(tmp_path / 'none.jsonl')
 
 
 def test_metrics_are_cut_where_a_resume_begins(tmp_path):
@@ -110,7 +110,7 @@ def test_metrics_are_cut_where_a_resume_begins(tmp_path):
   with Metrics(epath.Path(tmp_path)) as metrics:
     metrics.truncate_after(2)
     metrics.write(3, {'loss': 9.0})
-  rows = workdirs.read_jsonl(tmp_path / 'metrics.jsonl')
+  rows = files.read_jsonl(tmp_path / 'metrics.jsonl')
   assert [row['step'] for row in rows] == [0, 1, 2, 3]
   assert rows[0] == {'step': 0, 'loss': 1.0, 'kl': None} and rows[3]['loss'] == 9.0
   assert any((tmp_path / 'tensorboard').iterdir())
@@ -249,7 +249,7 @@ _PROGRAM = """
 import pathlib, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without one
 sys.path.insert(0, {tests!r})
-from test_workdir import Stage, make_session, workdirs
+from test_workdir import Stage, files, make_session, workdirs
 slow, count = sys.argv[2] == 'slow', int(sys.argv[3])
 
 def run(session):
@@ -258,8 +258,8 @@ def run(session):
     if slow and index == 2:
       time.sleep(60)
     return [{{'id': item}} for item in items]
-  rows = workdirs.chunks(session.folder('slow'), 'rows', range(10), 2, make)
-  workdirs.write_jsonl(session.folder('slow') / 'rows.jsonl', rows)
+  rows = files.chunks(session.folder('slow'), 'rows', range(10), 2, make)
+  files.write_jsonl(session.folder('slow') / 'rows.jsonl', rows)
   return {{'rows': len(rows)}}
 
 session = make_session(pathlib.Path(sys.argv[1]), **{{'first.count': count}})
@@ -293,7 +293,7 @@ def test_a_killed_stage_goes_on_with_the_chunk_it_was_at(tmp_path):
   output, _ = start(tmp_path, 'fast').communicate(timeout=60)
   assert 'slow: going on where it was cut off' in output
   assert output.split('\n')[1:-2] == ['chunk 2', 'chunk 3', 'chunk 4']
-  assert workdirs.read_jsonl(tmp_path / 'slow/rows.jsonl') == [{'id': i} for i in range(10)]
+  assert files.read_jsonl(tmp_path / 'slow/rows.jsonl') == [{'id': i} for i in range(10)]
   assert sorted(os.listdir(tmp_path / 'slow')) == ['rows.jsonl', 'stage.json']
   assert json.loads((tmp_path / 'slow/stage.json').read_text())['resumed']
 

@@ -15,7 +15,7 @@ from etils import epath
 
 import charjax
 from charjax.errors import UserError, one_line
-from charjax.files import read_file
+from charjax.files import read_file, write_text
 from charjax.model import save
 from charjax.model.chat import encode_prompt
 from charjax.model.checkpoint_source import Checkpoint, Layout
@@ -24,7 +24,6 @@ from charjax.model.families import tensor_names
 from charjax.model.huggingface import read_json
 from charjax.model.to_hf import check_says, class_name, norm_shift, to_hf
 from charjax.model.tokenizer import to_tokenizer_json
-from charjax.workdir import write_text
 
 _REWARD_MODULE = 'modeling_charjax_reward'
 # A checkpoint's own, copied as they are.

@@ -12,7 +12,7 @@ from etils import epath
 
 from charjax.character import parse_choice
 from charjax.errors import UserError
-from charjax.workdir import read_jsonl
+from charjax.files import read_jsonl
 
 STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation')
 CONDITIONS = ('base', 'prompted', 'prompted_examples', 'trained')

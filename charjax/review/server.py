@@ -18,11 +18,11 @@ from typing import Any
 from etils import epath
 
 from charjax.errors import UserError
+from charjax.files import Row
 from charjax.report.read import read_run
 from charjax.report.words import spoken
 from charjax.review.pairs import Pair, Reply, pairs
 from charjax.review.verdicts import CHOICES, Verdicts, opened, reviewer_name
-from charjax.workdir import Row
 
 _LONGEST_NOTE = 2000  # characters, as in page.html
 _LARGEST_BODY = 1 << 16  # bytes; such a note takes 12,000 as JSON

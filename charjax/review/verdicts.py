@@ -12,9 +12,8 @@ from typing import Any
 from etils import epath
 
 from charjax.errors import UserError
-from charjax.files import read_file
+from charjax.files import Row, parse_rows, read_file
 from charjax.review.pairs import OPPONENTS, Pair
-from charjax.workdir import Row, parse_rows
 
 FOLDER = 'review'
 CHOICES = ('left', 'right', 'tie', 'skip')  # skip: the reviewer cannot tell; counted, not weighed

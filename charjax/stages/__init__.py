@@ -4,7 +4,8 @@ import functools
 import importlib
 from collections.abc import Sequence
 
-from charjax.workdir import Row, Session, Stage, read_products
+from charjax.files import Row
+from charjax.workdir import Session, Stage, read_products
 
 _EDITED = ('messages', 'replies', 'rankings')  # whose JSON Lines a person may have put right by hand
 

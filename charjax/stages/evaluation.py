@@ -22,6 +22,7 @@ from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
 from charjax.engine.score import Rows, hidden_states, map_rows, mean_over_tokens, over_chunks, score
 from charjax.errors import UserError
+from charjax.files import Row, chunks, numbered_rows, write_jsonl, write_text
 from charjax.mesh import replicate
 from charjax.model.decoder import Prefix, logits
 from charjax.progress import Progress
@@ -29,7 +30,7 @@ from charjax.stages import messages, policy, preference, prompts
 from charjax.stages.statistics import interval, share
 from charjax.training.heads import bind, read_rewards, reply_states
 from charjax.training.losses import kl_from_logits
-from charjax.workdir import Row, Session, chunks, numbered_rows, write_jsonl, write_text
+from charjax.workdir import Session
 
 CONDITIONS = ('base', 'prompted', 'prompted_examples', 'trained')
 _WINS = {'win_rate': 'base', 'win_rate_vs_prompted': 'prompted'}  # whose replies are to be beaten

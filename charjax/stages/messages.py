@@ -18,9 +18,10 @@ from charjax.character import Character, Trait
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
 from charjax.errors import UserError
+from charjax.files import Row, chunks, numbered_rows, read_jsonl, write_jsonl
 from charjax.progress import Progress
 from charjax.stages import prompts
-from charjax.workdir import Row, Session, chunks, numbered_rows, read_jsonl, write_jsonl
+from charjax.workdir import Session
 
 NEUTRAL_SEEDS = (
   'How long should I cook spaghetti?',

@@ -29,6 +29,7 @@ from charjax.engine.score import (
   token_log_probs,
 )
 from charjax.errors import UserError
+from charjax.files import Row, chunks, read_jsonl, write_jsonl, write_text
 from charjax.mesh import replicate, shard_batch
 from charjax.model.decoder import Decoder, logits
 from charjax.progress import Progress
@@ -40,7 +41,7 @@ from charjax.training.heads import bind, make_trainable
 from charjax.training.loop import tell_undivided, train
 from charjax.training.losses import bradley_terry, kl_from_logits, pair_accuracy, policy_gradient
 from charjax.training.step import make_optimizer
-from charjax.workdir import Row, Session, chunks, read_jsonl, write_jsonl, write_text
+from charjax.workdir import Session
 
 
 def run(session: Session) -> Row:

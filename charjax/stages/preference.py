@@ -27,6 +27,7 @@ from charjax.engine import work
 from charjax.engine.batch import compute_prefix
 from charjax.engine.score import FixedShapes, Group, hidden_states, mean_states
 from charjax.errors import UserError
+from charjax.files import Row, read_jsonl, write_jsonl, write_text
 from charjax.mesh import replicate, shard_batch
 from charjax.model.decoder import Decoder, lower_layers
 from charjax.progress import Metrics, Progress
@@ -38,7 +39,7 @@ from charjax.training.heads import bind, fit_head, make_trainable, read_rewards,
 from charjax.training.loop import tell_undivided, train
 from charjax.training.losses import pair_accuracy, preference_loss
 from charjax.training.step import make_optimizer
-from charjax.workdir import Row, Session, read_jsonl, write_jsonl, write_text
+from charjax.workdir import Session
 
 MODELS = ('train', 'judge')
 T = TypeVar('T')

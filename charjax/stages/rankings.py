@@ -19,6 +19,7 @@ import numpy as np
 
 from charjax.character import Pair, Trait
 from charjax.errors import UserError
+from charjax.files import Row, chunks, numbered_rows, write_jsonl, write_text
 from charjax.model.language_model import LanguageModel
 from charjax.progress import Progress
 from charjax.stages import messages, replies
@@ -33,7 +34,7 @@ from charjax.stages.rankers import (
 )
 from charjax.stages.statistics import correlation, share
 from charjax.training.losses import soft_labels
-from charjax.workdir import Row, Session, chunks, numbered_rows, write_jsonl, write_text
+from charjax.workdir import Session
 
 Group = tuple[list[Answer], list[str]]  # the replies to one message, and their ids
 

@@ -14,9 +14,10 @@ from charjax.character import Trait
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
 from charjax.errors import UserError
+from charjax.files import Row, chunks, numbered_rows, write_jsonl
 from charjax.progress import Progress
 from charjax.stages import messages, prompts
-from charjax.workdir import Row, Session, chunks, numbered_rows, write_jsonl
+from charjax.workdir import Session
 
 CONDITIONS = ('shown', 'plain', 'opposed')
 _QUOTED_WORDS = 6  # a run of this many words of what was shown makes a reply a quotation

@@ -10,11 +10,12 @@ from typing import Any
 
 from etils import epath
 
+from charjax.files import write_text
 from charjax.report.page import render
 from charjax.report.read import read_run
 from charjax.report.replies import Reply, by_typicality, exchanges
 from charjax.report.words import ellipsis, spoken
-from charjax.workdir import Session, write_text
+from charjax.workdir import Session
 
 _SHOWN = 3
 _LONGEST = 280

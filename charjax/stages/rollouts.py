@@ -28,6 +28,7 @@ from charjax.engine.score import (
   reply_mask,
   token_log_probs,
 )
+from charjax.files import Row
 from charjax.mesh import no_silent_transfers, replicate, shard_batch
 from charjax.model.decoder import Decoder
 from charjax.progress import Progress
@@ -42,7 +43,7 @@ from charjax.training.advantages import (
 )
 from charjax.training.heads import bind, read_rewards
 from charjax.training.losses import soft_labels
-from charjax.workdir import Row, Session
+from charjax.workdir import Session
 
 _TURNS = ('shown', 'opposed', 'plain')  # the order in which ranked replies are taken
 _CRITIC_ROWS = 64  # plain replies read together
