@@ -62,7 +62,8 @@ def test_an_error_is_not_hidden_by_a_held_interrupt(sigterm):
   ('number', 'raised'), [(signal.SIGTERM, interrupts.Terminated), (signal.SIGINT, KeyboardInterrupt)]
 )
 def test_an_interrupt_that_python_drops_comes_again(number, raised, capsys):
-  before = signal.getsignal(number)
+  # Where tests run in the background, a shell has had Ctrl-C ignored.
+  outside = signal.signal(number, signal.default_int_handler)
 
   def collecting(phase, info):
     if phase == 'start':
@@ -78,9 +79,12 @@ def test_an_interrupt_that_python_drops_comes_again(number, raised, capsys):
       bar.advance()
       pytest.fail('the work went on')
 
-  with pytest.raises(raised), interrupts.raising():
-    work()
-  assert signal.getsignal(number) == before and capsys.readouterr().err == ''
+  try:
+    with pytest.raises(raised), interrupts.raising():
+      work()
+    assert signal.getsignal(number) == signal.default_int_handler and capsys.readouterr().err == ''
+  finally:
+    signal.signal(number, outside)
 
 
 def test_an_ignored_interrupt_stays_ignored():

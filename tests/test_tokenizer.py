@@ -78,7 +78,7 @@ def test_digits_stand_alone(smol):
 
 def test_agrees_with_transformers_on_the_same_vocabulary(smol):
   transformers = pytest.importorskip('transformers')
-  model = json.loads(smol._source)['model']
+  model = json.loads(smol.source)['model']
   theirs = transformers.GPT2Tokenizer(
     vocab=model['vocab'], merges=[tuple(m) for m in model['merges']]
   ).backend_tokenizer
@@ -93,7 +93,7 @@ def test_agrees_with_transformers_on_the_same_vocabulary(smol):
 def test_agrees_with_transformers_on_the_same_tokenizer_json(smol, tmp_path):
   transformers = pytest.importorskip('transformers')
   path = tmp_path / 'tokenizer.json'
-  path.write_text(smol._source)
+  path.write_text(smol.source)
   theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
   ours = tokenizer.from_tokenizer_json(str(path), eos='<|im_end|>')
   for text in [*random_texts(100), 'a<|im_end|>b 12 <repo_name>']:

@@ -54,8 +54,8 @@ def test_every_layout_holds_the_same_bits(files, format, shape, monkeypatch):
 def test_no_more_is_read_than_the_devices_of_a_host_hold(files, shape):
   with jax.set_mesh(make_mesh(shape)):
     checkpoint, read = checkpoint_source.load(files['safetensors']), []
-    tensors, original = checkpoint.tensors, checkpoint.tensors.read
-    tensors.read = lambda name, dtype, part: read.append(original(name, dtype, part)) or read[-1]
+    tensors, original = checkpoint.tensors, checkpoint.tensors.read_part
+    tensors.read_part = lambda name, dtype, part: read.append(original(name, dtype, part)) or read[-1]
     decoder = make_decoder(checkpoint.config, tensors, jnp.float32, Runtime())
   # Each part once, however many devices hold it.
   held = jax.tree.leaves(nnx.state(decoder))
