@@ -89,7 +89,7 @@ class Progress:
     if flops >= 1000:
       flops, unit = flops / 1000, 'TFLOP/s'
     share = f', {rate["utilisation"]:.0%} of the peak' if 'utilisation' in rate else ''
-    return f'{rate["tokens_per_second"]:,.0f} tokens/s, {flops:,.1f} {unit}{share}'
+    return f'{rate["tokens_per_second"]:,.0f} tokens/s, {flops:.3g} {unit}{share}'
 
   def _print_line(self, note: str) -> None:
     self._last_line = time.monotonic()
