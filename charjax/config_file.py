@@ -125,6 +125,7 @@ def override(config: ml_collections.ConfigDict, changes: Sequence[str]) -> ml_co
         latest[field] = [f'{name}=()']
       elif not re.search(r'[(\[\'"]', value):
         latest[field] = [f'{name}={word.strip()}' for word in value.split(',')]
+  character = config.character.path
   values = flags.FlagValues()
   values.set_gnu_getopt(True)
   # config_flags looks in its sys_argv for the fields to define, and absl then parses the same arguments.
@@ -134,7 +135,7 @@ def override(config: ml_collections.ConfigDict, changes: Sequence[str]) -> ml_co
     values(arguments)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
     raise UserError(f'config: {error}') from error
-  if 'character.path' in latest and 'character.traits' not in latest:
+  if values.config.character.path != character and 'character.traits' not in latest:
     # Those that the file chose are another character's.
     values.config.character.traits = ()
   for field, default in tuples.items():

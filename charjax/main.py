@@ -196,6 +196,8 @@ def _export(
   if not output:
     raise UserError('charjax export of a model needs --output=DIR')
   session = _prepare(config, place)
+  if is_run:
+    _pin(session)
   from charjax.export.models import export
 
   # The starting model goes from file to file.
@@ -335,9 +337,9 @@ def _pin(session: workdirs.Session) -> None:
 
   path = session.config.model.path
   if hub.is_address(path):
-    model = (starting_model.read_record(session.workdir) or {}).get('model', {})
-    before = model.get('path', '') if isinstance(model, ml_collections.ConfigDict) else ''
-    session.config.model.path = before if str(before).startswith(f'{path}@') else hub.pin(path)
+    asked, before = starting_model.read_asked(session.workdir)
+    session.asked = path
+    session.config.model.path = before if path in (asked, before) else hub.pin(path)
     session.log(f'model: {session.config.model.path}')
 
 
@@ -348,6 +350,8 @@ def _record(session: workdirs.Session) -> None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[package] = importlib.metadata.version(package)
   record = {'seed': session.config.seed, 'config': session.config.to_dict(), 'versions': versions}
+  if session.asked:
+    record['asked'] = session.asked
   files.write_text(session.workdir / 'character.toml', characters.source(session.config.character.path))
   files.write_text(
     session.workdir / 'config.json', json.dumps(record, indent=2, ensure_ascii=False, default=str) + '\n'

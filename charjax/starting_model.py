@@ -106,6 +106,15 @@ def read_record(folder: epath.PathLike) -> ml_collections.ConfigDict | None:
   return ml_collections.ConfigDict(found) if isinstance(found, dict) else None
 
 
+def read_asked(folder: epath.PathLike) -> tuple[str, str]:
+  """The address of a hub that a run was asked to start from, and the same with the commit; '' where there is none."""
+  try:
+    record = json.loads((epath.Path(folder) / 'config.json').read_text())
+    return str(record['asked']), str(record['config']['model']['path'])
+  except (OSError, ValueError, TypeError, KeyError, RecursionError):  # Damage is told where the record is needed.
+    return '', ''
+
+
 def check_apart(model: ml_collections.ConfigDict, workdir: epath.Path) -> None:
   """Whether a run in this folder would leave what it starts from as it is.
 
@@ -245,9 +254,9 @@ def _entries(adapters: Sequence[str]) -> list[tuple[epath.Path, float]]:
   for entry in adapters:
     if not isinstance(entry, str) or not entry:
       raise UserError(f'config.model.adapters names {entry!r}; give folders, each with :WEIGHT behind it or without')
-    path, _, text = entry.rpartition(':')
+    path, colon, text = entry.rpartition(':')
     try:
-      weight = float(text)
+      weight = float(text) if colon else 1.0
     except ValueError:
       path, weight = '', 1.0
     if not math.isfinite(weight):

@@ -64,12 +64,14 @@ class Session:
 
   Attributes:
     checked: the stages that `check` has looked through since a stage last worked.
+    asked: the address of a hub that config.model.path was, before it named the very commit; or ''.
   """
 
   config: ml_collections.ConfigDict
   character: Character
   workdir: epath.Path
   checked: set[str] = dataclasses.field(default_factory=set)
+  asked: str = ''
 
   def folder(self, stage_name: str) -> epath.Path:
     """Where a stage keeps its files."""
@@ -129,7 +131,7 @@ def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 # Fields that say how a result is reached and not what it is: one who changes them keeps what was made.
-_HOW = re.compile(r'model\.(remat|scan_layers)|\w+\.(save_every|skipped_steps|skipped_replies|minimum_accuracy)')
+_HOW = re.compile(r'model\.(remat|scan_layers)|\w+\.(save_every|skipped_steps)')
 
 
 def relevant_config(stage: Stage, session: Session) -> dict[str, Any]:

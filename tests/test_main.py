@@ -231,6 +231,7 @@ def test_another_character_brings_all_its_traits():
   assert traits('--config.character.path=stoic') == ()
   assert traits('--config.character.path=stoic', '--config.character.traits=duty') == ('duty',)
   assert traits('--config.character.traits=') == ()
+  assert len(traits('--config.character.path=assistant')) == 4  # the file's own
 
 
 def test_a_character_whose_ranker_can_never_be_found_good_enough_is_refused_at_once(tmp_path, capsys):

@@ -250,3 +250,8 @@ def test_one_talks_to_a_combination_beside_the_original(adapters, monkeypatch, c
   said = re.findall(r'^(\w+):\n(.*)$', capsys.readouterr().out, re.MULTILINE)
   assert [name for name, _ in said] == ['base', 'combined', 'prompted']
   assert said[0][1] != said[1][1]
+
+
+def test_a_folder_may_be_called_by_a_number():
+  entries = starting_model._entries(('2', '2:0.5', 'a:b', 'nan'))
+  assert [(str(place), weight) for place, weight in entries] == [('2', 1.0), ('2', 0.5), ('a:b', 1.0), ('nan', 1.0)]

@@ -49,6 +49,7 @@ def export(session: Session, kind: str, dtype: str, output: epath.Path) -> None:
   if stage:
     _check_trained(session, stage)
   checkpoint = session.checkpoint
+  check_output(output, checkpoint.source)  # the path may be a run, which reads from elsewhere
   base = os.path.basename(os.path.abspath(session.config.model.path))
   said = base, checkpoint.family, dtype
   if kind == 'start':

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import re
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -119,7 +120,8 @@ def _told(address: str) -> Iterator[None]:
       raise UserError(
         f'{address}: no such model, or a private one; check the name at {page}, or run: hf auth login'
       ) from error
-    if isinstance(error, OSError) and error.errno:  # of this machine's disk, which the command line tells
+    network = isinstance(error, (ConnectionError, TimeoutError, socket.gaierror))
+    if isinstance(error, OSError) and error.errno and not network:  # of the disk, which the command line tells
       raise
     raise UserError(
       f'{address}: cannot be fetched ({one_line(error)}); give the same command again: files that are whole are kept'

@@ -160,6 +160,11 @@ def _trait_prompts(session: Session) -> list[Row]:
   weight = {trait.id: trait.weight for trait in session.character.traits if trait.id in earns}
   # What counts is how much more one trait does than another: all together pull as hard whatever their weights.
   mean = sum(weight.values()) / len(weight)
+  if not mean:
+    raise UserError(
+      f'policy: the traits that can be rewarded ({", ".join(weight)}) have weight 0; raise one, or set '
+      'config.policy.keep_unproven_traits=True'
+    )
   return [
     {
       'id': row['id'],
