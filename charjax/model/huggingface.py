@@ -17,7 +17,7 @@ from charjax.model.config import ModelConfig
 from charjax.model.families import from_hf, tensor_names
 from charjax.model.tokenizer import Tokenizer, from_tokenizer_json
 
-_FLOATS = ('F64', 'F32', 'F16', 'BF16')
+FLOATS = ('F64', 'F32', 'F16', 'BF16')
 _WEIGHTS, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
 # All that is read but the weights; no model has all of them.
 TEXT = (
@@ -57,8 +57,8 @@ def _tensors(folder: Path, config: ModelConfig, family: str, fetch: Callable[[Se
       file = safe_open(shard, framework='numpy')
       for name in file.keys():  # noqa: SIM118  (not a mapping)
         stored = file.get_slice(name)
-        if (kind := stored.get_dtype()) not in _FLOATS:
-          raise UserError(f'{shard}: tensor {name[:80]!r} is {kind}; only {", ".join(_FLOATS)} are read')
+        if (kind := stored.get_dtype()) not in FLOATS:
+          raise UserError(f'{shard}: tensor {name[:80]!r} is {kind}; only {", ".join(FLOATS)} are read')
         files[name], shapes[name] = file, tuple(stored.get_shape())
     except (OSError, SafetensorError) as error:
       raise UserError(f'{shard}: missing or damaged ({one_line(error)}); fetch it again') from error
@@ -207,8 +207,8 @@ def _ids(settings: Mapping[str, Any], field: str, folder: Path) -> list[int]:
   return ids
 
 
-def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
-  """The object in a JSON file; {} where it is optional and not there.
+def read_json(path: Path, optional: bool = False, what: str = 'a Hugging Face checkpoint directory') -> dict[str, Any]:
+  """The object in a JSON file of `what`; {} where it is optional and not there.
 
   Raises:
     UserError: it is missing, or holds something else.
@@ -218,7 +218,7 @@ def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
   try:
     content = json.loads(path.read_text(encoding='utf-8'))
   except OSError as error:
-    raise UserError(f'{path}: {error.strerror}; is this a Hugging Face checkpoint directory?') from error
+    raise UserError(f'{path}: {error.strerror}; is this {what}?') from error
   except (ValueError, RecursionError) as error:
     raise UserError(f'{path}: not valid JSON ({one_line(error)}); fetch it again') from error
   if not isinstance(content, dict):

@@ -23,10 +23,10 @@ from safetensors.numpy import save_file
 from charjax.errors import UserError, one_line
 from charjax.model.config import ModelConfig
 from charjax.model.families import tensor_names
+from charjax.model.huggingface import FLOATS, read_json
 from charjax.model.lora import Arrays, sizes
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
-_FLOATS = ('F64', 'F32', 'F16', 'BF16')
 _PREFIX = 'base_model.model.'
 
 _READ = ('peft_type', 'r', 'lora_alpha', 'rank_pattern', 'alpha_pattern', 'use_rslora', 'init_lora_weights')
@@ -182,14 +182,7 @@ def read(folder: str | Path, config: ModelConfig, family: str) -> dict[str, dict
 
 def _settings(path: Path) -> dict[str, Any]:
   """What adapter_config.json says, once all that is not read here is known to change nothing."""
-  try:
-    said = json.loads(path.read_text(encoding='utf-8'))
-  except OSError as error:
-    raise UserError(f'{path}: {error.strerror}; is this the folder of a PEFT adapter?') from error
-  except (ValueError, RecursionError) as error:
-    raise UserError(f'{path}: not valid JSON ({one_line(error)}); fetch it again') from error
-  if not isinstance(said, dict):
-    raise UserError(f'{path}: a JSON object is expected there; fetch it again')
+  said = read_json(path, what='the folder of a PEFT adapter')
   if said.get('peft_type') != 'LORA':
     raise UserError(f"{path}: field peft_type is {str(said.get('peft_type'))[:40]!r}; only 'LORA' is supported")
   if said.get('init_lora_weights') not in _INITS:
@@ -237,8 +230,8 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
   try:
     with safe_open(path, framework='numpy') as file:
       for name in file.keys():  # noqa: SIM118  (not a mapping)
-        if (kind := file.get_slice(name).get_dtype()) not in _FLOATS:
-          raise UserError(f'{path}: tensor {name[:80]!r} is {kind}; only {", ".join(_FLOATS)} are read')
+        if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
+          raise UserError(f'{path}: tensor {name[:80]!r} is {kind}; only {", ".join(FLOATS)} are read')
         out[name] = file.get_tensor(name).astype(np.float32)
   except (OSError, SafetensorError) as error:
     raise UserError(f'{path}: missing or damaged ({one_line(error)}); fetch it again') from error
