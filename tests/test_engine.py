@@ -164,8 +164,7 @@ def test_a_reply_s_mean_state_is_that_of_its_own_tokens(decoder, prompts):
   found = np.asarray(mean_states(hidden_states(decoder, rows), rows))
   for prompt, reply, state in zip([prompts[6], prompts[6], prompts[2]], replies, found[:3], strict=True):
     text = np.asarray([prompt + reply])
-    mask = np.tril(np.ones((1, text.shape[1], text.shape[1]), bool))
-    states, _ = forward(decoder, text, np.arange(text.shape[1])[None], mask)
+    states, _ = forward(decoder, text, np.arange(text.shape[1])[None])
     np.testing.assert_allclose(state, np.asarray(states, np.float64)[0, len(prompt) :].mean(0), atol=1e-5)
   assert found[3].tolist() == [0] * CONFIG.embed_dim
 

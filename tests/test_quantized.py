@@ -89,8 +89,7 @@ def test_the_error_is_within_half_a_step_of_each_scale(kind):
 
 def loss(adapter, decoder):
   tokens = np.array([PROMPTS[0] + REPLIES[0]])
-  mask = np.tril(np.ones((1, tokens.shape[1], tokens.shape[1]), bool))
-  hidden, _ = forward(decoder, tokens, jnp.arange(tokens.shape[1])[None], mask, adapter=adapter)
+  hidden, _ = forward(decoder, tokens, jnp.arange(tokens.shape[1])[None], adapter=adapter)
   return jnp.sin(hidden).sum()
 
 

@@ -30,7 +30,7 @@ from charjax.engine.batch import (
   prefill,
 )
 from charjax.mesh import batch_parts, no_silent_transfers, replicate, shard_batch
-from charjax.model.decoder import KV, Decoder, Prefix, forward, layer_weights, logits, make_cache
+from charjax.model.decoder import KV, Cache, Decoder, Prefix, forward, layer_weights, logits, make_cache
 
 _BLOCK = 256  # the vocabulary is searched in blocks of this many tokens
 _TOP_P_STEPS = 16
@@ -127,7 +127,7 @@ class _State(NamedTuple):
   step: jax.Array
   token: jax.Array  # [B] to be fed next
   done: jax.Array  # [B]
-  cache: KV
+  cache: Cache
   tokens: jax.Array  # [B, N]
   log_probs: jax.Array  # [B, N]
 
@@ -152,16 +152,14 @@ def _sample(
   rows = len(token_b)
   before = (*shared, compute_prefix(decoder, prompts_ap, lengths_a, adapter, shared))
   # Cut into layers once, not at each token.
-  before = tuple(Prefix(KV(tuple(kv.k), tuple(kv.v)), length) for kv, length in before)
+  before = tuple(prefix._replace(kv=KV(tuple(prefix.kv.k), tuple(prefix.kv.v))) for prefix in before)
   layers = layer_weights(decoder, adapter)
   first = length_before(before, rows)
-  slots = jnp.arange(max_new_tokens)
   keys_b = jax.random.wrap_key_data(key_data_b2, impl='threefry2x32')
 
   def decode(state: _State) -> _State:
-    seen = jnp.broadcast_to(slots <= state.step, (rows, 1, max_new_tokens))
     hidden, cache = forward(
-      decoder, state.token[:, None], first + state.step, seen, layers=layers, before=before,
+      decoder, state.token[:, None], first + state.step, layers=layers, before=before,
       cache=state.cache, cache_index=state.step,
     )  # fmt: skip
     uniform_b = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.step)))(keys_b)

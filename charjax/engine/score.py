@@ -125,9 +125,8 @@ def hidden_states(
   before = (*before, asked)
   count, width = rows.tokens.shape
   slots = jnp.arange(width)
-  mask = jnp.broadcast_to(slots[:, None] >= slots, (count, width, width))
   positions = length_before(before, count) + slots
-  return forward(decoder, rows.tokens, positions, mask, adapter=adapter, before=before, tap=tap)[0]
+  return forward(decoder, rows.tokens, positions, adapter=adapter, before=before, tap=tap)[0]
 
 
 def over_chunks(function: Callable[..., Any], *arrays: jax.Array) -> Any:

@@ -5,7 +5,7 @@ heads a key/value head, H head size.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,28 @@ class SharedKV(NamedTuple):
   k: jax.Array
   v: jax.Array
   mask: jax.Array
+
+
+class Places(NamedTuple):
+  """Where tokens stand: each belongs to a text, and has a position in it.
+
+  Attributes:
+    positions: [..., T] counted from whatever stands before the text.
+    texts: [..., T] numbers of the texts; 0 is padding.
+  """
+
+  positions: jax.Array
+  texts: jax.Array
+
+
+def sees(queries: Places, keys: Places, window: Any = None) -> jax.Array:
+  """Which keys each query attends to, [..., T, S]: those of its text that are not after it, the last `window` of them.
+
+  Several texts may so lie in one row, and a cache may hold its keys in any order.
+  """
+  back = queries.positions[..., :, None] - keys.positions[..., None, :]
+  seen = (queries.texts[..., :, None] == keys.texts[..., None, :]) & (keys.texts[..., None, :] > 0) & (back >= 0)
+  return seen if window is None else seen & (back < window)
 
 
 def softcap(x: jax.Array, bound: float) -> jax.Array:
