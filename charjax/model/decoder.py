@@ -348,7 +348,7 @@ def forward(
       v = jax.lax.dynamic_update_slice_in_dim(kv[1], v, cache_index, 2)
     k, v = (constrain(array, 'batch', 'kv_heads', None, None) for array in (k, v))
     own, seen = whole if kind.window is None else masks(kind.window)
-    parts = [SharedKV(*prefix, mask) for prefix, mask in zip(shared, seen, strict=True)]
+    parts = [SharedKV(prefix[0], prefix[1], mask) for prefix, mask in zip(shared, seen, strict=True)]
     mixed = attention(q, k, v, own, parts, scale=c.query_scale, cap=c.attention_softcap)
     mixed = constrain(mixed.reshape(b, t, c.num_heads, c.head_dim), 'batch', None, 'heads', None)
     said = linear(mixed.reshape(b, t, -1), 'o', layer, lora, in_axes=2)
@@ -390,7 +390,7 @@ def forward(
       if i + 1 == tap:
         tapped.append(x)
     k, v = (tuple(arrays) for arrays in zip(*written, strict=True))
-  hidden = norm(x, decoder.final_norm[...])
+  hidden: Any = norm(x, decoder.final_norm[...])
   if tap is not None:
     hidden = norm(tapped[0], decoder.final_norm[...]), hidden
   return hidden, KV(k, v) if cache is None else Cache(KV(k, v), keys)
