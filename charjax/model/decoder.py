@@ -158,7 +158,7 @@ class Decoder(nnx.Module):
 
 
 class KV(NamedTuple):
-  """Keys and values of all layers, each [B, K, S, H]: a tuple of L arrays, or one stacked [L, ...] when scanned."""
+  """Keys [B, K, H, S] and values [B, K, S, H] of all layers, each a tuple of L arrays, or one stacked when scanned."""
 
   k: Any
   v: Any
@@ -168,7 +168,7 @@ class Prefix(NamedTuple):
   """What stands before rows: A times P tokens, each P before B / A rows that follow one another (A = 1: before all).
 
   Attributes:
-    kv: keys and values, each [A, K, P, H] a layer.
+    kv: keys [A, K, H, P] and values [A, K, P, H] of each layer.
     places: of the tokens, [A, P].
     read: [B, T] which of its texts each token of the rows reads; None: all.
   """
@@ -182,7 +182,7 @@ class Cache(NamedTuple):
   """The tokens that rows read before, S slots each, in any order.
 
   Attributes:
-    kv: keys and values, each [B, K, S, H] a layer.
+    kv: keys [B, K, H, S] and values [B, K, S, H] of each layer.
     places: of the tokens, [B, S].
   """
 
@@ -341,10 +341,10 @@ def forward(
     q, k, v = (heads(normed, name, layer, lora) for name in 'qkv')
     q = constrain(rotate(q, cos, sin), 'batch', None, 'heads', None)
     q = q.reshape(b, t, c.num_kv_heads, groups, c.head_dim).astype(runtime.attention_dtype)
-    k = jnp.swapaxes(rotate(k, cos, sin), 1, 2).astype(runtime.attention_dtype)
+    k = jnp.moveaxis(rotate(k, cos, sin), 1, 3).astype(runtime.attention_dtype)
     v = jnp.swapaxes(v, 1, 2).astype(runtime.attention_dtype)
     if kv is not None:
-      k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, cache_index, 2)
+      k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, cache_index, 3)
       v = jax.lax.dynamic_update_slice_in_dim(kv[1], v, cache_index, 2)
     k, v = (constrain(array, 'batch', 'kv_heads', None, None) for array in (k, v))
     own, seen = whole if kind.window is None else masks(kind.window)
@@ -462,8 +462,8 @@ def logits(decoder: Decoder, hidden: jax.Array) -> jax.Array:
 def make_cache(decoder: Decoder, rows: int, slots: int) -> Cache:
   """An empty cache of `slots` tokens a row, one array a layer."""
   c = decoder.config
-  empty = tuple(
-    jnp.zeros((rows, c.num_kv_heads, slots, c.head_dim), decoder.runtime.attention_dtype) for _ in range(c.num_layers)
-  )
+  dtype, each = decoder.runtime.attention_dtype, range(c.num_layers)
+  k = tuple(jnp.zeros((rows, c.num_kv_heads, c.head_dim, slots), dtype) for _ in each)
+  v = tuple(jnp.zeros((rows, c.num_kv_heads, slots, c.head_dim), dtype) for _ in each)
   nowhere = jnp.zeros((rows, slots), jnp.int32)
-  return Cache(KV(empty, empty), Places(nowhere, nowhere))
+  return Cache(KV(k, v), Places(nowhere, nowhere))
