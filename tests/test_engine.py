@@ -406,7 +406,7 @@ def test_rows_are_refilled_and_their_caches_grow_and_no_reply_can_tell(decoder, 
   ends = tuple(range(280, 286))
   replies = sample(decoder, asked, keys, ends, Sampling(150, batch_size=2 * each))
   sizes = sorted(len(reply.tokens) for reply in replies)
-  assert sizes[0] < 20 and sizes[-1] > 128, sizes
+  assert sizes[0] < 40 and sizes[-1] > 128, sizes
   for prompt, reply in zip(asked, replies, strict=True):
     assert (reply.tokens[-1] in ends) == (reply.finish == 'stop') and not set(reply.tokens[:-1]) & set(ends)
     assert_rows_close([reply.log_probs], [numpy_reply(CONFIG, TENSORS, prompt, reply.tokens)])
