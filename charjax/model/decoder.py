@@ -19,7 +19,7 @@ from flax import nnx
 
 from charjax.mesh import constrain
 from charjax.model import quantized
-from charjax.model.attention import Places, SharedKV, attention, sees, softcap
+from charjax.model.attention import Before, Places, make_attention, softcap
 from charjax.model.config import LayerKind, ModelConfig
 from charjax.model.experts import mixture
 from charjax.model.rope import rotary, rotate
@@ -297,11 +297,8 @@ def forward(
   if cache is not None:
     put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache_index, axis=1)
     keys = jax.tree.map(put, cache.places, queries)
-
-  def masks(window: Any = None) -> tuple[jax.Array, list[jax.Array]]:
-    return sees(queries, keys, window), [_sees_before(queries, prefix, window) for prefix in before]
-
-  whole = masks()
+  places = [Before(prefix.places, prefix.read) for prefix in before]
+  attend = make_attention(queries, keys, places, scale=c.query_scale, cap=c.attention_softcap)
 
   def linear(x: jax.Array, name: str, layer: Any, lora: Any, in_axes: int = 1) -> jax.Array:
     weight = layer[name]
@@ -347,9 +344,7 @@ def forward(
       k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, cache_index, 3)
       v = jax.lax.dynamic_update_slice_in_dim(kv[1], v, cache_index, 2)
     k, v = (constrain(array, 'batch', 'kv_heads', None, None) for array in (k, v))
-    own, seen = whole if kind.window is None else masks(kind.window)
-    parts = [SharedKV(prefix[0], prefix[1], mask) for prefix, mask in zip(shared, seen, strict=True)]
-    mixed = attention(q, k, v, own, parts, scale=c.query_scale, cap=c.attention_softcap)
+    mixed = attend(q, k, v, shared, kind.window)
     mixed = constrain(mixed.reshape(b, t, c.num_heads, c.head_dim), 'batch', None, 'heads', None)
     said = linear(mixed.reshape(b, t, -1), 'o', layer, lora, in_axes=2)
     x = x + (norm(said, layer['attn_post_norm']) if c.post_norms else said)
@@ -407,18 +402,6 @@ def _choose(tables: Sequence[Any], index: Any) -> Any:
   if isinstance(index, int) or len(tables) == 1:
     return tables[index if isinstance(index, int) else 0]
   return jax.tree.map(lambda *arrays: jnp.stack(arrays)[index], *tables)
-
-
-def _sees_before(queries: Places, prefix: Prefix, window: Any) -> jax.Array:
-  """Which tokens of a prefix the rows attend to: [A, P], or [A, B/A, T, P] where that differs by query."""
-  if prefix.read is None and window is None:
-    return prefix.places.texts > 0
-  count, keys = len(prefix.places.texts), jax.tree.map(lambda x: x[:, None], prefix.places)
-  if prefix.read is None:
-    keys = keys._replace(texts=jnp.sign(keys.texts))
-  read = jnp.ones_like(queries.texts) if prefix.read is None else prefix.read
-  grouped = Places(*(x.reshape(count, -1, x.shape[-1]) for x in (queries.positions, read)))
-  return sees(grouped, keys, window)
 
 
 def lower_layers(decoder: Decoder, count: int) -> Decoder:
