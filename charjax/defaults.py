@@ -75,6 +75,7 @@ def get_config() -> ConfigDict:
   config.preference.learning_rate = 3e-6
   config.preference.epochs = 1.0  # 0 leaves the weights as they are: the heads alone are trained
   config.preference.messages_per_batch = 16
+  config.preference.microbatches = 1  # parts of a batch that go through the model one after the other, to save memory
   config.preference.warmup = 10
   config.preference.weight_decay = 0.01
   config.preference.max_gradient = 1.0
@@ -89,6 +90,7 @@ def get_config() -> ConfigDict:
   config.policy.learning_rate = 1e-6
   config.policy.steps = 200
   config.policy.prompts_per_step = 64
+  config.policy.microbatches = 1  # as in the preference model
   config.policy.replies_per_prompt = 8
   # Of the ranked replies to the same message, preferred among each other: shown, opposed and plain in turn.
   config.policy.ranked_replies = 0

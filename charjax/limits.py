@@ -26,11 +26,11 @@ _LIMITS: dict[str, dict[str, tuple[float, float]]] = {
   },
   'preference': {
     'head_steps': _COUNT, 'head_decay': _AMOUNT, 'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'epochs': _AMOUNT,
-    'messages_per_batch': _SIZE, 'warmup': _COUNT, 'weight_decay': _AMOUNT, 'max_gradient': _AMOUNT,
-    'skipped_steps': _SIZE, 'save_every': _SIZE, 'measured_messages': _SIZE,
+    'messages_per_batch': _SIZE, 'microbatches': _SIZE, 'warmup': _COUNT, 'weight_decay': _AMOUNT,
+    'max_gradient': _AMOUNT, 'skipped_steps': _SIZE, 'save_every': _SIZE, 'measured_messages': _SIZE,
   },
   'policy': {
-    'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'steps': _SIZE, 'prompts_per_step': _SIZE,
+    'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'steps': _SIZE, 'prompts_per_step': _SIZE, 'microbatches': _SIZE,
     'replies_per_prompt': (2, math.inf), 'ranked_replies': _COUNT, 'ranked_labels': _SHARE, 'ranked_weight': _AMOUNT,
     'ranked_beta': _AMOUNT, 'ranked_temperature': _AMOUNT, 'ranked_likelihood': _AMOUNT, 'temperature': _AMOUNT,
     'max_new_tokens': _SIZE, 'prompt_width': _SIZE, 'kl': _AMOUNT, 'clip': _AMOUNT, 'trace': _SHARE,
@@ -81,8 +81,13 @@ def check(config: ConfigDict) -> None:
       f'config.rankings.label_low is {config.rankings.label_low}; it must not be above label_high, which is '
       f'{config.rankings.label_high}'
     )
-  for section in ('preference', 'policy'):
-    targets = config[section].lora_targets
+  for section, field in (('preference', 'messages_per_batch'), ('policy', 'prompts_per_step')):
+    targets, parts, size = config[section].lora_targets, config[section].microbatches, config[section][field]
+    if size % parts:
+      raise UserError(
+        f'config.{section}.microbatches is {parts}, into which config.{section}.{field}={size} does not divide; choose '
+        'a divisor of it'
+      )
     if wrong := [target for target in targets if target not in PROJECTIONS]:
       raise UserError(f'config.{section}.lora_targets names {wrong[0]!r}; choose from {", ".join(PROJECTIONS)}')
     if targets and not config[section].lora_rank:

@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise
     print(
       f'charjax: the devices are out of memory ({one_line(error)}); lower the batch of the stage that was at work '
-      '(batch_size, messages_per_batch, prompts_per_step), set config.model.remat=True or split the model by '
-      'config.mesh, then give the same command again',
+      '(batch_size, messages_per_batch, prompts_per_step), raise its microbatches, set config.model.remat=True or '
+      'split the model by config.mesh, then give the same command again',
       file=sys.stderr,
     )
     return 2

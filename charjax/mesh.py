@@ -98,14 +98,14 @@ def shardings(tree: Any) -> Any:
   return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def shard_batch(tree: Any) -> Any:
-  """Puts host arrays on the mesh, split along their first axis (numbers: whole); without a mesh, on the one device."""
+def shard_batch(tree: Any, axis: int = 0) -> Any:
+  """Puts host arrays on the mesh, split along one axis (numbers: whole); without a mesh, on the one device."""
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
     return jax.device_put(tree)
 
   def put(array: np.ndarray) -> jax.Array:
-    axes = ('batch', *(None,) * np.ndim(array))[: np.ndim(array)]
+    axes = (*(None,) * axis, 'batch', *(None,) * np.ndim(array))[: np.ndim(array)]
     return jax.device_put(array, NamedSharding(mesh, spec(np.shape(array), axes, mesh)))
 
   return jax.tree.map(put, tree)

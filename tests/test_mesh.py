@@ -33,7 +33,7 @@ from charjax.model.weights import make_decoder
 from charjax.training.checkpoint import Checkpoints
 from charjax.training.heads import bind, make_trainable, read_rewards, reply_states
 from charjax.training.losses import bradley_terry
-from charjax.training.step import init_optimizer, make_optimizer, make_step
+from charjax.training.step import Batch, init_optimizer, make_batch, make_optimizer, make_step
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
 CONFIG = tiny_config(tied_embeddings=False)
@@ -87,7 +87,7 @@ def train(lora_rank):
   batch = {'rows': rows_of_all()}
   history = []
   for _ in range(3):
-    trainable, state, metrics = step(trainable, state, decoder, shard_batch(batch))
+    trainable, state, metrics = step(trainable, state, decoder, make_batch({}, batch))
     history.append({name: float(value) for name, value in metrics.items()})
   return history, trainable, state, step.__wrapped__._cache_size()
 
@@ -280,17 +280,18 @@ def test_no_constraint_of_the_decoder_can_be_left_out_unseen(mesh, place, monkey
 def test_what_was_not_put_on_the_devices_is_refused(shape):
   refused = functools.partial(pytest.raises, jax.errors.JaxRuntimeError, match=r'Disallowed .*transfer')
   with jax.set_mesh(make_mesh(shape)) if shape else contextlib.nullcontext():
-    trainable, put = replicate({'w': np.ones(8, np.float32)}), shard_batch(np.arange(8.0))
+    trainable, put = replicate({'w': np.ones(8, np.float32)}), make_batch({'y': np.float32(2)}, {'x': np.arange(8.0)})
     optimizer = make_optimizer(1e-3, warmup=1, steps=3, weight_decay=0.1, max_gradient=1.0)
     state, layout = init_optimizer(optimizer, trainable)
-    step = make_step(lambda t, _, batch: ((t['w'] * batch[0]).sum() * batch[1], {}), optimizer, trainable, layout)
-    with refused():
-      step(trainable, state, None, (np.arange(8.0), replicate(np.float32(2))))
-    with refused():
-      step(trainable, state, None, (put, np.float32(2)))
-    with refused():
-      step(trainable, state, None, (put, 2.0))
-    _, _, metrics = step(trainable, state, None, (put, replicate(np.float32(2))))
+    step = make_step(lambda t, _, b: ((t['w'] * b['x']).sum() * b['y'], {}), optimizer, trainable, layout)
+    for whole, parts in (
+      (put.whole, {'x': np.arange(8.0)[None]}),
+      ({'y': np.float32(2)}, put.parts),
+      ({'y': 2.0}, put.parts),
+    ):
+      with refused():
+        step(trainable, state, None, Batch(whole, parts))
+    _, _, metrics = step(trainable, state, None, put)
     assert float(metrics['loss']) == 56
     decoder = build()
     scaled = jax.jit(lambda before, rows, scale: rows.tokens * scale)
@@ -358,12 +359,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_says_so():
   trainable = {'w': jnp.array([1.0, 2.0])}
   optimizer = make_optimizer(0.1, warmup=0, steps=10, weight_decay=0.0, max_gradient=1.0)
   state, layout = init_optimizer(optimizer, trainable)
-  step = make_step(lambda t, frozen, batch: ((t['w'] * batch).sum(), {}), optimizer, trainable, layout)
+  step = make_step(lambda t, frozen, batch: ((t['w'] * batch['x']).sum(), {}), optimizer, trainable, layout)
   for bad in (np.nan, np.inf):
-    trainable, state, metrics = step(trainable, state, None, jnp.array([1.0, bad]))
+    trainable, state, metrics = step(trainable, state, None, make_batch({}, {'x': np.array([1.0, bad])}))
     assert bool(metrics['skipped']) and trainable['w'].tolist() == [1, 2]
   assert int(optax.tree_utils.tree_get(state, 'count', filtering=lambda path, _: 'Adam' in str(path))) == 0
-  trainable, state, metrics = step(trainable, state, None, jnp.array([3.0, 4.0]))
+  trainable, state, metrics = step(trainable, state, None, make_batch({}, {'x': np.array([3.0, 4.0])}))
   assert not bool(metrics['skipped']) and float(metrics['grad_norm']) == pytest.approx(5)
   # Adam's first step is the learning rate, whatever the gradient.
   np.testing.assert_allclose(trainable['w'], [0.9, 1.9], atol=1e-5)

@@ -172,7 +172,7 @@ def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
     'rows': rows, 'neutral': neutral, 'before': drawn,
     'advantages': np.zeros(drawn.shape, np.float32), 'weight': weight, 'ends': np.array([END]), 'temperature': 0.7,
     'clip': 0.2, 'ranked_temperature': 2.0, 'ranked_weight': 2.0, 'ranked_beta': 0.3, 'ranked_likelihood': 0.0,
-    'neutral_weight': 0.0,
+    'neutral_weight': 0.0, 'prompts': 2, 'drawn_tokens': 7, 'neutral_tokens': 2, 'ranked_pairs': 4,
     'ranked': {
       'before': before[:, 1:], 'real': np.array([[True] * 3, [True, True, False]]), 'preferred': preferred,
       'best': np.array([2, 0]),
