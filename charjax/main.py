@@ -298,6 +298,7 @@ def _prepare(config: ml_collections.ConfigDict, workdir: epath.Path) -> workdirs
   """
   limits.check(config)
   character = characters.select(characters.load(config.character.path), config.character.traits)
+  characters.check_rewarded(character, config.policy.traits)
   _can_be_judged(config, character)
   starting_model.check(config.model)
   if config.evaluation.probes or config.evaluation.neutral:
