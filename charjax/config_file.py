@@ -2,14 +2,15 @@
 Python files that yield changes of a config, one trial each.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import operator
 import re
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -19,7 +20,6 @@ from ml_collections import config_flags
 from charjax import defaults
 from charjax.errors import UserError
 
-T = TypeVar('T')
 _TRIAL_NAME = re.compile(r'[A-Za-z0-9][\w.=,+-]{0,79}', re.ASCII)  # of a folder
 
 
@@ -31,13 +31,16 @@ class Sweep:
     name: of the sweep and the config that it varies, as a folder may be called.
     base: the --config of every trial.
     changes: --config.field=value arguments of every trial.
-    trials: by name, the further ones of each.
+    trials: by name, the further ones of each; of a search none.
+    search: of a search, what asks an Optuna trial for the further ones of a run, and what says of the summary of an
+      evaluation how good it is.
   """
 
   name: str
   base: str
   changes: Sequence[str]
   trials: Mapping[str, Sequence[str]]
+  search: tuple[Callable[[Any], list[str]], Callable[[Mapping[str, Any]], float]] | None = None
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -58,7 +61,7 @@ def read_config(spec: str, changes: Sequence[str]) -> ml_collections.ConfigDict:
   path, argument, behind = _split(spec)
   config = defaults.get_config()
   config.lock()
-  merge(config, _execute(path, lambda namespace: _call_config(namespace, path, argument)), path, '')
+  merge(config, _call_config(_execute(path), path, argument), path, '')
   return override(config, [*behind, *changes])
 
 
@@ -81,20 +84,27 @@ def read_sweep(spec: str, changes: Sequence[str]) -> Sweep:
       raise UserError(f'--config={spec}: there is no {base} to vary; name a config, as in {path}:FILE.py')
   shared = [*behind, *changes]
   config = read_config(base, shared)
+  name = '-'.join(epath.Path(_split(part)[0]).stem for part in (spec, base))
+  namespace = _execute(path)
+  if 'get_search' in namespace:
+    return Sweep(name, base, shared, {}, _searching(namespace, path, config))
   trials: dict[str, list[str]] = {}
-  for name, fields in _execute(path, lambda namespace: _call_sweep(namespace, path, config)):
-    if not _TRIAL_NAME.fullmatch(str(name)) or name in (*trials, 'comparison'):
-      reason = 'is there twice, or taken' if _TRIAL_NAME.fullmatch(str(name)) else 'cannot name a folder'
-      raise UserError(f'{path}: trial {str(name)[:90]!r} {reason}; use other letters, digits, or one of ._=,+-')
-    trials[name] = [f'--config.{field}={_flag_value(value)}' for field, value in fields.items()]
+  for trial, fields in _call_sweep(namespace, path, config):
+    if not _TRIAL_NAME.fullmatch(str(trial)) or trial in (*trials, 'comparison'):
+      reason = 'is there twice, or taken' if _TRIAL_NAME.fullmatch(str(trial)) else 'cannot name a folder'
+      raise UserError(f'{path}: trial {str(trial)[:90]!r} {reason}; use other letters, digits, or one of ._=,+-')
+    trials[trial] = _as_changes(fields)
   if not trials:
     raise UserError(f'{path}: get_sweep yields no trial')
-  names = [epath.Path(_split(part)[0]).stem for part in (spec, base)]
-  return Sweep('-'.join(names), base, shared, trials)
+  return Sweep(name, base, shared, trials)
 
 
-def _flag_value(value: Any) -> str:
-  return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+def _as_changes(fields: Mapping[str, Any]) -> list[str]:
+  """As flags say it."""
+  values = {
+    field: ','.join(map(str, value)) if isinstance(value, (tuple, list)) else value for field, value in fields.items()
+  }
+  return [f'--config.{field}={value}' for field, value in values.items()]
 
 
 def _split(spec: str) -> tuple[str, str | None, list[str]]:
@@ -112,17 +122,24 @@ def _split(spec: str) -> tuple[str, str | None, list[str]]:
   return path, argument, [f'--config.{word}' for word in words]
 
 
-def _execute(path: str, use: Callable[[dict[str, Any]], T]) -> T:
-  """Executes a Python file and uses what it defines; whatever goes wrong in there is the file's mistake."""
+def _execute(path: str) -> dict[str, Any]:
+  """What a Python file defines."""
   try:
     source = epath.Path(path).read_text()
   except (OSError, ValueError) as error:
     reason = getattr(error, 'strerror', None) or error
     raise UserError(f'--config={path}: cannot be read ({reason}); check the path') from error
   namespace: dict[str, Any] = {'__file__': path, '__name__': 'charjax_config'}
-  try:
+  with _told(path):
     exec(compile(source, path, 'exec'), namespace)
-    return use(namespace)
+  return namespace
+
+
+@contextlib.contextmanager
+def _told(path: str) -> Iterator[None]:
+  """Whatever goes wrong in a file that is executed is the file's mistake."""
+  try:
+    yield
   except UserError:
     raise
   except SyntaxError as error:
@@ -137,7 +154,8 @@ def _execute(path: str, use: Callable[[dict[str, Any]], T]) -> T:
 def _call_config(namespace: Mapping[str, Any], path: str, argument: str | None) -> ml_collections.ConfigDict:
   function = namespace.get('get_config')
   if not callable(function):
-    more = 'it is a sweep: charjax sweep' if 'get_sweep' in namespace else 'see configs/quickstart.py'
+    is_sweep = 'get_sweep' in namespace or 'get_search' in namespace
+    more = 'it is a sweep: charjax sweep' if is_sweep else 'see configs/quickstart.py'
     raise UserError(f'{path}: has no function get_config; {more}')
   arguments = () if argument is None else (argument,)
   try:
@@ -147,7 +165,8 @@ def _call_config(namespace: Mapping[str, Any], path: str, argument: str | None) 
     raise UserError(f'{path}: get_config {wants}') from None
   except ValueError:  # A builtin has no signature.
     pass
-  config = function(*arguments)
+  with _told(path):
+    config = function(*arguments)
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(f'{path}: get_config returned {type(config).__name__}; it must return a ConfigDict')
   return config
@@ -159,11 +178,30 @@ def _call_sweep(
   function = namespace.get('get_sweep')
   if not callable(function):
     raise UserError(f'{path}: has no function get_sweep; see configs/sweeps/kl.py')
-  trials = list(function(config))
+  with _told(path):
+    trials = list(function(config))
   for trial in trials:
     if not (isinstance(trial, tuple) and len(trial) == 2 and isinstance(trial[1], Mapping)):
       raise UserError(f'{path}: get_sweep yields {str(trial)[:60]!r}; it must yield (name, {{"some.field": value}})')
   return trials
+
+
+def _searching(
+  namespace: Mapping[str, Any], path: str, config: ml_collections.ConfigDict
+) -> tuple[Callable[[Any], list[str]], Callable[[Mapping[str, Any]], float]]:
+  search, judge = namespace['get_search'], namespace.get('get_value')
+  if not callable(search) or not callable(judge):
+    raise UserError(f'{path}: a search takes two functions, get_search and get_value; see configs/sweeps/search.py')
+
+  def suggest(trial: Any) -> list[str]:
+    with _told(path):
+      return _as_changes(search(config, trial))
+
+  def value(summary: Mapping[str, Any]) -> float:
+    with _told(path):
+      return float(judge(summary))
+
+  return suggest, value
 
 
 def merge(config: ml_collections.ConfigDict, changes: ml_collections.ConfigDict, where: str, prefix: str) -> None:

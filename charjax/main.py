@@ -22,7 +22,7 @@ from etils import epath
 from charjax import character as characters
 from charjax import defaults, files, limits, starting_model
 from charjax import workdir as workdirs
-from charjax.config_file import merge, nearest, override, read_config
+from charjax.config_file import merge, nearest, override, read_config, read_sweep
 from charjax.errors import UserError, one_line
 from charjax.stages import STAGES
 
@@ -47,6 +47,7 @@ _USAGE = f"""charjax: train a character into a language model
                                                  or the policy's LoRA alone, for PEFT
   --dtype=bfloat16|float32                       export: of the weights
   --parallel=1 --launch=FILE                     sweep: trials at a time; or only write their commands, one a line
+  --trials=20                                    sweep: of a search, by all processes that were given the command
   --reviewer=NAME --port=0                       review: who judges, and where the page is
 
 A finished stage is skipped, one that was cut off goes on, one whose inputs or settings changed is made anew.
@@ -59,7 +60,7 @@ _FLAGS_OF = {
   'chat': ('side_by_side', 'trait', 'temperature', 'max_new_tokens', 'seed'),
   'export': ('output', 'model', 'dtype'),
   'review': ('reviewer', 'port'),
-  'sweep': ('parallel', 'launch'),
+  'sweep': ('parallel', 'launch', 'trials'),
   'compare': ('output',),
 }
 
@@ -253,39 +254,48 @@ def _review(config: str, workdir: str, options: dict[str, Any]) -> int:
 
 
 def _sweep(config_spec: str, changes: Sequence[str], workdir: str, options: dict[str, Any]) -> int:
-  """Makes the trials of a sweep, or writes their commands."""
+  """Makes the trials of a sweep or a search, or writes their commands."""
   from charjax import sweep
-  from charjax.config_file import read_sweep
 
   found = read_sweep(config_spec, changes)
   folder = os.path.expanduser(workdir or os.path.join('runs', found.name))
-  commands = {
-    name: ['run', f'--config={found.base}', *found.changes, *own, f'--workdir={os.path.join(folder, name)}']
-    for name, own in found.trials.items()
-  }
-  sessions = {}
-  for name, own in found.trials.items():
-    place = epath.Path(folder) / name
-    sessions[name] = _prepare(read_config(found.base, [*found.changes, *own]), place)
-    starting_model.check_apart(sessions[name].config.model, place)
-  if launch := options.get('launch'):
-    text = ''.join(shlex.join(['charjax', *command]) + '\n' for command in commands.values())
-    files.write_text(os.path.expanduser(launch), text)
-    print(f'{len(commands)} commands: {launch}')
+  root, launch = epath.Path(folder), options.get('launch')
+
+  def make(name: str, own: Sequence[str]) -> sweep.Trial:
+    place = os.path.join(folder, name)
+    session = _prepare(read_config(found.base, [*found.changes, *own]), epath.Path(place))
+    starting_model.check_apart(session.config.model, session.workdir)
+    pinned = [] if launch else sweep.pin_model(root, session)
+    command = ['run', f'--config={found.base}', *found.changes, *own, *pinned, f'--workdir={place}']
+    return sweep.Trial(name, session, command)
+
+  if (
+    wrong := [name for name in ('parallel', 'launch') if name in options]
+    if found.search
+    else (['trials'] if 'trials' in options else [])
+  ):
+    why = 'gives one trial after another; give the command several times' if found.search else 'names its trials'
+    raise UserError(f'--{wrong[0]}: {config_spec} {why}, and leave the flag out')
+  if launch:
+    lines = [shlex.join(['charjax', *make(name, own).command]) for name, own in found.trials.items()]
+    files.write_text(os.path.expanduser(launch), ''.join(line + '\n' for line in lines))
+    print(f'{len(lines)} commands: {launch}')
     return 0
   if '://' in folder:
     raise UserError(f'--workdir={folder}: charjax sweep needs a folder of this machine; or give --launch=FILE')
-  root = epath.Path(folder)
-  with workdirs.lock(root):
-    for name, path in sweep.pin_models(root, sessions).items():
-      commands[name].insert(-1, f'--config.model.path={path}')
-    sweep.write_record(root, found.base, commands)
-    failed = sweep.run(
-      [sweep.Trial(name, sessions[name], commands[name]) for name in commands], options.get('parallel', 1)
-    )
-    finished = [session.workdir for name, session in sessions.items() if name not in {trial.name for trial in failed}]
-    if finished:
-      _tell_apart(finished, root / 'comparison' / 'index.html')
+  if found.search:
+    from charjax import search
+
+    finished, failed = search.work(root, options.get('trials', 20), *found.search, make), []
+    sweep.write_record(root, found.base, finished)
+  else:
+    trials = [make(name, own) for name, own in found.trials.items()]
+    with workdirs.lock(root):
+      sweep.write_record(root, found.base, trials)
+      failed = sweep.run(trials, options.get('parallel', 1))
+    finished = [trial for trial in trials if trial not in failed]
+  if finished:
+    _tell_apart([trial.session.workdir for trial in finished], root / 'comparison' / 'index.html')
   for trial in failed:
     print(f'charjax: trial {trial.name} failed; see {trial.log}', file=sys.stderr)
   return int(bool(failed))
@@ -343,6 +353,7 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, list[str], list[st
   )
   flags.DEFINE_enum('dtype', None, ['bfloat16', 'float32'], 'of exported weights', flag_values=values)
   flags.DEFINE_integer('parallel', None, 'trials at a time', lower_bound=1, upper_bound=1000, flag_values=values)
+  flags.DEFINE_integer('trials', None, 'of a search', lower_bound=1, upper_bound=10**6, flag_values=values)
   flags.DEFINE_string('launch', None, 'where the commands of trials are written', flag_values=values)
   flags.DEFINE_string('reviewer', None, 'who judges', flag_values=values)
   flags.DEFINE_integer('port', None, 'of the page', lower_bound=0, upper_bound=2**16 - 1, flag_values=values)

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ _TAIL = 4000  # bytes of a log in which its last line stands
 _UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f]')
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Trial:
   """One run of a sweep.
 
@@ -90,8 +90,13 @@ class Trial:
       self.since = time.monotonic()
 
 
-def run(trials: Sequence[Trial], parallel: int) -> list[Trial]:
+def run(trials: Sequence[Trial], parallel: int, made: Sequence[Trial] = ()) -> list[Trial]:
   """Makes the trials that are not finished, `parallel` at a time, and says how it goes.
+
+  Args:
+    trials: to be made.
+    parallel: how many at a time.
+    made: others, from which stages may be taken.
 
   Returns:
     Those that failed.
@@ -100,6 +105,9 @@ def run(trials: Sequence[Trial], parallel: int) -> list[Trial]:
     SystemExit: 130 after Ctrl-C, 143 after SIGTERM: each trial has saved where it was.
   """
   status, began = _Status(), time.monotonic()
+  for trial in made:
+    trial.look()
+    trial.state = 'finished'
   try:
     with interrupts.raising():
       while True:
@@ -111,7 +119,7 @@ def run(trials: Sequence[Trial], parallel: int) -> list[Trial]:
           break
         for trial in waiting:
           if sum(other.state == 'running' for other in trials) < parallel:
-            _start_if_ready(trial, trials, status)
+            _start_if_ready(trial, [*made, *trials], status)
         status.show(lambda: _progress(trials, parallel))
         time.sleep(_SECONDS_BETWEEN_LOOKS)
   except KeyboardInterrupt as error:
@@ -130,10 +138,11 @@ def run(trials: Sequence[Trial], parallel: int) -> list[Trial]:
 # ---- the record of a sweep ----
 
 
-def write_record(folder: epath.Path, base: str, commands: Mapping[str, Sequence[str]]) -> None:
+def write_record(folder: epath.Path, base: str, trials: Sequence[Trial]) -> None:
   """Writes sweep.json: the config that is varied, and the command of each trial."""
-  record = {'base': base, 'trials': {name: shlex.join(['charjax', *command]) for name, command in commands.items()}}
-  write_text(folder / 'sweep.json', json.dumps(record | _read_record(folder, 'models'), indent=2, ensure_ascii=False))
+  commands = {trial.name: shlex.join(['charjax', *trial.command]) for trial in trials}
+  record = _read_record(folder) | {'base': base, 'trials': commands}
+  write_text(folder / 'sweep.json', json.dumps(record, indent=2, ensure_ascii=False))
 
 
 def trials_of(folder: epath.Path) -> list[epath.Path]:
@@ -142,36 +151,35 @@ def trials_of(folder: epath.Path) -> list[epath.Path]:
   Raises:
     UserError: the record is damaged.
   """
-  names = _read_record(folder, 'trials').get('trials')
+  names = _read_record(folder).get('trials')
   return [folder] if names is None else [folder / name for name in names if (folder / name / 'config.json').exists()]
 
 
-def pin_models(folder: epath.Path, sessions: Mapping[str, workdir.Session]) -> dict[str, str]:
-  """Names the very commit of models of the hub, for all trials the one that the sweep was begun with.
+def pin_model(folder: epath.Path, session: workdir.Session) -> list[str]:
+  """Names the very commit of a model of the hub: of all trials the one that the sweep was begun with.
 
   Returns:
-    By trial, the model.path that its session has now.
+    What more a trial's command then says.
   """
   from charjax.model import hub
 
-  models = dict(_read_record(folder, 'models').get('models', {}))
-  found = {}
-  for name, session in sessions.items():
-    path = session.config.model.path
-    if hub.is_address(path):
-      models[path] = models.get(path) or hub.pin(path)
-      session.config.model.path = found[name] = models[path]
-  if found:
-    write_text(folder / 'sweep.json', json.dumps({'models': models}))
-  return found
+  path, record = session.config.model.path, _read_record(folder)
+  if not hub.is_address(path):
+    return []
+  models = record.setdefault('models', {})
+  if path not in models:
+    models[path] = hub.pin(path)
+    write_text(folder / 'sweep.json', json.dumps(record, indent=2, ensure_ascii=False))
+  session.config.model.path = models[path]
+  return [f'--config.model.path={models[path]}']
 
 
-def _read_record(folder: epath.Path, field: str) -> dict[str, Any]:
-  """{field: its value} of sweep.json, or {}."""
+def _read_record(folder: epath.Path) -> dict[str, Any]:
+  """sweep.json, or {}."""
   path = folder / 'sweep.json'
   try:
     record = json.loads(path.read_text()) if path.exists() else {}
-    return {field: dict(record[field])} if field in record else {}
+    return record | {field: dict(record[field]) for field in ('trials', 'models') if field in record}
   except (OSError, ValueError, TypeError, RecursionError) as error:
     raise UserError(f'{path}: damaged ({type(error).__name__}); restore it, or remove it') from error
 
