@@ -104,7 +104,7 @@ def _figure(
     (spoken(trait), *(_text(line.get(name), share) for name in names)) for trait, line in matrix.items()
   ]  # fmt: skip
   said = '; '.join(f'{row[0]} {kind}: ' + ', '.join(map(' '.join, zip(columns, row[1:], strict=True))) for row in table)
-  svg = plots.heat_map(rows, columns, cells, 'measured on', f'{title}, {unit}. {said}')
+  svg = plots.heat_map(rows, columns, cells, (kind, 'measured on'), f'{title}, {unit}. {said}')
   return Figure(title, f'{unit}; rows: the trait {kind}', Markup(svg), Table((kind, *columns), table))
 
 

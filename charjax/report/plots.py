@@ -167,13 +167,18 @@ class Cell:
 
 
 def heat_map(
-  rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[Cell | None]], axis: str, describe: str
+  rows: Sequence[str],
+  columns: Sequence[str],
+  cells: Sequence[Sequence[Cell | None]],
+  axes: tuple[str, str],
+  describe: str,
 ) -> str:
-  """Figures in a grid, each with its interval under it; `axis` says what the columns are."""
+  """Figures in a grid, each with its interval under it; `axes` say what rows and columns are."""
   wide, tall, top = 88.0, 46.0, 40.0
   left = 12 + _CHARACTER * min(_LABEL_CHARACTERS, max(len(label) for label in rows))
   width = left + wide * len(columns)
-  parts = [_text(left + wide * len(columns) / 2, 12, axis, 'axis', 'middle')]
+  parts = [_text(left + wide * len(columns) / 2, 12, axes[1], 'axis', 'middle')]
+  parts.append(_text(left - 8, top - 8, axes[0], 'axis', 'end'))
   for place, label in enumerate(columns):
     parts.append(
       _text(left + wide * (place + 0.5), top - 8, ellipsis(label, int(wide / _CHARACTER)), 'label', 'middle')
