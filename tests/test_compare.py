@@ -177,5 +177,10 @@ def test_what_cannot_be_compared_is_told(runs, tmp_path, capsys):
     assert main(arguments) == 2
     assert expected in capsys.readouterr().err
   assert main(['compare', f'--workdir={runs[0]}', f'--workdir={runs[1]}', f'--output={tmp_path}/new/page.html']) == 0
+  # A sweep stands for its trials, as far as they were begun.
+  record = {'trials': {name: 'charjax run' for name in ('weak', 'strong', 'not-begun')}}
+  (tmp_path / 'sweep.json').write_text(json.dumps(record))
+  assert main(['compare', str(tmp_path)]) == 0
+  assert '2 runs side by side' in (tmp_path / 'comparison' / 'index.html').read_text()
   out = capsys.readouterr().out
   assert re.search(r'honesty +weak +[+\u2212]0\.\d+ \(', out) and f'Comparison: {tmp_path}/new/page.html' in out
