@@ -85,6 +85,7 @@ def get_config() -> ConfigDict:
   config.preference.measured_messages = 500
 
   config.policy = ConfigDict()
+  config.policy.traits = ()  # that are rewarded, of those of the run, all of which are measured; empty: all
   config.policy.lora_rank = 0
   config.policy.lora_targets = ()  # as in the preference model
   config.policy.learning_rate = 1e-6

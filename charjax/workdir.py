@@ -33,6 +33,10 @@ if TYPE_CHECKING:
   from charjax.model.language_model import LanguageModel
 
 
+class Locked(UserError):
+  """Another process works in a run folder."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
   """One step of the loop, and all that its result depends on.
@@ -447,7 +451,7 @@ def lock(workdir: epath.Path) -> Iterator[None]:
       stack.callback(os.close, file)
       if not _take(file):
         holder = os.read(file, 32).decode(errors='replace').strip() or 'unknown'
-        raise UserError(f'--workdir={workdir}: process {holder} is working in it; wait for it or choose another folder')
+        raise Locked(f'--workdir={workdir}: process {holder} is working in it; wait for it or choose another folder')
       os.ftruncate(file, 0)
       os.pwrite(file, f'{os.getpid()}\n'.encode(), 0)
     except OSError as error:

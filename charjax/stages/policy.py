@@ -156,11 +156,12 @@ def load(session: Session) -> Any:
 
 def _trait_prompts(session: Session) -> list[Row]:
   """Training messages of the traits whose preference model is better than chance, with what rewards their replies."""
-  earns = earnings(session)
+  earns, config = earnings(session), session.config.policy
   if not earns:
     raise UserError(
-      'policy: no trait has a preference model better than chance, so there is nothing to reward; see '
-      'preference/report.json, or set config.policy.keep_unproven_traits=True'
+      f'policy: no trait{" of config.policy.traits" if config.traits else ""} has a preference model better than '
+      'chance, so there is nothing to reward; see preference/report.json, or set '
+      'config.policy.keep_unproven_traits=True'
     )
   ranked = ranked_replies(session)
   weight = {trait.id: trait.weight for trait in session.character.traits if trait.id in earns}

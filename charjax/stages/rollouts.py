@@ -286,8 +286,9 @@ def earnings(session: Session) -> dict[str, np.ndarray]:
   """
   config = session.config.policy
   report = json.loads((session.folder('preference') / 'report.json').read_text())
-  left_out = set() if config.keep_unproven_traits else set(report['left_out'])
   traits = session.character.traits
+  left_out = set() if config.keep_unproven_traits else set(report['left_out'])
+  left_out |= {trait.id for trait in traits if config.traits and trait.id not in config.traits}
   spread = np.array([report['train']['reward_std'][trait.id] for trait in traits])
   weight = np.array([0.0 if trait.id in left_out else trait.weight for trait in traits])
   found = {}
