@@ -16,8 +16,13 @@ from typing import Any
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def serve(make: Callable[[dict[str, Any]], Any]) -> None:
-  """Makes something of the job, and calls its methods until no more commands come."""
+def serve(make: Callable[[dict[str, Any]], Any], compiled: Callable[[], float] = lambda: 0.0) -> None:
+  """Makes something of the job, and calls its methods until no more commands come.
+
+  Args:
+    make: called with the job.
+    compiled: how many seconds were spent on compiling so far. What a command took of them is told.
+  """
   # Stopped as it mostly is, it would not see that bench.py is gone.
   ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
   # Libraries print to standard output too: what they say goes to the log.
@@ -25,10 +30,10 @@ def serve(make: Callable[[dict[str, Any]], Any]) -> None:
   os.dup2(2, 1)
   worker = make(json.loads(sys.stdin.readline()))
   for line in sys.stdin:
-    begin = time.perf_counter()
+    before, begin = compiled(), time.perf_counter()
     found = getattr(worker, line.strip())()
-    seconds = time.perf_counter() - begin
-    answers.write(json.dumps({'seconds': seconds} | (found or {})) + '\n')
+    told = {'seconds': time.perf_counter() - begin, 'compiled': compiled() - before}
+    answers.write(json.dumps(told | (found or {})) + '\n')
     answers.flush()
   # Threads of a library that waits for more must not keep the process.
   os._exit(0)

@@ -1,34 +1,50 @@
-"""The settings that bench.py tries, by side and task, the first being the one that is taken without --tune."""
+"""The settings that bench.py tries, by side and task; without --tune the first is taken.
+
+Of each: `dtype`, the precision of products; `preload`, patterns of libraries that the process begins with, below the
+folder of peers; `env`, variables. The rest is told in the side's worker.
+"""
 
 from typing import Any
 
+Setting = dict[str, Any]
+
 _F32, _BF16 = {'dtype': 'float32'}, {'dtype': 'bfloat16'}
-_TORCH_F32 = {'dtype': 'float32', 'matmul': 'highest'}
-_MEDIUM = {'dtype': 'float32', 'matmul': 'medium'}
-_TORCH_BF16 = {'dtype': 'bfloat16', 'matmul': 'highest'}
+# Float32 products as they are, as fast as torch may make them, and bfloat16.
+_TORCH = ({**_F32, 'matmul': 'highest'}, {**_F32, 'matmul': 'medium'}, {**_BF16, 'matmul': 'highest'})
+_TCMALLOC = {'preload': ['/usr/lib/*/libtcmalloc_minimal.so.4']}
+_IOMP = {'preload': ['/usr/lib/*/libtcmalloc_minimal.so.4', 'vllm/lib/libiomp5.so']}
 
-_SAMPLE = [
-  _TORCH_F32 | {'rows': 128},
-  _TORCH_F32 | {'rows': 64},
-  _MEDIUM | {'rows': 128},
-  _TORCH_BF16 | {'rows': 128},
-]
-_SCORE = [
-  _TORCH_F32 | {'rows': 16},
-  _TORCH_F32 | {'rows': 8},
-  _TORCH_F32 | {'rows': 32},
-  _MEDIUM | {'rows': 16},
-  _TORCH_BF16 | {'rows': 16},
-]
 
-SETTINGS: dict[str, dict[str, list[dict[str, Any]]]] = {
+def _vary(first: Setting, *changes: Setting) -> list[Setting]:
+  """A setting, and what becomes of it by each change."""
+  return [first, *({**first, **change} for change in changes)]
+
+
+_SAMPLE = _vary({**_TORCH[0], 'rows': 128}, *_TORCH[1:], {'rows': 64}, _TCMALLOC)
+_SCORE = _vary({**_TORCH[0], 'rows': 16}, *_TORCH[1:], {'rows': 8}, {'rows': 32}, _TCMALLOC)
+_VLLM = _vary(
+  {**_F32, 'rows': 128, 'eager': False, 'env': {'VLLM_CPU_KVCACHE_SPACE': '3'}},
+  {'eager': True}, _BF16, {**_BF16, 'eager': True}, _TCMALLOC, _IOMP,
+)  # fmt: skip
+_REWARD = _vary(
+  {**_TORCH[0], 'rows': 8, 'checkpointing': False, 'pairs': 'all'},
+  *_TORCH[1:], {'rows': 4}, {'checkpointing': True}, {'pairs': 'two'}, _TCMALLOC,
+)  # fmt: skip
+_RL = _vary(
+  {**_TORCH[0], 'rows': 32, 'checkpointing': False}, *_TORCH[1:], {'rows': 4}, {'checkpointing': True}, _TCMALLOC
+)
+_ENGINE = _vary({**_F32, 'rows': 32}, _BF16, {'scan_layers': False})
+
+SETTINGS: dict[str, dict[str, list[Setting]]] = {
   'charjax': {
-    'sample': [_F32 | {'rows': 128}, _BF16 | {'rows': 128}],
-    'sample_eos': [_F32 | {'rows': 128}, _BF16 | {'rows': 128}],
-    'score': [_F32 | {'rows': 32}, _F32 | {'rows': 32, 'scan_layers': False}, _BF16 | {'rows': 32}],
-    'score_4': [_F32 | {'rows': 32}, _F32 | {'rows': 32, 'scan_layers': False}, _BF16 | {'rows': 32}],
-    'reward': [_F32, _F32 | {'scan_layers': False}, _BF16],
-    'rl': [_F32 | {'rows': 32}, _F32 | {'rows': 32, 'scan_layers': False}, _BF16 | {'rows': 32}],
+    'sample': _vary({**_F32, 'rows': 128}, _BF16),
+    'sample_eos': _vary({**_F32, 'rows': 128}, _BF16),
+    'score': _ENGINE,
+    'score_4': _ENGINE,
+    'reward': _vary(_F32, _BF16, {'scan_layers': False}, {'remat': True}),
+    'rl': [*_ENGINE, {**_F32, 'rows': 32, 'remat': True}],
   },
   'transformers': {'sample': _SAMPLE, 'sample_eos': _SAMPLE, 'score': _SCORE, 'score_4': _SCORE},
+  'vllm': {'sample': _VLLM, 'sample_eos': _VLLM},
+  'trl': {'reward': _REWARD, 'rl': _RL},
 }

@@ -67,7 +67,7 @@ def _says(role: str, text: str) -> dict[str, str]:
 
 
 def make(task: str, checkpoint: Checkpoint, share: float = 1.0) -> dict[str, Any]:
-  """The data of a task, as JSON holds it; with a `share`, of so much shorter replies, or so many fewer texts.
+  """The data of a task, as JSON holds it; with a `share`, of so many fewer texts or tokens.
 
   sample, sample_eos: `prompts`, ragged conversations of up to 20 to 300 tokens (the template's system prompt makes the
     shortest about 45); `each`; `max_new_tokens`; `eos`, whether the model may end a reply.
@@ -92,12 +92,12 @@ def make(task: str, checkpoint: Checkpoint, share: float = 1.0) -> dict[str, Any
     return {'prompts': asked, 'replies': [texts.reply(' '.join(texts.passage(48, 148))) for _ in asked]}
   if task == 'reward':
     rows = list(_ranked(texts, 16 * 12 + 64))
-    return {'train': rows[64:], 'heldout': rows[:64], 'prompts_a_step': 16, 'learning_rate': 5e-5}
+    return {'train': rows[64:], 'heldout': rows[:64], 'prompts_a_step': round(16 * share), 'learning_rate': 5e-5}
   messages = [texts.message() for _ in range(8 * 8)]
   return {
     'messages': messages,
     'prompts': [texts.prompt(message) for message in messages],
-    'prompts_a_step': 8,
+    'prompts_a_step': round(8 * share),
     'each': EACH,
     'max_new_tokens': 64,
     'learning_rate': 1e-6,

@@ -1,14 +1,17 @@
 """The tasks of bench.py as charjax's stages do them, from functions of its engine and its training."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from protocol import serve
+from tasks import EACH
 
 from charjax import defaults, main
+from charjax.engine import work
 from charjax.engine.batch import Tokens, compute_prefix, item_keys
 from charjax.engine.sample import Reply, Sampling, sample
 from charjax.engine.score import FixedShapes, Group, hidden_states, pad_values, reply_mask, score, token_log_probs
@@ -32,6 +35,12 @@ def _load(job: dict[str, Any]) -> LanguageModel:
   return language_model.build(checkpoint_source.load(job['model']), config)
 
 
+def _part(rows: list[Any], number: int, size: int) -> list[Any]:
+  """The rows of a step, which after the last come anew."""
+  begin = number * size % len(rows)
+  return rows[begin : begin + size]
+
+
 class Sample:
   """sample and sample_eos."""
 
@@ -39,19 +48,21 @@ class Sample:
     self._model, self._data, self._rows, self._round = _load(job), job['data'], job['setting']['rows'], 0
     self._eos = self._model.eos_ids if self._data['eos'] else _NO_EOS
 
-  def _draw(self, temperature: float) -> list[Reply]:
-    prompts = [prompt for prompt in self._data['prompts'] for _ in range(self._data['each'])]
+  def _draw(self, asked: Sequence[Tokens], temperature: float) -> list[Reply]:
+    prompts = [prompt for prompt in asked for _ in range(self._data['each'])]
     keys = item_keys(self._round, 'bench', [str(i) for i in range(len(prompts))])
     settings = Sampling(self._data['max_new_tokens'], temperature, batch_size=self._rows)
     return sample(self._model.decoder, prompts, keys, self._eos, settings)
 
   def warm_up(self) -> dict[str, Any]:
-    greedy = self._draw(0.0)[:: self._data['each']]  # The program is that of any temperature.
+    # As many as are drawn together; the program is that of any temperature.
+    asked = self._data['prompts'][: self._rows // self._data['each']]
+    greedy = self._draw(asked, 0.0)[:: self._data['each']]
     return {'greedy': [reply.tokens for reply in greedy]}
 
   def go(self) -> dict[str, Any]:
     self._round += 1
-    lengths = [len(reply.tokens) for reply in self._draw(1.0)]
+    lengths = [len(reply.tokens) for reply in self._draw(self._data['prompts'], 1.0)]
     return {'done': sum(lengths), 'mean_length': sum(lengths) / len(lengths)}
 
 
@@ -62,7 +73,10 @@ class Score:
     self._model, self._data, self._rows = _load(job), job['data'], job['setting']['rows']
 
   def warm_up(self) -> None:
-    self.go()
+    # A quarter: from all over, and all replies to a prompt.
+    some = [i for i in range(len(self._data['prompts'])) if i // EACH % 4 == 0]
+    prompts, replies = ([self._data[name][i] for i in some] for name in ('prompts', 'replies'))
+    score(self._model.decoder, prompts, replies, batch_size=self._rows)
 
   def go(self) -> dict[str, Any]:
     prompts, replies = self._data['prompts'], self._data['replies']
@@ -81,6 +95,9 @@ class Reward:
     self._shapes = FixedShapes([row['prompt'] for row in rows], max(len(r) for row in rows for r in row['replies']))
     optimizer = make_optimizer(self._data['learning_rate'], 0, 10**6, 0.0, 1.0)
     self._trainable = make_trainable(self._lower, 0, 0, traits=1)
+    # Peers begin with a head of random numbers.
+    head = self._trainable['head'].w
+    head[...] = jax.device_put(np.random.default_rng(0).normal(0, 0.02, head.shape).astype('f'), head[...].sharding)
     self._state, layout = init_optimizer(optimizer, self._trainable)
     loss = functools.partial(preference._loss, labels='hard', loss='bradley_terry')
     self._learn = make_step(loss, optimizer, self._trainable, layout)
@@ -91,7 +108,7 @@ class Reward:
 
   def go(self) -> dict[str, Any]:
     size = self._data['prompts_a_step']
-    some = self._data['train'][self._step * size : (self._step + 1) * size]
+    some = _part(self._data['train'], self._step, size)
     self._step += 1
     each = max(len(row['replies']) for row in some)
     groups = [Group(row['prompt'], row['replies']) for row in some]
@@ -151,7 +168,7 @@ class Policy:
 
   def go(self) -> dict[str, Any]:
     each, size = self._data['each'], self._data['prompts_a_step']
-    asked: list[Tokens] = self._data['prompts'][self._step * size : (self._step + 1) * size]
+    asked: list[Tokens] = _part(self._data['prompts'], self._step, size)
     self._step += 1
     prompts = [prompt for prompt in asked for _ in range(each)]
     keys = item_keys(self._step, 'bench', [str(i) for i in range(len(prompts))])
@@ -178,4 +195,4 @@ _TASKS = {'sample': Sample, 'sample_eos': Sample, 'score': Score, 'score_4': Sco
 
 if __name__ == '__main__':
   with main._devices(defaults.get_config()):
-    serve(lambda job: _TASKS[job['task']](job))
+    serve(lambda job: _TASKS[job['task']](job), lambda: work.done().compile_seconds)

@@ -73,13 +73,14 @@ class _Worker:
   def go(self) -> dict[str, Any]:
     raise NotImplementedError
 
-  def arguments(self, rows: int, steps: int) -> dict[str, Any]:
+  def arguments(self, rows: int) -> dict[str, Any]:
     """Those of both trainers, for steps of `rows` rows; optimizer and schedule as charjax has them."""
+    at_once = min(rows, self.setting['rows'])
     return {
       'output_dir': tempfile.mkdtemp(),
-      'max_steps': steps,
-      'per_device_train_batch_size': self.setting['rows'],
-      'gradient_accumulation_steps': rows // self.setting['rows'],
+      'max_steps': 10**6,
+      'per_device_train_batch_size': at_once,
+      'gradient_accumulation_steps': rows // at_once,
       'bf16': self.setting['dtype'] == 'bfloat16',
       'gradient_checkpointing': self.setting['checkpointing'],
       'learning_rate': self.data['learning_rate'],
@@ -108,7 +109,7 @@ class Reward(_Worker):
     # Of each step, pairs of like length together: less padding.
     steps = [rows[begin : begin + count] for begin in range(0, len(rows), count)]
     rows = [row for step in steps for row in sorted(step, key=lambda row: max(map(len, row.values())))]
-    arguments = self.arguments(count, len(steps)) | {'train_sampling_strategy': 'sequential', 'max_length': None}
+    arguments = self.arguments(count) | {'train_sampling_strategy': 'sequential', 'max_length': None}
     return trl.RewardTrainer(
       model, trl.RewardConfig(**arguments), train_dataset=datasets.Dataset.from_list(rows),
       processing_class=self.tokenizer,
@@ -138,7 +139,7 @@ class Policy(_Worker):
     each, new = self.data['each'], self.data['max_new_tokens']
     rows, size = self.data['messages'], self.data['prompts_a_step']
     config = trl.GRPOConfig(
-      **self.arguments(size * each, len(rows) // size), num_generations=each, max_completion_length=new, beta=0.04,
+      **self.arguments(size * each), num_generations=each, max_completion_length=new, beta=0.04,
       temperature=1.0, top_p=1.0, top_k=0, generation_kwargs={'min_new_tokens': new}, shuffle_dataset=False,
       model_init_kwargs={'dtype': 'float32'},
     )  # fmt: skip
