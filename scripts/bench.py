@@ -219,6 +219,8 @@ def unlike(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     gap = max(abs(a - b) for a, b in zip(ours['log_probs'], theirs['log_probs'], strict=True))
     if gap > 0.03:
       return f'log-probs of a sequence differ by {gap:.3f} a token'
+  if 'tokens' in ours and ours['tokens'] != theirs['tokens']:
+    return f'{ours["tokens"]} and {theirs["tokens"]} tokens drawn'
   if 'entropy' in ours and abs(ours['entropy'] / theirs['entropy'] - 1) > 0.15:
     return f'replies of {ours["entropy"]:.2f} and {theirs["entropy"]:.2f} nats a token'
   return ''
@@ -310,6 +312,7 @@ def _print(rows: Sequence[Row]) -> None:
 
 
 def main(_: Any) -> None:
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # By way of what ends the workers.
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
   folder = pathlib.Path(_FOLDER.value)
   model = _MODEL.value or str(folder / 'model')
