@@ -19,7 +19,7 @@ rounds. It has no ratio where the two sides did not do the same: token counts, g
 
 --dtypes names precisions; of each both sides take their fastest setting, and of `best` whatever is the fastest. Without
 --tune, the first settings of SETTINGS are taken. --model is a Hugging Face directory; without it SmolLM2-135M-Instruct,
-as `charjax export` writes it. Linux only. One process: nothing here is for many hosts.
+as `charjax export` writes it. Linux only.
 """
 
 import contextlib
@@ -191,7 +191,9 @@ def _tune(task: str, sides: Sequence[str], data: dict[str, Any], model: str) -> 
 
 
 def _words(setting: Setting) -> str:
-  return ' '.join(f'{key}={value}' for key, value in setting.items())
+  plain = {key: value for key, value in setting.items() if key not in ('env', 'preload')}
+  libraries = [os.path.basename(pattern) for pattern in setting.get('preload', ())]
+  return ' '.join([*(f'{key}={value}' for key, value in (plain | setting.get('env', {})).items()), *libraries])
 
 
 # ---- comparing ----
@@ -227,34 +229,44 @@ def unlike(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 
 
 class Row(NamedTuple):
-  """A line of the table; NaN where there is nothing to tell.
+  """A line of the table.
 
   Attributes:
+    unit: of the medians `charjax` and `peer_value`, and of their rounds.
     ratio: how many times as fast charjax is.
+    charjax_gib, peer_gib: the most memory that each ever held.
+    charjax_setting, setting: charjax's and the peer's.
     note: why there is no ratio, or what else was found.
   """
 
   task: str
   peer: str
   unit: str
-  charjax: float
-  peer_value: float
-  ratio: float
-  charjax_gib: float
-  peer_gib: float
-  charjax_setting: str
-  setting: str
-  note: str
+  charjax: float | None = None
+  peer_value: float | None = None
+  ratio: float | None = None
+  charjax_gib: float | None = None
+  peer_gib: float | None = None
+  charjax_rounds: Sequence[float] = ()
+  peer_rounds: Sequence[float] = ()
+  charjax_setting: str = ''
+  setting: str = ''
+  note: str = ''
+
+
+def _unit(task: str) -> str:
+  return _UNITS[task.split('_')[0]]
 
 
 def _row(task: str, ours: Worker, theirs: Worker) -> Row:
   note = unlike(ours.warm | ours.found, theirs.warm | theirs.found)
-  ratio = float('nan') if note else ours.rate / theirs.rate
+  ratio = None if note else ours.rate / theirs.rate
   if 'accuracy' in ours.found:
-    note = f'held-out accuracy {ours.found["accuracy"]:.3f}, {theirs.found["accuracy"]:.3f}'
+    told = f'held-out accuracy of charjax {ours.found["accuracy"]:.3f}, of the peer {theirs.found["accuracy"]:.3f}'
+    note = '; '.join(filter(None, [note, told]))
   return Row(
-    task, theirs.side, _UNITS[task.split('_')[0]], ours.rate, theirs.rate, ratio, ours.found['gib'],
-    theirs.found['gib'], _words(ours.setting), _words(theirs.setting), note,
+    task, theirs.side, _unit(task), ours.rate, theirs.rate, ratio, ours.found['gib'], theirs.found['gib'], ours.rates,
+    theirs.rates, _words(ours.setting), _words(theirs.setting), note,
   )  # fmt: skip
 
 
@@ -275,8 +287,13 @@ def _compare(task: str, peers: Sequence[str], data: dict[str, Any], model: str) 
       except Failed as error:
         failed[name] = str(error)
     for number in range(1, _ROUNDS.value + 1):
-      for worker in workers.values():
-        worker.go()
+      for name, worker in list(workers.items()):
+        try:
+          worker.go()
+        except Failed as error:
+          failed[name] = str(error)
+          del workers[name]
+          continue
         seconds = f'{worker.found["seconds"]:.1f} s'
         print(f'{task}: round {number}, {worker.side}: {seconds}', file=sys.stderr, flush=True)
     for worker in workers.values():
@@ -295,20 +312,18 @@ def _compare(task: str, peers: Sequence[str], data: dict[str, Any], model: str) 
         rows.append(_row(task, ours, theirs))
       else:
         why = failed.get(key[dtype, peer]) or failed.get(key[dtype, 'charjax']) or f'no setting for {dtype}'
-        rows.append(Row(task, peer, '', *[float('nan')] * 5, '', '', f'cannot run here: {why}'))
+        rows.append(Row(task, peer, _unit(task), note=f'cannot run here: {why}'))
   return rows
 
 
 def _print(rows: Sequence[Row]) -> None:
-  def number(value: float) -> str:
-    return '' if value != value else f'{value:.3g}'
-
   print('| task | peer | unit | charjax | peer | ratio | charjax GiB | peer GiB | settings |')
   print('|---|---|---|---|---|---|---|---|---|')
   for row in rows:
     cells = [row.charjax, row.peer_value, row.ratio, row.charjax_gib, row.peer_gib]
-    told = '; '.join(filter(None, [row.note, f'charjax {row.charjax_setting}', f'peer {row.setting}']))
-    print('|', ' | '.join([row.task, row.peer, row.unit, *map(number, cells), told]), '|', flush=True)
+    figures = ['' if value is None else f'{value:.3g}' for value in cells]
+    settings = [f'charjax: {row.charjax_setting}', f'peer: {row.setting}'] if row.setting else []
+    print('|', ' | '.join([row.task, row.peer, row.unit, *figures, '; '.join([*settings, row.note]).strip('; ')]), '|')
 
 
 def main(_: Any) -> None:
@@ -336,7 +351,7 @@ def main(_: Any) -> None:
   _print(rows)
   if _JSON.value:
     pathlib.Path(_JSON.value).write_text(json.dumps([row._asdict() for row in rows], indent=2))
-  sys.exit(int(any(row.ratio != row.ratio for row in rows)))
+  sys.exit(int(any(row.ratio is None for row in rows)))
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ def _vary(first: Setting, *changes: Setting) -> list[Setting]:
   return [first, *({**first, **change} for change in changes)]
 
 
-_SAMPLE = _vary({**_TORCH[0], 'rows': 128}, *_TORCH[1:], {'rows': 64}, _TCMALLOC)
+_SAMPLE = _vary({**_TORCH[0], 'rows': 128}, *_TORCH[1:], {'rows': 64}, {'compile': True}, _TCMALLOC)
 _SCORE = _vary({**_TORCH[0], 'rows': 16}, *_TORCH[1:], {'rows': 8}, {'rows': 32}, _TCMALLOC)
 # By itself it would leave one of two cores to what hands out the work.
 _BIND = {'VLLM_CPU_KVCACHE_SPACE': '3', 'VLLM_CPU_OMP_THREADS_BIND': 'nobind'}
