@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
   config.messages.opening_words = 3  # a new message begins with up to so many words of an authored one; 0: with none
   config.messages.temperature = 0.8
   config.messages.top_p = 0.95
+  config.messages.top_k = 0  # keeps so many of the most probable tokens; 0: all
   config.messages.max_new_tokens = 96
   config.messages.near_duplicate = 0.5  # share of word pairs two messages may have in common
   config.messages.batch_size = 128
@@ -47,6 +48,7 @@ def get_config() -> ConfigDict:
   config.replies.examples = 4
   config.replies.temperature = 0.8
   config.replies.top_p = 0.95
+  config.replies.top_k = 0
   config.replies.max_new_tokens = 512
   config.replies.batch_size = 128
   config.replies.prompt_width = 64
@@ -123,6 +125,7 @@ def get_config() -> ConfigDict:
   config.evaluation.samples = 1  # replies to a message by the starting and by the trained model; one where prompted
   config.evaluation.temperature = 0.8
   config.evaluation.top_p = 0.95
+  config.evaluation.top_k = 0
   config.evaluation.max_new_tokens = 512
   config.evaluation.batch_size = 128
   config.evaluation.prompt_width = 64

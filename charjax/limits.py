@@ -13,12 +13,12 @@ _LIMITS: dict[str, dict[str, tuple[float, float]]] = {
   '': {'seed': (0, 2**31 - 1)},
   'messages': {
     'train_per_trait': _SIZE, 'heldout_per_trait': _COUNT, 'train_neutral': _SIZE, 'heldout_neutral': _COUNT,
-    'seeds_shown': _COUNT, 'opening_words': _COUNT, 'temperature': _AMOUNT, 'top_p': _SHARE, 'max_new_tokens': _SIZE,
-    'near_duplicate': _SHARE, 'batch_size': _SIZE, 'prompt_width': _SIZE,
+    'seeds_shown': _COUNT, 'opening_words': _COUNT, 'temperature': _AMOUNT, 'top_p': _SHARE, 'top_k': _COUNT,
+    'max_new_tokens': _SIZE, 'near_duplicate': _SHARE, 'batch_size': _SIZE, 'prompt_width': _SIZE,
   },
   'replies': {
     'shown': _COUNT, 'plain': _COUNT, 'opposed': _COUNT, 'examples': _COUNT, 'temperature': _AMOUNT, 'top_p': _SHARE,
-    'max_new_tokens': _SIZE, 'batch_size': _SIZE, 'prompt_width': _SIZE,
+    'top_k': _COUNT, 'max_new_tokens': _SIZE, 'batch_size': _SIZE, 'prompt_width': _SIZE,
   },
   'rankings': {
     'examples': _COUNT, 'label_low': _SHARE, 'label_high': _SHARE, 'minimum_accuracy': _SHARE, 'length_limit': _AMOUNT,
@@ -38,8 +38,8 @@ _LIMITS: dict[str, dict[str, tuple[float, float]]] = {
     'max_gradient': _AMOUNT, 'skipped_steps': _SIZE, 'save_every': _SIZE, 'samples_every': _SIZE,
   },
   'evaluation': {
-    'examples': _COUNT, 'samples': _SIZE, 'temperature': _AMOUNT, 'top_p': _SHARE, 'max_new_tokens': _SIZE,
-    'batch_size': _SIZE, 'prompt_width': _SIZE,
+    'examples': _COUNT, 'samples': _SIZE, 'temperature': _AMOUNT, 'top_p': _SHARE, 'top_k': _COUNT,
+    'max_new_tokens': _SIZE, 'batch_size': _SIZE, 'prompt_width': _SIZE,
   },
 }  # fmt: skip
 _ABOVE_ZERO = (

@@ -150,7 +150,7 @@ def _draw_replies(session: Session, held: Sequence[Row], trained: Any) -> list[R
   """Replies to the held-out messages in each condition: `samples` by the starting and the trained model, which are
   shown nothing, and one where something is shown. Neutral messages have one each, and nothing to show."""
   config, model, folder = session.config.evaluation, session.model, session.folder('evaluation')
-  settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size)
+  settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size, config.top_k)
   rows: list[Row] = []
 
   def make(condition: str, trait: Trait | None, items: Sequence[Row], index: int) -> list[Row]:

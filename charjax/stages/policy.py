@@ -99,7 +99,7 @@ def _batch(
     Group(item['prompt'], [*(next(said).tokens for _ in range(config.replies_per_prompt)), *item['ranked'].replies])
     for item in asked
   ]
-  arrays = {
+  arrays: Row = {
     'rows': shapes.rows(groups, config.replies_per_prompt + config.ranked_replies),
     'neutral': shapes.rows([Group(row['prompt'], [row['reply']]) for row in neutral], 1),
     'before': rollout.before,
