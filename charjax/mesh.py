@@ -99,19 +99,58 @@ def shardings(tree: Any) -> Any:
 
 
 def shard_batch(tree: Any) -> Any:
-  """Puts host arrays on the mesh, split along their first axis (numbers: whole); without a mesh, on the one device."""
+  """Puts host arrays on the mesh, split along their first axis (numbers: whole); without a mesh, on the one device.
+
+  Where there are many processes, each has the whole of them and puts what its own devices hold.
+  """
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
     return jax.device_put(tree)
 
-  def put(array: np.ndarray) -> jax.Array:
+  def one(array: np.ndarray) -> jax.Array:
     axes = ('batch', *(None,) * np.ndim(array))[: np.ndim(array)]
-    return jax.device_put(array, NamedSharding(mesh, spec(np.shape(array), axes, mesh)))
+    return _put(array, NamedSharding(mesh, spec(np.shape(array), axes, mesh)))
 
-  return jax.tree.map(put, tree)
+  return jax.tree.map(one, tree)
 
 
 def replicate(tree: Any) -> Any:
   """Puts host arrays and numbers on every device of the mesh, whole; without a mesh, on the one device."""
   mesh = jax.sharding.get_mesh()
-  return jax.device_put(tree, None if mesh.empty else NamedSharding(mesh, PartitionSpec()))
+  if mesh.empty:
+    return jax.device_put(tree)
+  return put(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
+
+
+def put(tree: Any, layout: Any) -> Any:
+  """Puts arrays that every process has on the devices as a tree of shardings says; also those that are there already."""
+  return jax.tree.map(_put, tree, layout)
+
+
+def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+  there = isinstance(array, jax.Array) and not array.is_fully_addressable
+  if sharding.is_fully_addressable or there:
+    return jax.device_put(array, sharding)
+  # By device_put, all processes would be asked whether their arrays are the same, at each call.
+  whole = np.asarray(jax.device_get(array))
+  with jax.transfer_guard_host_to_device('allow'):  # it is one by name
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def fetch(tree: Any) -> Any:
+  """Arrays from the devices as host arrays, whole in every process, whichever of them holds their parts."""
+  leaves, structure = jax.tree.flatten(tree)
+  apart = [i for i, leaf in enumerate(leaves) if _is_apart(leaf)]
+  if apart:
+    whole = NamedSharding(leaves[apart[0]].sharding.mesh, PartitionSpec())
+    for i, leaf in zip(apart, jax.jit(_same, out_shardings=whole)([leaves[i] for i in apart]), strict=True):
+      leaves[i] = leaf
+  return jax.device_get(jax.tree.unflatten(structure, leaves))
+
+
+def _is_apart(array: Any) -> bool:
+  return isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated)
+
+
+def _same(arrays: Any) -> Any:  # One function for all calls: else each would be compiled anew.
+  return arrays

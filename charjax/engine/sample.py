@@ -29,7 +29,7 @@ from charjax.engine.batch import (
   pad,
   prefill,
 )
-from charjax.mesh import batch_parts, no_silent_transfers, replicate, shard_batch
+from charjax.mesh import batch_parts, fetch, no_silent_transfers, replicate, shard_batch
 from charjax.model.decoder import KV, Decoder, Prefix, forward, layer_weights, logits, make_cache
 
 _BLOCK = 256  # the vocabulary is searched in blocks of this many tokens
@@ -236,7 +236,7 @@ def sample(
       decoder, adapter, shared, *shard_batch((asked, said.sum(-1).astype(np.int32), last, rows >= 0, keys[rows])),
       ends, temperature, max_new_tokens=settings.max_new_tokens, top_p=settings.top_p,
     )  # fmt: skip
-    ids, log_probs, done = (np.asarray(x) for x in jax.device_get(drawn))
+    ids, log_probs, done = (np.asarray(x) for x in fetch(drawn))
     work.count(decoder.config, cut, said.sum(-1))
     lengths = (ids[: len(index)] >= 0).sum(-1)
     before = cut + np.repeat(said[: len(some)].sum(-1), each)
