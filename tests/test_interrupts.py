@@ -30,10 +30,10 @@ def send(number):
 
 def test_an_interrupt_is_held_until_it_is_let_through(sigterm, capsys):
   with pytest.raises(sigterm), Interrupts() as interrupts:
-    assert not interrupts.came
+    assert not interrupts.agreed()
     interrupts.let_through()
     send(signal.SIGTERM)
-    assert interrupts.came
+    assert interrupts.agreed()
     interrupts.let_through()
   assert 'interrupt again to stop at once' in capsys.readouterr().err
   with pytest.raises(sigterm):  # the handler of before stands again
