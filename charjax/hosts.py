@@ -16,11 +16,12 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from charjax.errors import UserError, one_line
@@ -112,6 +113,7 @@ def join(address: str = '', count: int | None = None, index: int | None = None) 
   alone.start()
   # It would take SIGTERM for itself, and tell nobody in time.
   jax.config.update('jax_enable_preemption_service', False)
+  interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would not hear of it before all are there.
   try:
     jax.distributed.initialize(address or None, count, index, initialization_timeout=round(_JOINING) + 60)
     count = jax.process_count()
@@ -125,6 +127,7 @@ def join(address: str = '', count: int | None = None, index: int | None = None) 
     ) from error
   finally:
     alone.cancel()
+    signal.signal(signal.SIGINT, interrupt)
   if count == 1:
     jax.distributed.shutdown()
     return False
@@ -217,11 +220,18 @@ def wait(key: str, while_waiting: Callable[[], object] = lambda: None) -> str:
   """The value of a key in the store, as soon as it has one."""
   while True:
     while_waiting()
-    try:
+    with no_answer_yet():
       return _process.client.blocking_key_value_get(key, _TURN)
-    except RuntimeError as error:
-      if 'DEADLINE_EXCEEDED' not in str(error):
-        raise
+
+
+@contextlib.contextmanager
+def no_answer_yet() -> Iterator[None]:
+  """Passes over the error by which the store says that a key had no value in time."""
+  try:
+    yield
+  except RuntimeError as error:
+    if 'DEADLINE_EXCEEDED' not in str(error):
+      raise
 
 
 def tell(name: str, value: Any) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from charjax import hosts
 from charjax.hosts import LOST
+from charjax.interrupts import LEFT
 from charjax.progress import duration
 
 _BEAT = 1.0  # seconds
@@ -67,7 +68,7 @@ def finish() -> None:
   """Waits for all to have done their work, and watches no longer."""
   while _watches:
     hosts.meet('finished')
-    _watches.pop().over = True
+    _watches.pop().stop()
 
 
 class _Watch:
@@ -75,7 +76,7 @@ class _Watch:
     import jax
 
     self.lost_seconds, self.stuck_seconds = 60.0, 1200.0
-    self.over = False
+    self._over = False
     self._client, self._index, self._count = hosts.client(), jax.process_index(), jax.process_count()
     self._main = threading.main_thread().ident
     self._trace = ''
@@ -84,8 +85,15 @@ class _Watch:
     self._failed_at = 0.0
     self._say()
     self._leader = json.loads(hosts.wait('charjax/at/0'))['host']
-    for work in (self._beat, self._obey):
-      threading.Thread(target=work, daemon=True).start()
+    self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._obey)]
+    for thread in self._threads:
+      thread.start()
+
+  def stop(self) -> None:
+    """Watches no longer."""
+    self._over = True
+    for thread in self._threads:
+      thread.join()
 
   # ---- in all processes ----
 
@@ -95,15 +103,16 @@ class _Watch:
     self._client.key_value_set(f'charjax/at/{self._index}', json.dumps(said), True)
 
   def _line(self) -> str:
-    """The line of this package that the main thread is at."""
-    frame: FrameType | None = sys._current_frames().get(self._main or 0)
+    """The line of this package that the main thread is at, or the one that works for it."""
+    threads = {thread.name: thread.ident for thread in threading.enumerate()}
+    frame: FrameType | None = sys._current_frames().get(threads.get(LEFT) or self._main or 0)
     while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
       frame = frame.f_back
     return f'{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}' if frame is not None else 'Python'
 
   def _beat(self) -> None:
     with contextlib.suppress(RuntimeError):  # Process 0 is lost: `_obey` hears of it, too.
-      while not self.over:
+      while not self._over:
         self._say()
         if self._index == 0 and self._judge(time.monotonic()):
           return
@@ -111,11 +120,14 @@ class _Watch:
 
   def _obey(self) -> None:
     """Waits for the verdict, and ends this process."""
+    verdict: dict[str, Any] = {}
     try:
-      verdict = json.loads(hosts.wait('charjax/end'))
+      while not verdict:
+        if self._over:
+          return
+        with hosts.no_answer_yet():
+          verdict = json.loads(self._client.blocking_key_value_get('charjax/end', round(1000 * _BEAT)))
     except RuntimeError:
-      if self.over:
-        return
       hosts.exit_now(LOST, f'process 0 ({self._leader}) was lost; {_AGAIN}')
     if verdict['dump']:
       faulthandler.dump_traceback(sys.stderr, all_threads=True)

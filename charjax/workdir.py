@@ -459,15 +459,24 @@ def lock(workdir: epath.Path) -> Iterator[None]:
   """Keeps a second run out of a local run folder; the kernel lets go when the process that holds it dies.
 
   Raises:
-    UserError: another process holds it, or the folder cannot be written.
+    UserError: another process holds it, or the folder cannot be written, or is another for each of many processes.
   """
   with contextlib.ExitStack() as stack:
     if '://' not in str(workdir):  # Object stores have no locks.
-      hosts.first(lambda: _hold(workdir, stack))
+      _look(workdir, hosts.first(lambda: _hold(workdir, stack)))
     yield
 
 
-def _hold(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
+def _look(workdir: epath.Path, holder: str) -> None:
+  """Whether this process sees what process 0 wrote."""
+  deadline = time.monotonic() + 10  # a network's file system may take a moment
+  while not (workdir / '.lock').exists() or (workdir / '.lock').read_text() != holder:
+    if time.monotonic() > deadline:
+      raise UserError(f'--workdir={workdir}: not the folder that process 0 sees; choose one that all hosts share')
+    time.sleep(0.1)
+
+
+def _hold(workdir: epath.Path, stack: contextlib.ExitStack) -> str:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     file = os.open(workdir / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
@@ -476,7 +485,8 @@ def _hold(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
       holder = os.read(file, 32).decode(errors='replace').strip() or 'unknown'
       raise UserError(f'--workdir={workdir}: process {holder} is working in it; wait for it or choose another folder')
     os.ftruncate(file, 0)
-    os.pwrite(file, f'{os.getpid()}\n'.encode(), 0)
+    os.pwrite(file, (ours := f'{os.getpid()}\n').encode(), 0)
+    return ours
   except OSError as error:
     reason = error.strerror or error
     raise UserError(f'--workdir={workdir}: cannot be written ({reason}); choose another folder') from error

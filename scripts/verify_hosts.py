@@ -1,6 +1,6 @@
 """The smoke run in many processes on this machine beside the same run in one, and what becomes of it when they end.
 
-  python scripts/verify_hosts.py [--workdir=DIR] [--parts=layouts sgd sharded killed told leader stuck apart]
+  python scripts/verify_hosts.py [--workdir=DIR] [--parts=layouts sgd sharded killed told rollout leader stuck apart]
 
 Eight CPU devices in one process, in two and in four, which speak over loopback:
 
@@ -9,8 +9,9 @@ Eight CPU devices in one process, in two and in four, which speak over loopback:
   sgd       the same with plain gradient descent: what was trained is the same within 1e-5.
   sharded   the same over (1, 8, 1), weights split over all processes: texts the same to the byte, scores to six digits.
   killed    begun in four processes, of which one is killed while the policy is trained: the others end, and say which
-            one was lost; two processes end the run, as one that nobody disturbed.
+            one was lost; two processes of two devices each end the run, as one that nobody disturbed.
   told      one of four processes is sent SIGTERM: all save, end with 143, and four go on to the same end.
+  rollout   the same where the devices are at something long, for which it does not wait.
   leader    process 0 of two is killed: the other ends with 75, and says so.
   stuck     a process that never comes to where the other waits: both end with 75, and where each was is told.
   apart     a process that was given another config, and one that cannot read its model: all end with 2, in one line.
@@ -44,6 +45,13 @@ _MAIN = 'import sys; from charjax.main import main; sys.exit(main())'
 SGD = (
   'import optax; from charjax.stages import policy, preference; '
   'policy.make_optimizer = preference.make_optimizer = lambda rate, *_: optax.sgd(30 * rate); '
+) + _MAIN
+# From the third step on, drawing replies takes the devices of all processes minutes.
+LONG = (
+  'import jax; import numpy as np; from charjax import mesh; from charjax.stages import policy; '
+  'real, ones = policy.roll_out, np.ones((8, 8), np.float32); '
+  'turn = jax.jit(lambda x: jax.lax.fori_loop(0, 10**6, lambda _, x: x + x.sum() * 1e-9, x)); '
+  'policy.roll_out = lambda *args: (args[-1] < 3 or mesh.fetch(turn(mesh.shard_batch(ones))), real(*args))[1]; '
 ) + _MAIN
 # Process 1 goes to sleep where the others wait for it.
 STUCK = (
@@ -234,7 +242,7 @@ def killed(top: Path, report: Report) -> None:
   report('  seconds to the end', f'{seconds:.1f}', seconds < 30)
   line = group.says(0)[-1]
   report('  ' + line, '', re.fullmatch(r'charjax: process 2 \(.+\) was lost.*', line) is not None)
-  run(workdir, 2, DATA)
+  run(workdir, 2, DATA, devices=4)
   _same_end(top, workdir, report)
 
 
@@ -251,6 +259,25 @@ def told(top: Path, report: Report) -> None:
   saved = [int(path.name) for path in (workdir / 'policy' / 'checkpoints').iterdir()]
   report('  steps done, and saved', (steps, saved), saved == [steps])
   run(workdir, 4, DATA)
+  _same_end(top, workdir, report)
+
+
+def rollout(top: Path, report: Report) -> None:
+  workdir = _begun(top, 'rollout')
+  group = Group(workdir, 2, DATA, '--config.policy.save_every=100', program=LONG)
+  metrics = workdir / 'policy' / 'metrics.jsonl'
+  group.wait_for(metrics)
+  while len(metrics.read_text().splitlines()) < 2:
+    time.sleep(0.1)
+  time.sleep(5)
+  group.processes[1].send_signal(signal.SIGTERM)
+  begun = time.monotonic()
+  codes = group.codes(120)
+  report('one of two was sent SIGTERM amid a long rollout: exit codes', codes, codes == [143] * 2)
+  report('  seconds to the end', f'{time.monotonic() - begun:.1f}', time.monotonic() - begun < 25)
+  saved = [int(path.name) for path in (workdir / 'policy' / 'checkpoints').iterdir()]
+  report('  steps saved', saved, saved == [2])
+  run(workdir, 2, DATA)
   _same_end(top, workdir, report)
 
 
@@ -294,7 +321,7 @@ def apart(top: Path, report: Report) -> None:
 def _main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', type=Path)
-  names = ('layouts', 'sgd', 'sharded', 'killed', 'told', 'leader', 'stuck', 'apart')
+  names = ('layouts', 'sgd', 'sharded', 'killed', 'told', 'rollout', 'leader', 'stuck', 'apart')
   parser.add_argument('--parts', nargs='+', default=names, choices=names)
   arguments = parser.parse_args()
   top = (arguments.workdir or Path(tempfile.mkdtemp(prefix='charjax-hosts-'))).resolve()

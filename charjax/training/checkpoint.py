@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
@@ -16,6 +17,9 @@ from charjax.mesh import fetch, is_apart
 from charjax.model.checkpoint_source import Tensors
 
 _AT_ONCE = 2**28  # bytes
+
+# Its processes would wait for each other by way of the devices, and so for whatever is at work there.
+flags.FLAGS['experimental_orbax_use_distributed_barrier'].value = True
 
 
 class Checkpoints:
