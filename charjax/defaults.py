@@ -21,6 +21,11 @@ def get_config() -> ConfigDict:
   config.model.scan_layers = True
   config.model.remat = True
 
+  config.faults = ConfigDict()
+  config.faults.grace_seconds = 25.0  # from SIGTERM to the end: a spot TPU has 30
+  config.faults.lost_seconds = 60.0  # of silence, after which one of many processes is lost, and the others end
+  config.faults.stuck_seconds = 1200.0  # in which none of them moves: what each was doing is told, and they end
+
   config.character = ConfigDict()
   config.character.path = 'assistant'  # a shipped character, or a .toml file; or several, as in 'stoic+poet'
   config.character.traits = ()  # empty: all; 'honesty:2' gives a trait another weight than the file does

@@ -11,6 +11,8 @@ from charjax.model.config import PROJECTIONS, ModelConfig
 _COUNT, _SIZE, _AMOUNT, _SHARE = (0, math.inf), (1, math.inf), (0.0, math.inf), (0.0, 1.0)
 _LIMITS: dict[str, dict[str, tuple[float, float]]] = {
   '': {'seed': (0, 2**31 - 1)},
+  # JAX itself gives up a silent process after 100 seconds.
+  'faults': {'grace_seconds': _AMOUNT, 'lost_seconds': (5.0, 90.0), 'stuck_seconds': (5.0, math.inf)},
   'messages': {
     'train_per_trait': _SIZE, 'heldout_per_trait': _COUNT, 'train_neutral': _SIZE, 'heldout_neutral': _COUNT,
     'seeds_shown': _COUNT, 'opening_words': _COUNT, 'temperature': _AMOUNT, 'top_p': _SHARE, 'top_k': _COUNT,

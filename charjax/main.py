@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import getpass
 import importlib.metadata
@@ -12,6 +13,8 @@ import platform
 import re
 import shlex
 import sys
+import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,8 +22,9 @@ import ml_collections
 from absl import flags
 from etils import epath
 
+import charjax
 from charjax import character as characters
-from charjax import defaults, files, limits, starting_model
+from charjax import defaults, files, hosts, interrupts, limits, starting_model, watch
 from charjax import workdir as workdirs
 from charjax.config_file import merge, nearest, override, read_config, read_sweep
 from charjax.errors import UserError, one_line
@@ -49,6 +53,8 @@ _USAGE = f"""charjax: train a character into a language model
   --parallel=1 --launch=FILE                     sweep: trials at a time; or only write their commands, one a line
   --trials=20                                    sweep: of a search, by all processes that were given the command
   --reviewer=NAME --port=0                       review: who judges, and where the page is
+  --coordinator=HOST:PORT --processes=N --process=I   run, or a stage: one of many processes, each on its own devices;
+                                                 a TPU pod, Slurm and Open MPI say it by themselves
 
 A finished stage is skipped, one that was cut off goes on, one whose inputs or settings changed is made anew.
 """
@@ -62,6 +68,7 @@ _FLAGS_OF = {
   'review': ('reviewer', 'port'),
   'sweep': ('parallel', 'launch', 'trials'),
   'compare': ('output',),
+  'run': ('coordinator', 'processes', 'process'),  # and each stage
 }
 
 _AWAY = 'move it away, or choose another --workdir'
@@ -87,36 +94,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: the arguments, without the program's name; those of the process by default.
 
   Returns:
-    The exit code: 0, 1 (a check found problems), 2 (a mistake of the user's), 130 (interrupted).
+    The exit code: 0, 1 (a check found problems), 2 (a mistake of the user's), 130 (interrupted by Ctrl-C), 143 (by
+    SIGTERM); of many processes also 75 (one was lost, or they hung). After the last two, the same command goes on.
   """
   arguments = list(sys.argv[1:] if argv is None else argv)
   try:
-    return _command(arguments)
-  except UserError as error:
-    print('charjax: ' + ' '.join(str(error).split()), file=sys.stderr)
-    return 2
-  except OSError as error:
-    if error.errno not in _DISK:
+    code = _command(arguments)
+    watch.finish()
+    hosts.leave()
+    return code
+  except BaseException as error:
+    told = _told(error)
+    if told is None:
+      watch.end(1, ' '.join(traceback.format_exception_only(error)[-1].split()), traceback.format_exc())
       raise
+    code, line = told
+    watch.end(code, line)
+    if any(thread.name == interrupts.LEFT for thread in threading.enumerate()):
+      hosts.exit_now(code, line)  # It may be long at it, and Python would wait.
+    if isinstance(error, SystemExit):
+      raise
+    print(f'charjax: {line}', file=sys.stderr)
+    return code
+
+
+def _told(error: BaseException) -> tuple[int, str] | None:
+  """The exit code and the line that an error ends in; None: nobody expected it."""
+  if isinstance(error, UserError):
+    return 2, ' '.join(str(error).split())
+  if isinstance(error, OSError) and error.errno in _DISK:
     where = error.filename or 'the disk'
-    print(
-      f'charjax: {where}: {error.strerror}; {_DISK[error.errno]}, then give the same command again', file=sys.stderr
-    )
-    return 2
-  except RuntimeError as error:
-    # Of the devices: an allocation that was too large, while compiling or running.
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    print(
-      f'charjax: the devices are out of memory ({one_line(error)}); lower the batch of the stage that was at work '
+    return 2, f'{where}: {error.strerror}; {_DISK[error.errno]}, then give the same command again'
+  # Of the devices: an allocation that was too large, while compiling or running.
+  if isinstance(error, RuntimeError) and 'RESOURCE_EXHAUSTED' in str(error):
+    return 2, (
+      f'the devices are out of memory ({one_line(error)}); lower the batch of the stage that was at work '
       '(batch_size, messages_per_batch, prompts_per_step), raise its microbatches, set config.model.remat=True or '
-      'split the model by config.mesh, then give the same command again',
-      file=sys.stderr,
+      'split the model by config.mesh, then give the same command again'
     )
-    return 2
-  except KeyboardInterrupt as error:
-    print(f'charjax: {error}' if str(error) else 'charjax: interrupted', file=sys.stderr)
-    return 130
+  if isinstance(error, KeyboardInterrupt):
+    return 143 if isinstance(error, interrupts.Terminated) else 130, str(error) or 'interrupted'
+  if isinstance(error, SystemExit) and isinstance(error.code, int):
+    return error.code, ''
+  return None
 
 
 def _command(arguments: list[str]) -> int:
@@ -133,7 +153,8 @@ def _command(arguments: list[str]) -> int:
     if len(rest) != 2 or rest[0] != 'check':
       raise UserError('charjax character takes `check FILE`')
     return _check_character(rest[1])
-  if wrong := [name for name in options if name not in _FLAGS_OF.get(command, ())]:
+  own = _FLAGS_OF.get('run' if command in known else command, ())
+  if wrong := [name for name in options if name not in own]:
     other = next(other for other, theirs in _FLAGS_OF.items() if wrong[0] in theirs)
     raise UserError(f'--{wrong[0]} is a flag of charjax {other}; `charjax help` lists those of {command}')
   if command == 'chat':
@@ -154,9 +175,11 @@ def _command(arguments: list[str]) -> int:
     return _sweep(config_spec, changes, workdir, options)
   if not workdir:
     raise UserError(f'charjax {command} needs --workdir=DIR')
-  config = read_config(config_spec, changes)
   chosen = STAGES if command == 'run' else tuple(stage for stage in STAGES if stage.name == command)
-  _run(chosen, config, epath.Path(os.path.expanduser(workdir)))
+  if hosts.join(options.get('coordinator', ''), options.get('processes'), options.get('process')):
+    watch.begin()
+  with interrupts.raising():
+    _run(chosen, read_config(config_spec, changes), epath.Path(os.path.expanduser(workdir)))
   return 0
 
 
@@ -357,6 +380,9 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, list[str], list[st
   flags.DEFINE_string('launch', None, 'where the commands of trials are written', flag_values=values)
   flags.DEFINE_string('reviewer', None, 'who judges', flag_values=values)
   flags.DEFINE_integer('port', None, 'of the page', lower_bound=0, upper_bound=2**16 - 1, flag_values=values)
+  flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0', flag_values=values)
+  flags.DEFINE_integer('processes', None, 'how many', lower_bound=1, flag_values=values)
+  flags.DEFINE_integer('process', None, 'which of them this is', lower_bound=0, flag_values=values)
   try:
     names = values(['charjax', *others])[1:]
   except flags.Error as error:
@@ -421,9 +447,13 @@ def _pin(session: workdirs.Session) -> None:
 
   path = session.config.model.path
   if hub.is_address(path):
-    asked, before = starting_model.read_asked(session.workdir)
+
+    def pinned() -> str:
+      asked, before = starting_model.read_asked(session.workdir)
+      return before if path in (asked, before) else hub.pin(path)
+
     session.asked = path
-    session.config.model.path = before if path in (asked, before) else hub.pin(path)
+    session.config.model.path = hosts.first(pinned)
     session.log(f'model: {session.config.model.path}')
 
 
@@ -464,8 +494,6 @@ def _devices(config: ml_collections.ConfigDict) -> Iterator[None]:
     backend = jax.default_backend()
   except RuntimeError as error:
     raise UserError(f'no device to run on ({one_line(error)}); is another process using it?') from error
-  if jax.process_count() > 1:
-    raise UserError(f'{jax.process_count()} processes were joined; charjax runs on one host for now')
   if backend != 'cpu':
     # Else products of float32 would be rounded to bfloat16 or TF32 there, though the config says float32.
     jax.config.update('jax_default_matmul_precision', 'highest')
@@ -483,9 +511,15 @@ def _sources(stage: workdirs.Stage) -> set[str]:
 
 
 def _run(chosen: Sequence[workdirs.Stage], config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+  watch.be_patient(config.faults.lost_seconds, config.faults.stuck_seconds)
   session = _prepare(config, workdir)
   starting_model.check_apart(config.model, workdir)
-  with workdirs.lock(workdir):
+  hosts.check_alike(
+    {'charjax': charjax.__version__, 'the command': [stage.name for stage in chosen], '--workdir': str(workdir)}
+    | dict(workdirs.flat(config.to_dict(), 'config'))
+    | {'the character': workdirs.fingerprint(dataclasses.asdict(session.character))}
+  )
+  with workdirs.lock(workdir), interrupts.leaving_within(config.faults.grace_seconds, watch.end_now):
     _pin(session)
     if len(chosen) == 1:
       for stage in STAGES:
@@ -501,7 +535,7 @@ def _run(chosen: Sequence[workdirs.Stage], config: ml_collections.ConfigDict, wo
       # Only now: what a run in this folder was started with is not overwritten by a mistake.
       _record(session)
       workdirs.execute(chosen, session)
-  if chosen[-1].name == 'report':
+  if chosen[-1].name == 'report' and hosts.is_first_process():
     from charjax.stages import report
 
     session.log('\n' + report.console_summary(session.workdir))

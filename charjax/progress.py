@@ -12,15 +12,10 @@ from typing import Any, Self
 
 from etils import epath
 
-from charjax import interrupts
+from charjax import hosts, interrupts
+from charjax.hosts import is_first_process
 
 _SECONDS_BETWEEN_LINES = 10.0
-
-
-def is_first_process() -> bool:
-  """True in the one process that prints and writes. Does not import JAX: without it there is only one."""
-  jax = sys.modules.get('jax')
-  return jax is None or jax.process_index() == 0
 
 
 def duration(seconds: float) -> str:
@@ -74,6 +69,7 @@ class Progress:
     """
     interrupts.check()
     self._done += count
+    hosts.at(f'{self._name}, {self._done + self._skipped} of {self._total} {self._unit}')
     note = ', '.join(filter(None, [self._speed(), note]))
     if self._bar is not None:
       if note:

@@ -11,13 +11,12 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from charjax.engine import decode, work
 from charjax.engine.batch import EACH, PROMPT_STEP, Tokens, bucket, by_prompt, common_prefix, in_groups, prefill
 from charjax.engine.slots import Row, Slots
-from charjax.mesh import batch_parts, no_silent_transfers, replicate, shard_batch
+from charjax.mesh import batch_parts, fetch, no_silent_transfers, replicate, shard_batch
 from charjax.model.attention import Places
 from charjax.model.decoder import Decoder
 
@@ -134,7 +133,7 @@ def sample(
       decoder, layers, before, room, shard_batch(seats), cache, state, *now, *fixed,
       top_p=settings.top_p, top_k=settings.top_k,
     )  # fmt: skip
-    made, tokens, log_probs = (np.asarray(x) for x in jax.device_get(out))
+    made, tokens, log_probs = (np.asarray(x) for x in fetch(out))
     first = (first + int(made)) % size
     for number, row in enumerate(rows):
       if row.item >= 0:

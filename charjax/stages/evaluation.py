@@ -24,7 +24,7 @@ from charjax.engine.sample import Sampling, sample
 from charjax.engine.score import Rows, hidden_states, map_rows, mean_over_tokens, over_chunks, score
 from charjax.errors import UserError
 from charjax.files import Row, chunks, numbered_rows, write_jsonl, write_text
-from charjax.mesh import replicate
+from charjax.mesh import fetch, replicate
 from charjax.model.decoder import Prefix, logits
 from charjax.progress import Progress
 from charjax.stages import messages, policy, preference, prompts
@@ -204,7 +204,7 @@ def _judge_replies(session: Session, rows: Sequence[Row], judge: Any) -> None:
   asked = [model.prompt(prompts.alone(row['prompt'])) for row in judged]
   said = [model.reply(row['text'], row['finish'] == 'stop') for row in judged]
   states = reply_states(preference.trunk(session), judge, asked, said)
-  scores = jax.device_get(read_rewards(judge, replicate(states)))
+  scores = fetch(read_rewards(judge, replicate(states)))
   for row, values in zip(judged, scores, strict=True):
     row['score'] = round(float(values[places[row['trait']]]), 5)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from charjax import hosts
 from charjax.engine import work
 from charjax.engine.batch import compute_prefix, item_keys
 from charjax.engine.sample import Sampling, end_ids, sample
@@ -84,7 +85,7 @@ def run(session: Session) -> Row:
       bar=bar,
       note=lambda values: f'reward {values["reward"]:.3f}, KL {values["kl"]:.3f} a token',
     )
-  _merge_samples(session)
+  hosts.first(lambda: _merge_samples(session))
   write_text(folder / 'fingerprint.json', json.dumps({'policy': fingerprint(trainable)}))
   rewarded = sorted({item['trait'] for item in asked})
   return {'steps': config.steps, 'messages': len(asked), 'neutral': len(neutral), 'traits_rewarded': rewarded}

@@ -23,12 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from charjax import hosts
 from charjax.engine import work
 from charjax.engine.batch import compute_prefix
 from charjax.engine.score import FixedShapes, Group, hidden_states, mean_states
 from charjax.errors import UserError
 from charjax.files import Row, read_jsonl, write_jsonl, write_text
-from charjax.mesh import replicate
+from charjax.mesh import fetch, put, replicate
 from charjax.model.decoder import Decoder, lower_layers
 from charjax.progress import Metrics, Progress
 from charjax.stages import messages, prompts, rankings, replies
@@ -68,7 +69,7 @@ def run(session: Session) -> Row:
   with Progress('preference', config.head_steps * 2 + sum(steps.values()), 'steps') as bar:
     for name in MODELS:
       trained[name] = _train(session, lower, name, halves[name], steps[name], bar)
-  _merge_metrics(session)
+  hosts.first(lambda: _merge_metrics(session))
   unseen = {'train': halves['judge'], 'judge': halves['train']}
   report: Row = {}
   for name in MODELS:
@@ -217,7 +218,7 @@ def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row],
 
   def fit(trainable: Any, metrics: Metrics) -> None:
     head = trainable['head'].w
-    head[...] = jax.device_put(_fit_head(session, examples, k, metrics, bar), head[...].sharding)
+    head[...] = put(_fit_head(session, examples, k, metrics, bar), head[...].sharding)
 
   def next_batch(_: int, some: Sequence[Row], __: Any) -> tuple[Batch, Row]:
     groups = [Group(example['prompt'], example['replies']) for example in some]
@@ -310,7 +311,7 @@ def _measure(session: Session, trainable: Any, unseen: Sequence[Row], kept: Sequ
   by_place: dict[int, list[float]] = defaultdict(list)
   traits = session.character.traits
   for example in unseen:
-    scores = jax.device_get(read_rewards(trainable, replicate(example['states'])))[:, example['trait']]
+    scores = fetch(read_rewards(trainable, replicate(example['states'])))[:, example['trait']]
     rewards += scores.tolist()
     by_place[example['trait']] += scores.tolist()
     tokens += [len(reply) for reply in example['replies']]
@@ -327,7 +328,7 @@ def _measure(session: Session, trainable: Any, unseen: Sequence[Row], kept: Sequ
   p, q = np.clip(np.array(probability), 1e-6, 1 - 1e-6), np.array(label)
   pairs: dict[str, list[bool]] = {trait.id: [] for trait in traits}
   for example in kept:
-    inside, outside = jax.device_get(read_rewards(trainable, replicate(example['states'])))[:, example['trait']]
+    inside, outside = fetch(read_rewards(trainable, replicate(example['states'])))[:, example['trait']]
     pairs[traits[example['trait']].id].append(bool(inside > outside))
   # What one unit of reward is worth differs by trait; the policy divides by this. A trait that these messages are too
   # few for has the spread of all.

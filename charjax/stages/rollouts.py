@@ -29,7 +29,7 @@ from charjax.engine.score import (
   token_log_probs,
 )
 from charjax.files import Row
-from charjax.mesh import no_silent_transfers, replicate, shard_batch
+from charjax.mesh import fetch, no_silent_transfers, replicate, shard_batch
 from charjax.model.decoder import Decoder
 from charjax.progress import Progress
 from charjax.stages import preference, rankings, replies
@@ -108,7 +108,7 @@ def make_judge(session: Session, shapes: FixedShapes, asked: Sequence[Row]) -> J
   moments: Any = None
   for begin in range(0, max(1, len(groups)), size):
     rows = shapes.rows(groups[begin : begin + size], each, size)
-    more = jax.device_get(_moments(trunk, model, shapes.prefix, shapes.length, shard_batch(rows), ends, longest))
+    more = fetch(_moments(trunk, model, shapes.prefix, shapes.length, shard_batch(rows), ends, longest))
     moments = jax.tree.map(np.add, moments, more) if moments else more
   critic, mean = replicate(fit_values(*moments))
   return Judge(decoder, trunk, model, critic, mean, ends)
@@ -186,7 +186,7 @@ def judge_ranked(session: Session, shapes: FixedShapes, judge: Judge, asked: Seq
       scores, _, before = _judge(
         judge, shapes.prefix, shapes.length, rows, temperature, judge.ends, config.max_new_tokens
       )
-      preferred, before = jax.device_get((_preferences(scores, rows, earns, *limits), before))
+      preferred, before = fetch((_preferences(scores, rows, earns, *limits), before))
       before = before.reshape(-1, places, before.shape[1])
       preferred, best = mix_labels(preferred, [item['ranked'].preferred for item in some], real, config.ranked_labels)
       for m, item in enumerate(some):
@@ -236,7 +236,7 @@ def roll_out(
   said = iter(drawn)
   rows = shapes.rows([Group(item['prompt'], [next(said).tokens for _ in range(each)]) for item in asked], each)
   temperature, kl, trace = replicate(tuple(np.float32(x) for x in (config.temperature, config.kl, config.trace)))
-  scores, values, reference = jax.device_get(
+  scores, values, reference = fetch(
     _judge(judge, shapes.prefix, shapes.length, shard_batch(rows), temperature, None, config.max_new_tokens)
   )
   mask = reply_mask(rows)
@@ -245,10 +245,10 @@ def roll_out(
 
   earns = np.array([item['earns'] for item in group], np.float32)
   scores, values = (np.einsum('nrc,nc->nr', array, earns) for array in (scores, values))
-  rewards = jax.device_get(_mean_over_tokens(*shard_batch((scores, rows))))
+  rewards = fetch(_mean_over_tokens(*shard_batch((scores, rows))))
   grouped = shard_batch(tuple(array.reshape(len(asked), each, -1) for array in (scores, values, log_ratio, mask)))
   share = replicate(to_come(mask.shape[1], config.max_new_tokens))
-  advantages = jax.device_get(_advantages(*grouped, share, trace, kl)).reshape(mask.shape)
+  advantages = fetch(_advantages(*grouped, share, trace, kl)).reshape(mask.shape)
   advantages = advantages * np.array([item['weight'] for item in group], np.float32)[:, None]
   return Rollout(drawn, before, log_ratio, advantages, rewards)
 

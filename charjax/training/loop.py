@@ -1,13 +1,13 @@
 """The loop around the train step, alike for all that is trained: restored, stepped, watched, written, saved."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-import jax
 import optax
 from etils import epath
 
-from charjax.mesh import batch_parts
+from charjax.mesh import batch_parts, fetch
 from charjax.progress import Metrics, Progress
 from charjax.training.checkpoint import Checkpoints
 from charjax.training.interrupts import Interrupts
@@ -36,8 +36,8 @@ def train(
   prepare: Callable[[Any, Metrics], None] | None = None,
   prepared: int = 0,
 ) -> Any:
-  """Trains for `steps` steps, or what is left of them after the latest checkpoint; an interrupt waits for the step at
-  hand and for its checkpoint.
+  """Trains for `steps` steps, or what is left of them after the latest checkpoint; an interrupt waits for a checkpoint
+  of what was learned.
 
   Args:
     folder: for metrics.jsonl, TensorBoard's events and the batch of a step that was not finite.
@@ -76,17 +76,32 @@ def train(
       checkpoints.save(0, trainable, state, data.get_state())
     metrics.truncate_after(prepared + start)
     skipped = Skipped(folder, skipped_steps)
+    saved = start
     for step in range(start + 1, steps + 1):
-      batch, figures = next_batch(step, next(data), trainable)
+      position = data.get_state()
+      made, interrupted = interrupts.work(partial(_make, next_batch, step, data, trainable))
+      if interrupted:
+        # What was being made is made anew; it may take long, and what was learned is not yet touched by it.
+        if saved < step - 1:
+          checkpoints.save(step - 1, trainable, state, position, devices_busy=True)
+        interrupts.let_through()
+      batch, figures = made.result()
       trainable, state, values = step_function(trainable, state, frozen, batch)
-      values = jax.device_get(values) | figures
+      values = fetch(values) | figures
       metrics.write(prepared + step, values)
       skipped.watch(prepared + step, values, batch)
       bar.advance(1, note(values))
-      if step == steps or step % save_every == 0 or interrupts.came:
+      interrupted = interrupts.agreed()
+      if interrupted or step == steps or step % save_every == 0:
         checkpoints.save(step, trainable, state, data.get_state())
-      interrupts.let_through()
+        saved = step
+      if interrupted:
+        interrupts.let_through()
   return trainable
+
+
+def _make(next_batch: NextBatch, step: int, data: Any, trainable: Any) -> tuple[Any, Mapping[str, float]]:
+  return next_batch(step, next(data), trainable)
 
 
 def tell_undivided(log: Callable[[str], None], stage: str, config: Any, field: str, each: int = 1) -> None:
