@@ -1,7 +1,9 @@
 """How arrays are laid out over devices: one mesh, one table from logical axes to mesh axes."""
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,14 +36,34 @@ RULES: dict[str, tuple[str, ...]] = {
 no_silent_transfers = jax.transfer_guard('disallow')
 
 
-def make_mesh(shape: Sequence[int]) -> Mesh:
-  """A (data, fsdp, tensor) mesh; one size may be -1 and takes the devices that are left.
+# Whether arrays are described and not put on devices.
+_describing = contextvars.ContextVar('describing', default=False)
+
+
+@contextlib.contextmanager
+def described() -> Iterator[None]:
+  """Within, `shard_batch` and `replicate` give shapes, dtypes and shardings: of devices that are not there."""
+  token = _describing.set(True)
+  try:
+    yield
+  finally:
+    _describing.reset(token)
+
+
+def _put(array: Any, sharding: NamedSharding) -> Any:
+  if _describing.get():
+    return jax.ShapeDtypeStruct(np.shape(array), np.asarray(array).dtype, sharding=sharding)
+  return jax.device_put(array, sharding)
+
+
+def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A (data, fsdp, tensor) mesh of all devices, or of those given; one size may be -1 and takes what is left.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
   """
   sizes = list(shape)
-  count = jax.device_count()
+  count = jax.device_count() if devices is None else len(devices)
   whole = all(isinstance(size, int) and (size > 0 or size == -1) for size in sizes)
   if len(sizes) != len(AXES) or sizes.count(-1) > 1 or not whole:
     raise UserError(f'config.mesh is {tuple(shape)}; it takes three sizes (data, fsdp, tensor), one of them may be -1')
@@ -49,7 +71,7 @@ def make_mesh(shape: Sequence[int]) -> Mesh:
     sizes[sizes.index(-1)] = count // max(1, -math.prod(sizes))
   if math.prod(sizes) != count:
     raise UserError(f'config.mesh {tuple(shape)} does not fit the {count} devices here; use e.g. (1, -1, 1)')
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Any) -> PartitionSpec:
@@ -98,6 +120,11 @@ def shardings(tree: Any) -> Any:
   return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
+def describe(tree: Any) -> Any:
+  """Abstract arrays of parameters with the shardings of `shardings`."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree))
+
+
 def shard_batch(tree: Any, axis: int = 0) -> Any:
   """Puts host arrays on the mesh, split along one axis (numbers: whole); without a mesh, on the one device."""
   mesh = jax.sharding.get_mesh()
@@ -106,7 +133,7 @@ def shard_batch(tree: Any, axis: int = 0) -> Any:
 
   def put(array: np.ndarray) -> jax.Array:
     axes = (*(None,) * axis, 'batch', *(None,) * np.ndim(array))[: np.ndim(array)]
-    return jax.device_put(array, NamedSharding(mesh, spec(np.shape(array), axes, mesh)))
+    return _put(array, NamedSharding(mesh, spec(np.shape(array), axes, mesh)))
 
   return jax.tree.map(put, tree)
 
@@ -114,4 +141,6 @@ def shard_batch(tree: Any, axis: int = 0) -> Any:
 def replicate(tree: Any) -> Any:
   """Puts host arrays and numbers on every device of the mesh, whole; without a mesh, on the one device."""
   mesh = jax.sharding.get_mesh()
-  return jax.device_put(tree, None if mesh.empty else NamedSharding(mesh, PartitionSpec()))
+  if mesh.empty:
+    return jax.device_put(tree)
+  return jax.tree.map(lambda array: _put(array, NamedSharding(mesh, PartitionSpec())), tree)

@@ -56,12 +56,18 @@ def init_optimizer(optimizer: optax.GradientTransformation, trainable: Any) -> t
   """
   if jax.sharding.get_mesh().empty:
     return jax.jit(optimizer.init)(trainable), None
+  _, layout = describe_optimizer(optimizer, trainable)
+  return jax.jit(optimizer.init, out_shardings=layout)(trainable), layout
+
+
+def describe_optimizer(optimizer: optax.GradientTransformation, trainable: Any) -> tuple[Any, Any]:
+  """What `init_optimizer` returns, as shapes and dtypes only, and the shardings."""
   abstract = jax.eval_shape(optimizer.init, trainable)
   replicated = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
   layout = optax.tree_map_params(
     optimizer, lambda _, sharding: sharding, abstract, shardings(trainable), transform_non_params=lambda _: replicated
   )
-  return jax.jit(optimizer.init, out_shardings=layout)(trainable), layout
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout), layout
 
 
 def make_step(loss: Loss, optimizer: optax.GradientTransformation, trainable: Any, layout: Any) -> Callable[..., Any]:
