@@ -52,7 +52,8 @@ def described() -> Iterator[None]:
 
 def _put(array: Any, sharding: NamedSharding) -> Any:
   if _describing.get():
-    return jax.ShapeDtypeStruct(np.shape(array), np.asarray(array).dtype, sharding=sharding)
+    dtype = array.dtype if hasattr(array, 'dtype') else np.asarray(array).dtype
+    return jax.ShapeDtypeStruct(np.shape(array), dtype, sharding=sharding)
   return jax.device_put(array, sharding)
 
 
@@ -118,6 +119,13 @@ def shardings(tree: Any) -> Any:
     return node.replace(NamedSharding(mesh, spec(node.shape, axes, mesh)))
 
   return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def lay_out(tree: Any) -> Any:
+  """Parameters as `shardings` says; while arrays are only described, as they are."""
+  if _describing.get() or jax.sharding.get_mesh().empty:
+    return tree
+  return jax.device_put(tree, shardings(tree))
 
 
 def describe(tree: Any) -> Any:

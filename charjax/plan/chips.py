@@ -1,6 +1,7 @@
 """What a chip can do, and what a topology is called: v5e:4x4 is sixteen v5e chips, h100:8 a host of eight H100."""
 
 import contextlib
+import importlib.util
 import math
 import os
 import re
@@ -80,13 +81,17 @@ def _tpu_devices(name: str, kind: str, dims: list[int]) -> Any:
 
   # Else libtpu asks the metadata server of a TPU machine, which is not there, again and again.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  # Slices smaller than a host must say so.
-  more = {} if math.prod(dims) % 4 == 0 else {'chips_per_host_bounds': (*dims, *(1,) * (3 - len(dims)))}
+  # Else it would let one process of a machine in; no chip of it is touched.
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  # A v4 chip has two cores, which programs see as one; slices smaller than a host must say so.
+  more: dict[str, Any] = {'chip_config_name': 'megacore'} if kind == 'v4' else {}
+  if math.prod(dims) < 4:
+    more['chips_per_host_bounds'] = (*dims, *(1,) * (3 - len(dims)))
   try:
     with _quiet():
       return topologies.get_topology_desc(platform='tpu', topology_name=f'{kind}:{name.partition(":")[2]}', **more).devices
   except Exception as error:
-    if 'libtpu' in str(error).lower() or isinstance(error, ImportError):
+    if importlib.util.find_spec('libtpu') is None:
       raise UserError(
         f"--topology={name}: its compiler is not installed ({one_line(error)}); run: pip install 'charjax[tpu]'"
       ) from error

@@ -21,7 +21,7 @@ from charjax.engine.score import FixedShapes, Group, Rows, parts_of
 from charjax.mesh import batch_parts, describe, described, replicate, shard_batch, spec
 from charjax.model.attention import Places
 from charjax.model.config import ModelConfig
-from charjax.model.decoder import Cache, Decoder, Prefix, block_parameters
+from charjax.model.decoder import Cache, Decoder, Prefix, block_parameters, lower_layers
 from charjax.model.language_model import LanguageModel, describe as describe_model
 from charjax.stages import policy, preference, rollouts
 from charjax.training.heads import bind
@@ -84,8 +84,15 @@ def _counted(make: Callable[[], Any]) -> tuple[Any, work.Work]:
   return make(), work.done().since(before)
 
 
-def _abstract(make: Callable[[], Any]) -> Any:
-  return describe(jax.eval_shape(make))
+def _abstract(make: Callable[[Any], Any], decoder: Decoder) -> Any:
+  return describe(jax.eval_shape(make, decoder))
+
+
+def _trunk(session: Session) -> Decoder:
+  count, decoder = preference.layers_read(session), session.model.decoder
+  lower = _abstract(lambda whole: lower_layers(whole, count), decoder)
+  lower.config = decoder.config.lower(count)
+  return lower
 
 
 def _texts(count: int, width: int) -> list[list[int]]:
@@ -97,10 +104,9 @@ def _texts(count: int, width: int) -> list[list[int]]:
 
 
 def _preference(session: Session) -> Program:
-  config, traits = session.config.preference, len(session.character.traits)
-  lower = jax.eval_shape(lambda: preference.trunk(session))
-  lower = describe(lower)
-  trainable = _abstract(lambda: preference.untrained(session, lower, 'train'))
+  config = session.config.preference
+  lower = _trunk(session)
+  trainable = _abstract(lambda lower: preference.untrained(session, lower, 'train'), lower)
   loss, optimizer = preference.learning(config, steps=100)
   state, layout = describe_optimizer(optimizer, trainable)
   k = session.config.replies.shown + session.config.replies.plain + session.config.replies.opposed
@@ -137,10 +143,10 @@ def _copied(session: Session, lower: Decoder) -> Any:
 def _policy(session: Session, reward: Any) -> list[Program]:
   config, decoder = session.config.policy, session.model.decoder
   traits = len(session.character.traits)
-  trainable = _abstract(lambda: policy.untrained(session))
+  trainable = _abstract(lambda decoder: policy.untrained(session, decoder), decoder)
   loss, optimizer = policy.learning(config)
   state, layout = describe_optimizer(optimizer, trainable)
-  lower = describe(jax.eval_shape(lambda: preference.trunk(session)))
+  lower = _trunk(session)
   critic = replicate(np.zeros((decoder.config.embed_dim + 1, traits), np.float32))
   mean, ends = replicate((np.zeros(traits, np.float32), sample.end_ids((0,))))
   judge = rollouts.Judge(decoder, lower, reward, critic, mean, ends)

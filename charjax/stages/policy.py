@@ -73,7 +73,7 @@ def run(session: Session) -> Row:
       folder,
       checkpoints,
       *learning(config),
-      untrained(session),
+      untrained(session, model.decoder),
       model.decoder,
       data,
       next_batch,
@@ -143,16 +143,15 @@ def learning(config: Any) -> tuple[Any, Any]:
   )
 
 
-def untrained(session: Session) -> Any:
+def untrained(session: Session, decoder: Decoder) -> Any:
+  """What is trained, as it is before the first step."""
   config = session.config.policy
-  return make_trainable(
-    session.model.decoder, config.lora_rank, session.config.seed + 10, lora_targets=config.lora_targets
-  )
+  return make_trainable(decoder, config.lora_rank, session.config.seed + 10, lora_targets=config.lora_targets)
 
 
 def load(session: Session) -> Any:
   """The trained policy: what training.heads.bind takes."""
-  trainable = untrained(session)
+  trainable = untrained(session, session.model.decoder)
   with Checkpoints(session.folder('policy') / 'checkpoints', session.config.seed) as checkpoints:
     return checkpoints.load(trainable)
 

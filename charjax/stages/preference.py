@@ -284,8 +284,12 @@ def _merge_metrics(session: Session) -> None:
 
 def trunk(session: Session) -> Decoder:
   """The starting weights up to the layer that the heads read."""
-  decoder, depth = session.model.decoder, session.config.preference.depth
-  return lower_layers(decoder, max(1, round(depth * decoder.config.num_layers)))
+  return lower_layers(session.model.decoder, layers_read(session))
+
+
+def layers_read(session: Session) -> int:
+  """How many layers the heads read through."""
+  return max(1, round(session.config.preference.depth * session.model.decoder.config.num_layers))
 
 
 def load(session: Session, name: str) -> Any:
