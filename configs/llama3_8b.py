@@ -1,7 +1,7 @@
 """Llama 3.1 8B Instruct, all parameters trained, on a slice of 16 v5e chips or more.
 
-  charjax plan --config=configs/llama3_8b.py --topology=v5e:4x4
-  charjax run --config=configs/llama3_8b.py --workdir=gs://BUCKET/llama3_8b --config.model.path=PATH
+charjax plan --config=configs/llama3_8b.py --topology=v5e:4x4
+charjax run --config=configs/llama3_8b.py --workdir=gs://BUCKET/llama3_8b --config.model.path=PATH
 """
 
 from ml_collections import ConfigDict

@@ -75,7 +75,9 @@ def map_layers(function: Callable[[Any, Any], Any], decoder: Decoder, adapter: A
     return parameter.get_metadata()['axes'][1:]
 
   def one(layer: Any, lora: Any) -> Any:
-    pairs = {n: {k: function(a, axes(getattr(adapter, n)[k])) for k, a in pair.items()} for n, pair in (lora or {}).items()}
+    pairs = {
+      n: {k: function(a, axes(getattr(adapter, n)[k])) for k, a in pair.items()} for n, pair in (lora or {}).items()
+    }
     return {n: function(a, axes(getattr(decoder.blocks, n))) for n, a in layer.items()}, pairs or None
 
   return [one(*layer) for layer in layers]

@@ -89,7 +89,9 @@ def _tpu_devices(name: str, kind: str, dims: list[int]) -> Any:
     more['chips_per_host_bounds'] = (*dims, *(1,) * (3 - len(dims)))
   try:
     with _quiet():
-      return topologies.get_topology_desc(platform='tpu', topology_name=f'{kind}:{name.partition(":")[2]}', **more).devices
+      return topologies.get_topology_desc(
+        platform='tpu', topology_name=f'{kind}:{name.partition(":")[2]}', **more
+      ).devices
   except Exception as error:
     if importlib.util.find_spec('libtpu') is None:
       raise UserError(

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from typing import Any
 
 from charjax.plan.programs import Program
 
@@ -63,7 +62,7 @@ _CALLED = re.compile(r'(?:calls|to_apply|condition|body|branch_computations)=\{?
 
 
 def traffic(text: str, repeats: int = 1) -> float:
-  """Bytes that one device sends in its collectives, of the compiled text; a loop of unknown length runs `repeats` times.
+  """Bytes that one device sends in the collectives of a compiled text; loops of unknown length run `repeats` times.
 
   Of n devices that take part, (n - 1) / n of what is gathered, or of what is scattered, passes each, and twice as much
   of what is reduced for all (Thakur et al. 2005, rings).

@@ -13,7 +13,7 @@ import jax
 
 from charjax.mesh import make_mesh
 from charjax.model.config import ModelConfig
-from charjax.plan import chips, programs
+from charjax.plan import programs
 from charjax.plan.chips import GIB, Topology
 from charjax.plan.compiled import compile_program
 from charjax.plan.programs import Program, nbytes
@@ -154,7 +154,9 @@ def _stages(config: Any, character: Any, by_name: dict[str, Figures]) -> dict[st
   asked = traits * (messages.train_per_trait + messages.heldout_per_trait)
   asked += messages.train_neutral + messages.heldout_neutral
   ranked = traits * messages.train_per_trait * (replies.shown + replies.plain + replies.opposed)
-  steps = math.ceil(traits * messages.train_per_trait / 2 * config.preference.epochs / config.preference.messages_per_batch)
+  steps = math.ceil(
+    traits * messages.train_per_trait / 2 * config.preference.epochs / config.preference.messages_per_batch
+  )
   drawn = policy.prompts_per_step * policy.replies_per_prompt
   held = (traits * messages.heldout_per_trait) * (2 * config.evaluation.samples + 2)
   judged = drawn // (drawn // config.policy.microbatches)
@@ -218,9 +220,10 @@ def as_text(plan: Plan) -> str:
       + ('' if one.fits else '  does not fit')
     )
   widest = max(plan.programs, key=lambda one: one.total)
-  lines.append(f'resident in {widest.name}, GiB a chip: ' + ', '.join(
-    f'{name} {size / GIB:.2f}' for name, size in widest.residents.items() if size / GIB >= 0.005
-  ))
+  lines.append(
+    f'resident in {widest.name}, GiB a chip: '
+    + ', '.join(f'{name} {size / GIB:.2f}' for name, size in widest.residents.items() if size / GIB >= 0.005)
+  )
   hours = ', '.join(f'{name} {seconds / 3600:.2f}' for name, seconds in plan.stages.items())
   lines.append(f'hours at the peaks of the chips, every text as long as it may be: {hours}')
   lines.append(f'{plan.chip_hours:.1f} chip-hours on {plan.topology.name} ({plan.topology.count} chips)')

@@ -1,7 +1,9 @@
 """The device programs of a run, with described arguments that the stages' own functions make, and what else is there.
 
-A run's arrays are never made: weights, optimizer state and batches are shapes, dtypes and shardings. Texts are as long
-as the config lets them be, and a character of four letters a token stands for the tokenizer.
+A run's arrays are never made: weights, optimizer state and batches are shapes, dtypes and shardings. No tokenizer is
+read: replies are as long as the config lets them be, and prompts as wide as it pads them.
+
+Letters of arrays: as in charjax.model.decoder.
 """
 
 import dataclasses
@@ -22,13 +24,13 @@ from charjax.mesh import batch_parts, describe, described, replicate, shard_batc
 from charjax.model.attention import Places
 from charjax.model.config import ModelConfig
 from charjax.model.decoder import Cache, Decoder, Prefix, block_parameters, lower_layers
-from charjax.model.language_model import LanguageModel, describe as describe_model
+from charjax.model.language_model import LanguageModel
+from charjax.model.language_model import describe as describe_model
 from charjax.stages import policy, preference, rollouts
 from charjax.training.heads import bind
 from charjax.training.step import describe_optimizer, make_step
 from charjax.workdir import Session
 
-_LETTERS = 4  # of a token
 _TEMPLATE = 32  # tokens that a chat template puts around a message, about
 
 
@@ -74,7 +76,9 @@ def make(config: Any, character: Any, shape: ModelConfig, platform: str) -> list
 def nbytes(tree: Any) -> int:
   """Bytes of described arrays on one device."""
   return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, 'sharding')
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+    if hasattr(x, 'sharding')
   )
 
 
@@ -223,9 +227,7 @@ def _drawing(
   seats = shard_batch(Places(*np.zeros((2, sizes.groups, 2 * sizes.width), np.int32)))
   numbers = replicate((np.int32(0), np.int32(0), np.int32(0), np.int32(0), sample.end_ids((0,)), np.float32(1)))
   lengths = np.full(count, settings.max_new_tokens)
-  _, done = _counted(
-    lambda: work.count(config, _TEMPLATE + longest - 1, lengths, predicted=lengths.sum())
-  )
+  _, done = _counted(lambda: work.count(config, _TEMPLATE + longest - 1, lengths, predicted=lengths.sum()))
   drawing = Program(
     'decode', 'policy', decode.decode, (decoder, layers, before, room.kv, seats, cache, state, *numbers),
     {'top_p': settings.top_p, 'top_k': settings.top_k}, there, done.flops, done.tokens,
@@ -260,7 +262,9 @@ def _prefix(decoder: Decoder, adapter: Any, length: int) -> Prefix:
 def _prepared(decoder: Decoder, adapter: Any, shared: Sequence[Prefix]) -> tuple[Any, list[Prefix]]:
   layers, before = jax.eval_shape(decode.prepare, decoder, adapter, shared)
   layers = decode.map_layers(lambda array, axes: _laid_out(array, *axes), decoder, adapter, layers)
-  return layers, [prefix._replace(kv=_kv(prefix.kv, None), places=old.places) for prefix, old in zip(before, shared)]
+  return layers, [
+    prefix._replace(kv=_kv(prefix.kv, None), places=old.places) for prefix, old in zip(before, shared, strict=True)
+  ]
 
 
 # ---- sizes ----
