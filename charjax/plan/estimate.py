@@ -208,17 +208,22 @@ def _remedy(config: Any, found: Sequence[Figures]) -> str:
 
 def as_text(plan: Plan) -> str:
   """A table of the programs, and what the run takes."""
-  lines = [
-    f'{"program":<16} {"GiB a chip":>10} {"of":>6} {"residents":>10} {"working":>8} {"PFLOP":>8} {"sent GB":>8} {"seconds":>8}'
-    f' {"tokens/s":>9}'
-  ]
-  for one in plan.programs:
-    sent = '-' if one.sent is None else f'{one.sent / 1e9:.2f}'
-    lines.append(
-      f'{one.name:<16} {one.total / GIB:>10.2f} {one.limit / GIB:>6.2f} {sum(one.residents.values()) / GIB:>10.2f} '
-      f'{one.working / GIB:>8.2f} {one.flops / 1e15:>8.2f} {sent:>8} {one.seconds:>8.2f} {one.tokens / one.seconds:>9.0f}'
-      + ('' if one.fits else '  does not fit')
+  heads = ('program', 'GiB a chip', 'of', 'resident', 'working', 'PFLOP', 'GB sent', 'seconds', 'tokens/s')
+  rows = [
+    (
+      one.name,
+      f'{one.total / GIB:.2f}',
+      f'{one.limit / GIB:.2f}',
+      f'{sum(one.residents.values()) / GIB:.2f}',
+      f'{one.working / GIB:.2f}',
+      f'{one.flops / 1e15:.2f}',
+      '-' if one.sent is None else f'{one.sent / 1e9:.1f}',
+      f'{one.seconds:.2f}',
+      f'{one.tokens / one.seconds:.0f}' + ('' if one.fits else '  does not fit'),
     )
+    for one in plan.programs
+  ]
+  lines = [f'{name:<16}' + ''.join(f'{text:>11}' for text in others) for name, *others in (heads, *rows)]
   widest = max(plan.programs, key=lambda one: one.total)
   lines.append(
     f'resident in {widest.name}, GiB a chip: '

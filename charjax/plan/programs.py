@@ -262,9 +262,8 @@ def _prefix(decoder: Decoder, adapter: Any, length: int) -> Prefix:
 def _prepared(decoder: Decoder, adapter: Any, shared: Sequence[Prefix]) -> tuple[Any, list[Prefix]]:
   layers, before = jax.eval_shape(decode.prepare, decoder, adapter, shared)
   layers = decode.map_layers(lambda array, axes: _laid_out(array, *axes), decoder, adapter, layers)
-  return layers, [
-    prefix._replace(kv=_kv(prefix.kv, None), places=old.places) for prefix, old in zip(before, shared, strict=True)
-  ]
+  pairs = zip(before, shared, strict=True)
+  return layers, [prefix._replace(kv=_kv(prefix.kv, None), places=old.places) for prefix, old in pairs]
 
 
 # ---- sizes ----
