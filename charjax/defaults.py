@@ -1,6 +1,10 @@
 """Every field of a run's config, at values meant for 8B and up. Small configs change what they must."""
 
+import dataclasses
+
 from ml_collections import ConfigDict
+
+from charjax.model.config import ModelConfig
 
 
 def get_config() -> ConfigDict:
@@ -18,6 +22,9 @@ def get_config() -> ConfigDict:
   config.model.dtype = 'bfloat16'  # of the starting weights; what is trained is float32
   config.model.compute_dtype = 'bfloat16'  # of the operands of matrix products
   config.model.quantize = ''  # 'int8' or 'int4': projections are kept so, and LoRA alone is trained (needs qwix)
+  # What `charjax plan` is told of the model, so that no checkpoint is read: fields of model.config.ModelConfig.
+  fields = dataclasses.fields(ModelConfig)
+  config.model.shape = ConfigDict({f.name: 0 if f.default is dataclasses.MISSING else f.default for f in fields})
   config.model.scan_layers = True
   config.model.remat = True
 
@@ -100,6 +107,7 @@ def get_config() -> ConfigDict:
   config.policy.prompts_per_step = 64
   config.policy.microbatches = 1  # as in the preference model
   config.policy.replies_per_prompt = 8
+  config.policy.batch_size = 512  # replies that are drawn together, of those of a step
   # Of the ranked replies to the same message, preferred among each other: shown, opposed and plain in turn.
   config.policy.ranked_replies = 0
   # Share of the rankings in what is preferred; the rest is the preference model's, and all of it is where the held-out

@@ -33,10 +33,10 @@ _LIMITS: dict[str, dict[str, tuple[float, float]]] = {
   },
   'policy': {
     'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'steps': _SIZE, 'prompts_per_step': _SIZE, 'microbatches': _SIZE,
-    'replies_per_prompt': (2, math.inf), 'ranked_replies': _COUNT, 'ranked_labels': _SHARE, 'ranked_weight': _AMOUNT,
-    'ranked_beta': _AMOUNT, 'ranked_temperature': _AMOUNT, 'ranked_likelihood': _AMOUNT, 'temperature': _AMOUNT,
-    'max_new_tokens': _SIZE, 'prompt_width': _SIZE, 'kl': _AMOUNT, 'clip': _AMOUNT, 'trace': _SHARE,
-    'other_traits': _AMOUNT, 'neutral_weight': _AMOUNT, 'warmup': _COUNT, 'weight_decay': _AMOUNT,
+    'replies_per_prompt': (2, math.inf), 'batch_size': _SIZE, 'ranked_replies': _COUNT, 'ranked_labels': _SHARE,
+    'ranked_weight': _AMOUNT, 'ranked_beta': _AMOUNT, 'ranked_temperature': _AMOUNT, 'ranked_likelihood': _AMOUNT,
+    'temperature': _AMOUNT, 'max_new_tokens': _SIZE, 'prompt_width': _SIZE, 'kl': _AMOUNT, 'clip': _AMOUNT,
+    'trace': _SHARE, 'other_traits': _AMOUNT, 'neutral_weight': _AMOUNT, 'warmup': _COUNT, 'weight_decay': _AMOUNT,
     'max_gradient': _AMOUNT, 'skipped_steps': _SIZE, 'save_every': _SIZE, 'samples_every': _SIZE,
   },
   'evaluation': {
@@ -124,12 +124,29 @@ def check(config: ConfigDict) -> None:
     )
 
 
+def told_shape(config: ConfigDict) -> ModelConfig | None:
+  """The shape of the model as config.model.shape tells it; None where it does not.
+
+  Raises:
+    UserError: there is no such decoder.
+  """
+  told = config.model.shape.to_dict()
+  return ModelConfig(**told) if told['num_layers'] else None
+
+
 def check_model(config: ConfigDict, model: ModelConfig) -> None:
   """What depends on the shape of the model, before it is trained.
 
   Raises:
     UserError: naming the field and what it may be.
   """
+  told = told_shape(config)
+  for field in ('num_layers', 'embed_dim', 'num_heads', 'num_kv_heads', 'head_dim', 'mlp_dim', 'vocab_size'):
+    if told and getattr(told, field) != getattr(model, field):
+      raise UserError(
+        f'config.model.shape.{field} is {getattr(told, field)}, and the model has {getattr(model, field)}; is '
+        'config.model.path another model?'
+      )
   for section in ('preference', 'policy'):
     model.check_targets(config[section].lora_targets, f'config.{section}.lora_targets:')
     trains = section == 'policy' or config.preference.epochs > 0

@@ -36,6 +36,7 @@ _USAGE = f"""charjax: train a character into a language model
   charjax STAGE --config=FILE.py --workdir=DIR   one of {', '.join(stage.name for stage in STAGES)}
   charjax sweep --config=SWEEP.py[:CONFIG]       runs that differ in some settings, and the page that compares them
   charjax compare DIR DIR...                     what differs between runs, beside what each did
+  charjax plan --config=FILE.py --topology=NAME  what a run would take on chips that are not there: v5e:4x4, h100:8
   charjax chat MODEL|DIR [--side_by_side]        talk to a model, or to what the run in DIR made of it
   charjax export MODEL|DIR [--output=DIR]        a Hugging Face directory of a model, or of what the run in DIR made
   charjax review --workdir=DIR                   judge what the run in DIR made, blind, on a page of this machine
@@ -52,6 +53,7 @@ _USAGE = f"""charjax: train a character into a language model
   --dtype=bfloat16|float32                       export: of the weights
   --parallel=1 --launch=FILE                     sweep: trials at a time; or only write their commands, one a line
   --trials=20                                    sweep: of a search, by all processes that were given the command
+  --topology=NAME --json                         plan: the chips; or figures alone, as JSON
   --reviewer=NAME --port=0                       review: who judges, and where the page is
   --coordinator=HOST:PORT --processes=N --process=I   run, or a stage: one of many processes, each on its own devices;
                                                  a TPU pod, Slurm and Open MPI say it by themselves
@@ -68,6 +70,7 @@ _FLAGS_OF = {
   'review': ('reviewer', 'port'),
   'sweep': ('parallel', 'launch', 'trials'),
   'compare': ('output',),
+  'plan': ('topology', 'json'),
   'run': ('coordinator', 'processes', 'process'),  # and each stage
 }
 
@@ -163,7 +166,7 @@ def _command(arguments: list[str]) -> int:
     return _export(rest, config_spec, workdir, changes, options)
   if command == 'compare':
     return _compare([*rest, *folders], config_spec or ''.join(changes[:1]), options)
-  if command not in ('run', 'review', 'sweep', *known):
+  if command not in ('run', 'review', 'sweep', 'plan', *known):
     raise UserError(f'there is no command {command}{nearest(command, ["run", *_FLAGS_OF, "character", *known])}')
   if rest:
     raise UserError(f'unexpected argument {rest[0]}; flags begin with --, and `charjax help` lists them')
@@ -173,6 +176,8 @@ def _command(arguments: list[str]) -> int:
     raise UserError(f'charjax {command} needs --config=FILE.py')
   if command == 'sweep':
     return _sweep(config_spec, changes, workdir, options)
+  if command == 'plan':
+    return _plan(read_config(config_spec, changes), options)
   if not workdir:
     raise UserError(f'charjax {command} needs --workdir=DIR')
   chosen = STAGES if command == 'run' else tuple(stage for stage in STAGES if stage.name == command)
@@ -324,6 +329,32 @@ def _sweep(config_spec: str, changes: Sequence[str], workdir: str, options: dict
   return int(bool(failed))
 
 
+def _plan(config: ml_collections.ConfigDict, options: dict[str, Any]) -> int:
+  """Says what a run would take; nothing is read but the config, unless it does not tell the model's shape."""
+  if not options.get('topology'):
+    raise UserError('charjax plan needs --topology=NAME, as v5e:4x4 or h100:8')
+  limits.check(config)
+  character = characters.select(characters.load(config.character.path), config.character.traits)
+  # Programs are compiled for other devices than this machine's, which it may not even have.
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  import jax
+
+  from charjax.plan import chips, estimate
+
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_default_matmul_precision', 'highest')  # As in _devices.
+  topology = chips.find(options['topology'])
+  if topology.devices is None:
+    jax.config.update('jax_num_cpu_devices', topology.count)
+  shape = limits.told_shape(config) or starting_model.load(config.model).config
+  limits.check_model(config, shape)
+  plan = estimate.make(
+    config, character, shape, topology, lambda name: print(f'{name} ...', file=sys.stderr, flush=True)
+  )
+  print(json.dumps(plan.as_json()) if options.get('json') else estimate.as_text(plan))
+  return 0
+
+
 def _compare(folders: Sequence[str], config: str, options: dict[str, Any]) -> int:
   """Compares runs, or the trials of sweeps."""
   from charjax import sweep
@@ -378,6 +409,8 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, list[str], list[st
   flags.DEFINE_integer('parallel', None, 'trials at a time', lower_bound=1, upper_bound=1000, flag_values=values)
   flags.DEFINE_integer('trials', None, 'of a search', lower_bound=1, upper_bound=10**6, flag_values=values)
   flags.DEFINE_string('launch', None, 'where the commands of trials are written', flag_values=values)
+  flags.DEFINE_string('topology', None, 'the chips of a plan', flag_values=values)
+  flags.DEFINE_bool('json', None, 'figures alone', flag_values=values)
   flags.DEFINE_string('reviewer', None, 'who judges', flag_values=values)
   flags.DEFINE_integer('port', None, 'of the page', lower_bound=0, upper_bound=2**16 - 1, flag_values=values)
   flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0', flag_values=values)

@@ -6,7 +6,7 @@ caches: the slots are a ring, and a token is found by the place that it says it 
 Letters: A groups, B rows, M rows of packed prompts, T tokens of one, R prompts, P tokens of one, S slots, L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -64,7 +64,23 @@ def prepare(decoder: Decoder, adapter: Any, shared: Sequence[Prefix]) -> tuple[A
     return {n: a if a.ndim < 2 or f'{n}_scale' in decoder.blocks.names else a.astype(dtype) for n, a in layer.items()}
 
   layers = [(cast(layer), lora) for layer, lora in layer_weights(decoder, adapter)]
+  layers = map_layers(lambda array, axes: constrain(array, *axes), decoder, adapter, layers)
   return layers, [prefix._replace(kv=KV(tuple(prefix.kv.k), tuple(prefix.kv.v))) for prefix in shared]
+
+
+def map_layers(function: Callable[[Any, Any], Any], decoder: Decoder, adapter: Any, layers: Any) -> Any:
+  """Calls function(array, its logical axes) on each array of the layers: the axes of the weights but the first."""
+
+  def axes(parameter: Any) -> Any:
+    return parameter.get_metadata()['axes'][1:]
+
+  def one(layer: Any, lora: Any) -> Any:
+    pairs = {
+      n: {k: function(a, axes(getattr(adapter, n)[k])) for k, a in pair.items()} for n, pair in (lora or {}).items()
+    }
+    return {n: function(a, axes(getattr(decoder.blocks, n))) for n, a in layer.items()}, pairs or None
+
+  return [one(*layer) for layer in layers]
 
 
 @partial(jax.jit, static_argnames=('rows', 'slots'))

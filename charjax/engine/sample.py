@@ -22,7 +22,7 @@ from charjax.model.decoder import Decoder
 
 _SLOTS = 64  # of a row's cache to begin with, unless replies are shorter; they double as replies grow
 _READ_TOKENS = 512  # prompts are read in batches of at least so many tokens, or of all groups at once
-_MOVES = 4  # packed prompts to a row of such a batch, on average, at most
+MOVES = 4  # packed prompts to a row of such a batch, on average, at most
 _IDLE = 8  # rows are refilled when one in so many is idle
 
 
@@ -59,6 +59,36 @@ class Reply(NamedTuple):
   finish: str
 
 
+class Shapes(NamedTuple):
+  """The sizes that the programs of sampling are compiled for.
+
+  Attributes:
+    each: rows of a group, which share a prompt at a time.
+    groups: of rows; each device has as many.
+    width: tokens of a prompt's room.
+    packed: rows of packed prompts that are read together.
+    slots: of a row's cache in the end; a few to begin with.
+  """
+
+  each: int
+  groups: int
+  width: int
+  packed: int
+  slots: int
+
+
+def choose_shapes(settings: Sampling, replies: int, longest: int) -> Shapes:
+  """The sizes for up to `longest` tokens of a prompt, most prompts with so many replies, on the current mesh."""
+  parts, each = batch_parts(), min(EACH, settings.batch_size, replies)
+  groups = max(1, settings.batch_size // each)
+  # A batch that the devices do not divide evenly would be decoded whole by each of them.
+  groups += -groups % parts
+  width = bucket(longest - 1, PROMPT_STEP)
+  packed = min(groups, max(-(-groups // 8), -(-_READ_TOKENS // width)))
+  packed += -packed % parts
+  return Shapes(each, groups, width, packed, -(-settings.max_new_tokens // 8) * 8)
+
+
 @no_silent_transfers
 def sample(
   decoder: Decoder,
@@ -89,16 +119,11 @@ def sample(
     return []
   cut, parts = common_prefix(prompts), batch_parts()
   places = by_prompt(prompts, cut)
-  each = min(EACH, settings.batch_size, statistics.mode(map(len, places.values())))
+  each, groups, width, packed, longest = choose_shapes(
+    settings, statistics.mode(map(len, places.values())), max(width, *map(len, places))
+  )
   jobs = in_groups(places, each)
-  groups = max(1, settings.batch_size // each)
-  # A batch that the devices do not divide evenly would be decoded whole by each of them.
-  groups += -groups % parts
   slots = Slots(jobs, groups, each, parts)
-  width = bucket(max(width, *map(len, places)) - 1, PROMPT_STEP)
-  packed = min(groups, max(-(-groups // 8), -(-_READ_TOKENS // width)))
-  packed += -packed % parts
-  longest = -(-settings.max_new_tokens // 8) * 8
 
   shared = prefill(decoder, prompts[0][:cut], adapter)
   layers, before = decode.prepare(decoder, adapter, shared)
@@ -182,7 +207,7 @@ def _pack(
   # The longest first: what is short fills the gaps.
   waiting = sorted((item for item in read if len(item[2]) > 1), key=lambda item: -len(item[2]))
   own = rows // parts
-  most = _MOVES * own
+  most = MOVES * own
   while waiting:
     tokens, places = np.zeros((rows, width), np.int32), Places(*np.zeros((2, rows, width), np.int32))
     from_row, column, to_group, slot = np.zeros((4, parts, most), np.int32)

@@ -96,6 +96,12 @@ class FixedShapes:
     return {'prefix': self.prefix, 'prefix_length': self.length}
 
 
+def parts_of(rows: Rows, count: int) -> list[Rows]:
+  """Rows of the host in `count` parts of as many prompts, which it must divide."""
+  cut = [np.split(array, count) for array in rows]
+  return [Rows(*arrays) for arrays in zip(*cut, strict=True)]
+
+
 def reply_mask(rows: Rows) -> Any:
   """[N, R] which tokens of the replies are real."""
   return np.arange(rows.tokens.shape[1] - 1) < rows.lengths[:, None] - 1

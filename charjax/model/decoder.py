@@ -406,6 +406,8 @@ def _choose(tables: Sequence[Any], index: Any) -> Any:
 
 def lower_layers(decoder: Decoder, count: int) -> Decoder:
   """The first `count` layers as a decoder of their own, which ends in the same norm."""
+  if count == decoder.config.num_layers:
+    return decoder
   graph, state = nnx.split(decoder)
 
   def cut(path: Any, leaf: Any) -> Any:

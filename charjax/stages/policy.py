@@ -64,7 +64,7 @@ def run(session: Session) -> Row:
     rollout = roll_out(session, shapes, judge, trainable, now['asked'], step)
     if step % config.samples_every == 0 or step in (1, config.steps):
       _save_samples(session, step, now['asked'], rollout)
-    return _batch(session, shapes, now['asked'], now['neutral'], rollout), _figures(rollout, config.kl)
+    return make_rollout_batch(session, shapes, now['asked'], now['neutral'], rollout), _figures(rollout, config.kl)
 
   with (
     Checkpoints(folder / 'checkpoints', session.config.seed) as checkpoints,
@@ -73,9 +73,8 @@ def run(session: Session) -> Row:
     trainable = train(
       folder,
       checkpoints,
-      _loss,
-      make_optimizer(config.learning_rate, config.warmup, config.steps, config.weight_decay, config.max_gradient),
-      _untrained(session),
+      *learning(config),
+      untrained(session, model.decoder),
       model.decoder,
       data,
       next_batch,
@@ -91,7 +90,7 @@ def run(session: Session) -> Row:
   return {'steps': config.steps, 'messages': len(asked), 'neutral': len(neutral), 'traits_rewarded': rewarded}
 
 
-def _batch(
+def make_rollout_batch(
   session: Session, shapes: FixedShapes, asked: Sequence[Row], neutral: Sequence[Row], rollout: Rollout
 ) -> Batch:
   """What the loss of one step takes; to each prompt its drawn replies come first, then its ranked ones."""
@@ -138,16 +137,22 @@ def _figures(rollout: Rollout, kl: float) -> dict[str, float]:
   }
 
 
-def _untrained(session: Session) -> Any:
-  config = session.config.policy
-  return make_trainable(
-    session.model.decoder, config.lora_rank, session.config.seed + 10, lora_targets=config.lora_targets
+def learning(config: Any) -> tuple[Any, Any]:
+  """The loss of a train step and its optimizer."""
+  return _loss, make_optimizer(
+    config.learning_rate, config.warmup, config.steps, config.weight_decay, config.max_gradient
   )
+
+
+def untrained(session: Session, decoder: Decoder) -> Any:
+  """What is trained, as it is before the first step."""
+  config = session.config.policy
+  return make_trainable(decoder, config.lora_rank, session.config.seed + 10, lora_targets=config.lora_targets)
 
 
 def load(session: Session) -> Any:
   """The trained policy: what training.heads.bind takes."""
-  trainable = _untrained(session)
+  trainable = untrained(session, session.model.decoder)
   with Checkpoints(session.folder('policy') / 'checkpoints', session.config.seed) as checkpoints:
     return checkpoints.load(trainable)
 

@@ -221,23 +221,14 @@ def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row],
     head[...] = put(_fit_head(session, examples, k, metrics, bar), head[...].sharding)
 
   def next_batch(_: int, some: Sequence[Row], __: Any) -> tuple[Batch, Row]:
-    groups = [Group(example['prompt'], example['replies']) for example in some]
-    rows = shapes.rows(groups, k, config.messages_per_batch)
-    work.count_rows(lower.config, rows, shapes.cut, times=2 if config.lora_rank else 3)
-    labels = _labels(some, config.messages_per_batch, k)
-    weights, pairs = count_pairs(labels['real'], labels['weight'])
-    whole = shapes.shared() | {'weights': weights, 'pairs': pairs}
-    return make_batch(whole, {'rows': rows} | labels, config.microbatches), {}
+    return make_examples_batch(config, lower, shapes, some, k), {}
 
   with Checkpoints(folder, seed) as checkpoints:
     return train(
       folder,
       checkpoints,
-      functools.partial(_loss, labels=config.labels, loss=config.loss),
-      make_optimizer(
-        config.learning_rate, min(config.warmup, steps // 4), steps, config.weight_decay, config.max_gradient
-      ),
-      _untrained(session, lower, name),
+      *learning(config, steps),
+      untrained(session, lower, name),
       lower,
       batches(examples, config.messages_per_batch, seed),
       next_batch,
@@ -251,11 +242,29 @@ def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row],
     )
 
 
+def learning(config: Any, steps: int) -> tuple[Any, Any]:
+  """The loss of a train step and its optimizer."""
+  loss = functools.partial(_loss, labels=config.labels, loss=config.loss)
+  warmup = min(config.warmup, steps // 4)
+  return loss, make_optimizer(config.learning_rate, warmup, steps, config.weight_decay, config.max_gradient)
+
+
+def make_examples_batch(config: Any, lower: Decoder, shapes: FixedShapes, some: Sequence[Row], k: int) -> Batch:
+  """What the loss of one step takes, of examples of up to k replies."""
+  groups = [Group(example['prompt'], example['replies']) for example in some]
+  rows = shapes.rows(groups, k, config.messages_per_batch)
+  work.count_rows(lower.config, rows, shapes.cut, times=2 if config.lora_rank else 3)
+  labels = _labels(some, config.messages_per_batch, k)
+  weights, pairs = count_pairs(labels['real'], labels['weight'])
+  whole = shapes.shared() | {'weights': weights, 'pairs': pairs}
+  return make_batch(whole, {'rows': rows} | labels, config.microbatches)
+
+
 def _seed(session: Session, name: str) -> int:
   return session.config.seed + MODELS.index(name)
 
 
-def _untrained(session: Session, lower: Decoder, name: str) -> Any:
+def untrained(session: Session, lower: Decoder, name: str) -> Any:
   config, traits = session.config.preference, len(session.character.traits)
   return make_trainable(
     lower,
@@ -276,14 +285,18 @@ def _merge_metrics(session: Session) -> None:
 
 def trunk(session: Session) -> Decoder:
   """The starting weights up to the layer that the heads read."""
-  decoder, depth = session.model.decoder, session.config.preference.depth
-  return lower_layers(decoder, max(1, round(depth * decoder.config.num_layers)))
+  return lower_layers(session.model.decoder, layers_read(session))
+
+
+def layers_read(session: Session) -> int:
+  """How many layers the heads read through."""
+  return max(1, round(session.config.preference.depth * session.model.decoder.config.num_layers))
 
 
 def load(session: Session, name: str) -> Any:
   """A trained preference model ('train' or 'judge'), whose head reads `training.heads.reply_states` of `trunk`."""
   with Checkpoints(session.folder('preference') / name, _seed(session, name)) as checkpoints:
-    return checkpoints.load(_untrained(session, trunk(session), name))
+    return checkpoints.load(untrained(session, trunk(session), name))
 
 
 # ---- measuring ----

@@ -15,7 +15,7 @@ from flax import nnx
 
 from charjax.engine.batch import Tokens
 from charjax.engine.score import Rows, hidden_states, map_rows, mean_states
-from charjax.mesh import put, shardings
+from charjax.mesh import lay_out
 from charjax.model.decoder import Decoder, Prefix
 from charjax.model.lora import Adapter
 from charjax.training.losses import preference_loss, right_pairs
@@ -61,9 +61,7 @@ def make_trainable(
   if traits:
     trainable['head'] = RewardHead(traits, decoder.config.embed_dim)
   # Laid out as the step will return it: else the second step would be compiled anew.
-  if not jax.sharding.get_mesh().empty:
-    trainable = put(trainable, shardings(trainable))
-  return trainable
+  return lay_out(trainable)
 
 
 def bind(decoder: Decoder, trainable: Any) -> tuple[Decoder, Any]:

@@ -56,12 +56,23 @@ def init_optimizer(optimizer: optax.GradientTransformation, trainable: Any) -> t
   """
   if jax.sharding.get_mesh().empty:
     return jax.jit(optimizer.init)(trainable), None
+  _, layout = describe_optimizer(optimizer, trainable)
+  return jax.jit(optimizer.init, out_shardings=layout)(trainable), layout
+
+
+def describe_optimizer(optimizer: optax.GradientTransformation, trainable: Any) -> tuple[Any, Any]:
+  """What `init_optimizer` returns, as shapes and dtypes only, and the shardings."""
   abstract = jax.eval_shape(optimizer.init, trainable)
   replicated = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
   layout = optax.tree_map_params(
-    optimizer, lambda _, sharding: sharding, abstract, shardings(trainable), transform_non_params=lambda _: replicated
+    # Of no parameters, without making arrays of its numbers.
+    lambda nothing: jax.eval_shape(optimizer.init, nothing),
+    lambda _, sharding: sharding,
+    abstract,
+    shardings(trainable),
+    transform_non_params=lambda _: replicated,
   )
-  return jax.jit(optimizer.init, out_shardings=layout)(trainable), layout
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout), layout
 
 
 def make_step(loss: Loss, optimizer: optax.GradientTransformation, trainable: Any, layout: Any) -> Callable[..., Any]:
@@ -71,8 +82,10 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, trainable: An
   A step whose loss or gradient is not finite changes nothing and says so in metrics['skipped'].
   """
 
+  layouts = None if layout is None else (shardings(trainable), layout, None)
+
   def step(trainable: Any, state: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, dict[str, jax.Array]]:
-    (value, metrics), gradient = _add_up(loss, trainable, frozen, batch)
+    (value, metrics), gradient = _add_up(loss, trainable, frozen, batch, layouts and layouts[0])
     norm = optax.tree.norm(gradient)
     updates, new_state = optimizer.update(gradient, state, trainable)
     updated = optax.apply_updates(trainable, updates)
@@ -82,12 +95,11 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, trainable: An
     )
     return trainable, state, metrics | {'loss': value, 'grad_norm': norm, 'skipped': ~finite}
 
-  layouts = None if layout is None else (shardings(trainable), layout, None)
   return no_silent_transfers(jax.jit(step, donate_argnums=(0, 1), out_shardings=layouts))
 
 
-def _add_up(loss: Loss, trainable: Any, frozen: Any, batch: Batch) -> Any:
-  """((loss, metrics), gradient), each the sum over the parts of a batch, in float32 as the parameters are."""
+def _add_up(loss: Loss, trainable: Any, frozen: Any, batch: Batch, layout: Any) -> Any:
+  """((loss, metrics), gradient), each the sum over the parts of a batch, in float32 and laid out as the parameters."""
 
   def of_part(part: Any) -> Any:
     return jax.value_and_grad(loss, has_aux=True)(trainable, frozen, {**batch.whole, **part})
@@ -96,7 +108,7 @@ def _add_up(loss: Loss, trainable: Any, frozen: Any, batch: Batch) -> Any:
   if len(jax.tree.leaves(batch.parts)[0]) == 1:
     return of_part(first)
   empty = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(of_part, first))
-  if not jax.sharding.get_abstract_mesh().empty:
-    # The sum lies as the parameters do: else each device might hold all of it.
-    empty = empty[0], jax.lax.with_sharding_constraint(empty[1], shardings(trainable))
+  if layout is not None:
+    # Else each device might hold all of the sum.
+    empty = empty[0], jax.lax.with_sharding_constraint(empty[1], layout)
   return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None), empty, batch.parts)[0]
