@@ -345,7 +345,7 @@ def _plan(config: ml_collections.ConfigDict, options: dict[str, Any]) -> int:
   jax.config.update('jax_default_matmul_precision', 'highest')  # As in _devices.
   topology = chips.find(options['topology'])
   if topology.devices is None:
-    jax.config.update('jax_num_cpu_devices', topology.count)
+    jax.config.update('jax_num_cpu_devices', topology.size)
   shape = limits.told_shape(config) or starting_model.load(config.model).config
   limits.check_model(config, shape)
   plan = estimate.make(

@@ -50,7 +50,7 @@ class Topology(NamedTuple):
 
   name: str
   chip: Chip
-  count: int
+  size: int
   devices: Any
 
 

@@ -63,7 +63,7 @@ class Plan:
 
   @property
   def chip_hours(self) -> float:
-    return self.topology.count * sum(self.stages.values()) / 3600
+    return self.topology.size * sum(self.stages.values()) / 3600
 
   def as_json(self) -> dict[str, Any]:
     return {
@@ -89,7 +89,7 @@ def make(config: Any, character: Any, shape: ModelConfig, topology: Topology, on
     topology: the chips.
     on_program: called with the name of each program before it is compiled.
   """
-  devices = topology.devices or jax.devices('cpu')[: topology.count]
+  devices = topology.devices or jax.devices('cpu')[: topology.size]
   with jax.set_mesh(make_mesh(config.mesh, devices)):
     found = []
     for program in programs.make(config, character, shape, 'tpu'):
@@ -113,7 +113,7 @@ def _figures(program: Program, topology: Topology, shape: ModelConfig) -> Figure
   weights = 2 * programs.parameters(shape) / tensor * program.weight_reads
   cache = program.repeats * residents.get('cache', 0) / 2 if program.repeats > 1 else 0
   seconds = max(
-    program.flops / topology.count / chip.flops,
+    program.flops / topology.size / chip.flops,
     (weights + cache) / chip.memory_bandwidth,
     (sent or 0.0) / chip.link_bandwidth,
   )
@@ -231,7 +231,7 @@ def as_text(plan: Plan) -> str:
   )
   hours = ', '.join(f'{name} {seconds / 3600:.2f}' for name, seconds in plan.stages.items())
   lines.append(f'hours at the peaks of the chips, every text as long as it may be: {hours}')
-  lines.append(f'{plan.chip_hours:.1f} chip-hours on {plan.topology.name} ({plan.topology.count} chips)')
+  lines.append(f'{plan.chip_hours:.1f} chip-hours on {plan.topology.name} ({plan.topology.size} chips)')
   lines.append('fits' if plan.fits else f'does not fit: {plan.remedy}')
   if plan.topology.devices is None:
     lines.append('An estimate: programs are compiled for TPUs alone.')

@@ -67,7 +67,7 @@ def make(config: Any, character: Any, shape: ModelConfig, platform: str) -> list
   with described():
     decoder = describe_model(shape, config.model, platform)
     model = LanguageModel(decoder, SimpleNamespace(eos_ids=(0,)), None)  # type: ignore[arg-type]
-    session = Session(config, character, None)  # type: ignore[arg-type]
+    session = Session(config, character, None)
     session.__dict__['model'] = model
     learned = _preference(session)
     return [*_policy(session, learned.residents['preference model']), learned]
@@ -212,8 +212,10 @@ def _drawing(
   packed = np.zeros((sizes.packed, sizes.width), np.int32)
   most = sample.MOVES * sizes.packed // parts
   moves = np.zeros((parts, most), np.int32)
-  batch = shard_batch((packed, Places(packed, packed), decode.Move(moves, moves, moves, moves, moves > 0)))
-  there = residents | {'sampling copy': layers, "prompts' keys and values": room.kv, 'cache': cache}
+  batch = shard_batch(
+    (packed, Places(*np.zeros((2, *packed.shape), np.int32)), decode.Move(moves, moves, moves, moves, moves > 0))
+  )
+  there = {**residents, 'sampling copy': layers, "prompts' keys and values": room.kv, 'cache': cache}
   config = decoder.config
   read = np.full(sizes.packed, sizes.width)
   _, done = _counted(lambda: work.count(config, _TEMPLATE, read))

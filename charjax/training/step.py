@@ -75,7 +75,7 @@ def describe_optimizer(optimizer: optax.GradientTransformation, trainable: Any) 
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout), layout
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, trainable: Any, layout: Any) -> Callable[..., Any]:
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, trainable: Any, layout: Any) -> Any:
   """step(trainable, state, frozen, Batch) -> (trainable, state, metrics), jitted; the first two are given up.
 
   All that it is given must be on the devices already (mesh.shard_batch, mesh.replicate).
