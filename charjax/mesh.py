@@ -1,7 +1,9 @@
 """How arrays are laid out over devices: one mesh, one table from logical axes to mesh axes."""
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +35,20 @@ RULES: dict[str, tuple[str, ...]] = {
 # elsewhere; on the way back (`np.asarray`, `float`) nothing there, since the host reads a CPU device's memory where it
 # lies. Results are therefore fetched by `fetch`, which says so.
 no_silent_transfers = jax.transfer_guard('disallow')
+
+
+# Whether arrays are described and not put on devices.
+_describing = contextvars.ContextVar('describing', default=False)
+
+
+@contextlib.contextmanager
+def described() -> Iterator[None]:
+  """Within, `shard_batch` and `replicate` give shapes, dtypes and shardings: of devices that are not there."""
+  token = _describing.set(True)
+  try:
+    yield
+  finally:
+    _describing.reset(token)
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -118,8 +134,20 @@ def shardings(tree: Any) -> Any:
   return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def shard_batch(tree: Any) -> Any:
-  """Puts host arrays on the mesh, split along their first axis (numbers: whole); without a mesh, on the one device.
+def lay_out(tree: Any) -> Any:
+  """Parameters as `shardings` says; while arrays are only described, as they are."""
+  if _describing.get() or jax.sharding.get_mesh().empty:
+    return tree
+  return put(tree, shardings(tree))
+
+
+def describe(tree: Any) -> Any:
+  """Abstract arrays of parameters with the shardings of `shardings`."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree))
+
+
+def shard_batch(tree: Any, axis: int = 0) -> Any:
+  """Puts host arrays on the mesh, split along one axis (numbers: whole); without a mesh, on the one device.
 
   Where there are many processes, each has the whole of them and puts what its own devices hold.
   """
@@ -128,7 +156,7 @@ def shard_batch(tree: Any) -> Any:
     return jax.device_put(tree)
 
   def one(array: np.ndarray) -> jax.Array:
-    axes = ('batch', *(None,) * np.ndim(array))[: np.ndim(array)]
+    axes = (*(None,) * axis, 'batch', *(None,) * np.ndim(array))[: np.ndim(array)]
     return _put(array, NamedSharding(mesh, spec(np.shape(array), axes, mesh)))
 
   return jax.tree.map(one, tree)
@@ -147,7 +175,10 @@ def put(tree: Any, layout: Any) -> Any:
   return jax.tree.map(_put, tree, layout)
 
 
-def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+def _put(array: Any, sharding: NamedSharding) -> Any:
+  if _describing.get():
+    dtype = array.dtype if hasattr(array, 'dtype') else np.asarray(array).dtype
+    return jax.ShapeDtypeStruct(np.shape(array), dtype, sharding=sharding)
   there = isinstance(array, jax.Array) and not array.is_fully_addressable
   if sharding.is_fully_addressable or there:
     return jax.device_put(array, sharding)

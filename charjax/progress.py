@@ -46,6 +46,7 @@ class Progress:
     from charjax.engine import work
 
     self._work, self._before = work, work.done()
+    self._stop_telling = work.tell_of_compilation(self._compiling)
     self._bar: Any = None
     if is_first_process() and sys.stderr.isatty():
       import tqdm
@@ -77,6 +78,14 @@ class Progress:
     elif is_first_process() and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
       self._print_line(note)
 
+  def _compiling(self, program: str) -> None:
+    """Shows that a program is being compiled: until it is, nothing advances."""
+    note = f'compiling {program}' if program else ''
+    if self._bar is not None:
+      self._bar.set_postfix_str(note)
+    elif program and is_first_process() and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+      self._print_line(note)
+
   def _speed(self) -> str:
     rate = self._work.rates(self._work.done().since(self._before), time.monotonic() - self._start)
     if not rate:
@@ -103,6 +112,7 @@ class Progress:
   def __exit__(
     self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
   ) -> None:
+    self._stop_telling()
     if self._bar is not None:
       self._bar.close()
     elif self._printed and error is None and self._last_count != self._done:

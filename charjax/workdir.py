@@ -34,6 +34,10 @@ if TYPE_CHECKING:
   from charjax.model.language_model import LanguageModel
 
 
+class Locked(UserError):
+  """Another process works in a run folder."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
   """One step of the loop, and all that its result depends on.
@@ -133,7 +137,7 @@ def flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 # Fields that say how a result is reached and not what it is: one who changes them keeps what was made.
-_HOW = re.compile(r'model\.(remat|scan_layers)|\w+\.(save_every|skipped_steps)')
+_HOW = re.compile(r'model\.(remat|scan_layers|shape\..*)|\w+\.(save_every|skipped_steps|microbatches)')
 
 
 def relevant_config(stage: Stage, session: Session) -> dict[str, Any]:
@@ -483,7 +487,7 @@ def _hold(workdir: epath.Path, stack: contextlib.ExitStack) -> str:
     stack.callback(os.close, file)
     if not _take(file):
       holder = os.read(file, 32).decode(errors='replace').strip() or 'unknown'
-      raise UserError(f'--workdir={workdir}: process {holder} is working in it; wait for it or choose another folder')
+      raise Locked(f'--workdir={workdir}: process {holder} is working in it; wait for it or choose another folder')
     os.ftruncate(file, 0)
     os.pwrite(file, (ours := f'{os.getpid()}\n').encode(), 0)
     return ours

@@ -40,11 +40,10 @@ _ASKED = (
 def _log_probs(decoder: Decoder, adapter: Any, ids: Sequence[int]) -> np.ndarray:
   """Over the vocabulary, at each token, [T, V]."""
   count = len(ids)
-  mask = np.tril(np.ones((1, count, count), bool))
 
   @jax.jit
   def compute(decoder: Decoder, adapter: Any, ids: jax.Array) -> jax.Array:
-    hidden = forward(decoder, ids[None], jnp.arange(count)[None], mask, adapter=adapter)[0]
+    hidden = forward(decoder, ids[None], jnp.arange(count)[None], adapter=adapter)[0]
     return jax.nn.log_softmax(logits(decoder, hidden[0]), -1)
 
   return np.asarray(compute(decoder, adapter, jnp.asarray(ids)))

@@ -25,7 +25,7 @@ make_venv() {
     echo "charjax needs Python 3.11 or newer, and ${PYTHON:-python3} is not; name one with PYTHON=/path/to/python3.11" >&2
     exit 2
   fi
-  echo "Making .venv with $("$python" --version)" >&2
+  echo "Making $venv with $("$python" --version)" >&2
   "$python" -m venv --clear "$venv"
 }
 

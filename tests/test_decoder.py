@@ -58,9 +58,8 @@ def padded_log_probs(decoder, tokens, real, adapter=None, before=(), *, left):
   lengths = real.sum(-1)
   start = width - lengths if left else jnp.zeros_like(lengths)
   slots = jnp.arange(width)
-  mask = (slots[:, None] >= slots[None]) & real[:, None, :]
   positions = jnp.maximum(slots - start[:, None], 0) + length_before(before, len(tokens))
-  hidden, _ = forward(decoder, tokens, positions, mask, adapter=adapter, before=before)
+  hidden, _ = forward(decoder, tokens, positions, real.astype(np.int32), adapter=adapter, before=before)
   return jax.nn.log_softmax(logits(decoder, hidden), -1)
 
 
@@ -193,12 +192,11 @@ def test_texts_before_groups_of_rows_are_as_if_they_stood_in_each(config, scan):
 def test_a_text_read_bit_by_bit_with_a_cache_is_as_if_read_at_once(config, scan):
   decoder = build(config, scan_layers=scan)
   row = texts(config, [14])[0]
-  run = jax.jit(lambda d, t, p, m, c, i: forward(d, t, p, m, cache=c, cache_index=i))
+  run = jax.jit(lambda d, t, p, c, i: forward(d, t, p, cache=c, cache_index=i))
   cache, hidden = make_cache(decoder, 1, 16), []
   for begin, end in ((0, 6), (6, 7), (7, 8), (8, 14)):
     positions = np.arange(begin, end)[None]
-    mask = np.arange(16)[None, None] <= positions[..., None]
-    states, cache = run(decoder, np.asarray([row[begin:end]]), positions, mask, cache, begin)
+    states, cache = run(decoder, np.asarray([row[begin:end]]), positions, cache, begin)
     hidden.append(states[0])
   found = jax.nn.log_softmax(logits(decoder, jnp.concatenate(hidden)), -1)
   assert_close([found], [numpy_log_probs(config, random_tensors(config), row)], 1e-4)
@@ -215,14 +213,14 @@ def test_scanned_and_unrolled_layers_agree(config):
 def test_a_tap_gives_what_the_lower_layers_end_in_on_the_way(config, scan, tap):
   decoder = build(config, scan_layers=scan)
   tokens = np.array(texts(config, (9, 9, 9)))
-  positions, mask = np.tile(3 + np.arange(9), (3, 1)), np.tril(np.ones((3, 9, 9), bool))
+  positions = np.tile(3 + np.arange(9), (3, 1))
   lower = lower_layers(decoder, tap)
   before, cut = ((compute_prefix(d, np.array([[4, 5, 6]]), np.array([3])),) for d in (decoder, lower))
-  (tapped, last), kv = forward(decoder, tokens, positions, mask, before=before, tap=tap)
-  expected, expected_kv = forward(decoder, tokens, positions, mask, before=before)
+  (tapped, last), kv = forward(decoder, tokens, positions, before=before, tap=tap)
+  expected, expected_kv = forward(decoder, tokens, positions, before=before)
   np.testing.assert_allclose(last, expected, atol=1e-6)
   jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), kv, expected_kv)
-  np.testing.assert_allclose(tapped, forward(lower, tokens, positions, mask, before=cut)[0], atol=1e-6)
+  np.testing.assert_allclose(tapped, forward(lower, tokens, positions, before=cut)[0], atol=1e-6)
 
 
 def test_the_lower_layers_are_a_decoder_of_their_own(config):

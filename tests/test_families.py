@@ -88,13 +88,7 @@ def build(config, **runtime):
   return make_decoder(config, tensors, jnp.float32, Runtime(**runtime))
 
 
-def causal(length):
-  return np.tril(np.ones((1, length, length), bool))
-
-
-whole = jax.jit(
-  lambda decoder, tokens: forward(decoder, tokens, jnp.arange(tokens.shape[1])[None], causal(len(tokens[0])))[0]
-)
+whole = jax.jit(lambda decoder, tokens: forward(decoder, tokens, jnp.arange(tokens.shape[1])[None])[0])
 
 
 @pytest.mark.usefixtures('hastily_compiled')
@@ -109,9 +103,7 @@ def test_prefixes_of_rows_and_of_groups_are_as_if_they_stood_in_each(config, sca
     shared = compute_prefix(decoder, np.pad(first, ((0, 0), (0, 3))), jnp.array([6]))
     groups = compute_prefix(decoder, np.pad(seconds, ((0, 0), (0, 2))), jnp.array([5, 3]), None, (shared,))
     lengths = 6 + jnp.repeat(jnp.array([5, 3]), 2)[:, None]
-    return forward(decoder, rows, lengths + jnp.arange(9), jnp.tile(causal(9), (ROWS, 1, 1)), before=(shared, groups))[
-      0
-    ]
+    return forward(decoder, rows, lengths + jnp.arange(9), before=(shared, groups))[0]
 
   found = in_parts(decoder)
   for i, row in enumerate(rows):
@@ -123,16 +115,16 @@ def test_prefixes_of_rows_and_of_groups_are_as_if_they_stood_in_each(config, sca
 @pytest.mark.usefixtures('hastily_compiled')
 def test_a_tap_and_the_lower_layers_keep_each_layers_kind(config):
   tokens = np.random.default_rng(0).integers(0, 48, (2, 12))
-  positions, mask = np.tile(np.arange(12), (2, 1)), np.tile(causal(12), (2, 1, 1))
+  positions = np.tile(np.arange(12), (2, 1))
   for scan in (False, True):
     decoder = build(config, scan_layers=scan)
     lower = lower_layers(decoder, 2)
     assert lower.config.layer_kinds() == config.layer_kinds()[:2]
-    (tapped, last), kv = jax.jit(partial(forward, tap=2))(decoder, tokens, positions, mask)
-    expected, expected_kv = jax.jit(forward)(decoder, tokens, positions, mask)
+    (tapped, last), kv = jax.jit(partial(forward, tap=2))(decoder, tokens, positions)
+    expected, expected_kv = jax.jit(forward)(decoder, tokens, positions)
     np.testing.assert_allclose(last, expected, atol=1e-5)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), kv, expected_kv)
-    np.testing.assert_allclose(tapped, jax.jit(forward)(lower, tokens, positions, mask)[0], atol=1e-5)
+    np.testing.assert_allclose(tapped, jax.jit(forward)(lower, tokens, positions)[0], atol=1e-5)
 
 
 # ---- adapters and meshes ----
@@ -150,7 +142,7 @@ def test_experts_have_no_adapters_and_all_else_has():
     getattr(adapter, name)['b'][...] = b
     weight = getattr(merged.blocks, name)
     weight[...] = weight[...] + (pair['a'] @ b).reshape(weight.shape)
-  found = forward(build(config, scan_layers=True), tokens, np.arange(8)[None], causal(8), adapter=adapter)[0]
+  found = forward(build(config, scan_layers=True), tokens, np.arange(8)[None], adapter=adapter)[0]
   np.testing.assert_allclose(found, whole(merged, tokens), atol=1e-4)
   with pytest.raises(UserError, match="lora target 'gate': experts have no adapters; choose from q, k, v, o"):
     Adapter(config, 2, rngs=nnx.Rngs(0), targets=('q', 'gate'))

@@ -38,8 +38,7 @@ def model(request, tmp_path):
 
 @jax.jit
 def compute(decoder, adapter=None):
-  mask = np.tril(np.ones((1, TOKENS.shape[1], TOKENS.shape[1]), bool))
-  hidden, _ = forward(decoder, TOKENS, jnp.arange(TOKENS.shape[1])[None], mask, adapter=adapter)
+  hidden, _ = forward(decoder, TOKENS, jnp.arange(TOKENS.shape[1])[None], adapter=adapter)
   return logits(decoder, hidden)
 
 

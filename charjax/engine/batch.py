@@ -13,6 +13,7 @@ import numpy as np
 
 from charjax.engine import work
 from charjax.mesh import replicate
+from charjax.model.attention import Places
 from charjax.model.decoder import Decoder, Prefix, forward
 
 Tokens = Sequence[int]
@@ -77,16 +78,17 @@ def compute_prefix(
     adapter: a LoRA adapter, or None.
     before: what stands before all of these texts.
   """
-  width = tokens_ap.shape[1]
-  mask = jnp.broadcast_to(jnp.tril(jnp.ones((width, width), bool)), (len(tokens_ap), width, width))
-  positions = jnp.broadcast_to(length_before(before) + jnp.arange(width), tokens_ap.shape)
-  _, kv = forward(decoder, tokens_ap, positions, mask, adapter=adapter, before=before)
-  return Prefix(kv, lengths_a)
+  slots = jnp.arange(tokens_ap.shape[1])
+  positions = jnp.broadcast_to(length_before(before) + slots, tokens_ap.shape)
+  texts = (slots < lengths_a[:, None]).astype(jnp.int32)
+  _, kv = forward(decoder, tokens_ap, positions, texts, adapter=adapter, before=before)
+  return Prefix(kv, Places(positions, texts))
 
 
 def length_before(before: Sequence[Prefix], rows: int = 1) -> Any:
   """How many tokens stand before each of `rows` rows, [rows, 1]; an int 0 where nothing does."""
-  return sum(jnp.repeat(prefix.length, rows // len(prefix.length))[:, None] for prefix in before)
+  lengths = [(prefix.places.texts > 0).sum(-1) for prefix in before]
+  return sum(jnp.repeat(length, rows // len(length))[:, None] for length in lengths)
 
 
 _prefill = jax.jit(compute_prefix)

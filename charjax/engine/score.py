@@ -96,6 +96,12 @@ class FixedShapes:
     return {'prefix': self.prefix, 'prefix_length': self.length}
 
 
+def parts_of(rows: Rows, count: int) -> list[Rows]:
+  """Rows of the host in `count` parts of as many prompts, which it must divide."""
+  cut = [np.split(array, count) for array in rows]
+  return [Rows(*arrays) for arrays in zip(*cut, strict=True)]
+
+
 def reply_mask(rows: Rows) -> Any:
   """[N, R] which tokens of the replies are real."""
   return np.arange(rows.tokens.shape[1] - 1) < rows.lengths[:, None] - 1
@@ -125,9 +131,8 @@ def hidden_states(
   before = (*before, asked)
   count, width = rows.tokens.shape
   slots = jnp.arange(width)
-  mask = jnp.broadcast_to(slots[:, None] >= slots, (count, width, width))
   positions = length_before(before, count) + slots
-  return forward(decoder, rows.tokens, positions, mask, adapter=adapter, before=before, tap=tap)[0]
+  return forward(decoder, rows.tokens, positions, adapter=adapter, before=before, tap=tap)[0]
 
 
 def over_chunks(function: Callable[..., Any], *arrays: jax.Array) -> Any:

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from charjax.engine.batch import Tokens, bucket, pad
-from charjax.engine.sample import Sampling, draw, end_ids
+from charjax.engine.draw import draw
+from charjax.engine.sample import Sampling, end_ids
 from charjax.mesh import no_silent_transfers, replicate
-from charjax.model.decoder import KV, Decoder, forward, layer_weights, logits, make_cache
+from charjax.model.attention import Places
+from charjax.model.decoder import KV, Cache, Decoder, forward, layer_weights, logits, make_cache
 
 _AT_ONCE = 4  # tokens drawn by one call: its weights are cut into layers once, which costs about as much as a token
 # A conversation grows at every turn, and a new shape is a program to compile: of the reply's tokens, which are slow
@@ -32,25 +34,26 @@ def shapes(prompt_length: int, max_new_tokens: int) -> tuple[int, int]:
 
 
 @partial(jax.jit, static_argnames='slots')
-def _read(decoder: Decoder, adapter: Any, tokens_1t: jax.Array, *, slots: int) -> KV:
-  """The cache of a prompt padded on the right; what is written over the padding is masked until then."""
-  width = tokens_1t.shape[1]
-  mask = jnp.tril(jnp.ones((1, width, width), bool))
-  _, kv = forward(decoder, tokens_1t, jnp.arange(width)[None], mask, adapter=adapter)
+def _read(decoder: Decoder, adapter: Any, tokens_1t: jax.Array, real_1t: jax.Array, *, slots: int) -> Cache:
+  """The cache of a prompt padded on the right."""
+  positions, texts = jnp.arange(tokens_1t.shape[1])[None], real_1t.astype(jnp.int32)
+  _, kv = forward(decoder, tokens_1t, positions, texts, adapter=adapter)
   empty = make_cache(decoder, 1, slots)
-  return KV(
-    *(
-      tuple(jax.lax.dynamic_update_slice_in_dim(*pair, 0, 2) for pair in zip(array, read, strict=True))
-      for array, read in zip(empty, kv, strict=True)
-    )
+  kept = (
+    tuple(jax.lax.dynamic_update_slice(array, new, (0,) * 4) for array, new in zip(*pair, strict=True))
+    for pair in zip(empty.kv, kv, strict=True)
   )
+  places = jax.tree.map(
+    lambda array, new: jax.lax.dynamic_update_slice_in_dim(array, new, 0, 1), empty.places, Places(positions, texts)
+  )
+  return Cache(KV(*kept), places)
 
 
 @partial(jax.jit, static_argnames='top_p', donate_argnames='cache')
 def _draw(
   decoder: Decoder,
   adapter: Any,
-  cache: KV,
+  cache: Cache,
   token_1: jax.Array,
   length: jax.Array,
   step: jax.Array,
@@ -60,22 +63,20 @@ def _draw(
   temperature: jax.Array,
   *,
   top_p: float,
-) -> tuple[KV, jax.Array]:
+) -> tuple[Cache, jax.Array]:
   """Draws the reply's tokens `step`, `step` + 1 ... before `last`, the first from `token_1` at position `length` - 1.
 
   Returns:
     the cache, and tokens [N], -1 after an id of `eos` or from `last` on.
   """
   layers = layer_weights(decoder, adapter)
-  slots = jnp.arange(cache.k[0].shape[2])
   key = jax.random.wrap_key_data(key_data, impl='threefry2x32')
 
   def one(state: tuple[Any, ...]) -> tuple[Any, ...]:
     cache, tokens, token_1, i, _ = state
     index = length - 1 + i
     hidden, cache = forward(
-      decoder, token_1[None], index[None, None], (slots <= index)[None, None], layers=layers,
-      cache=cache, cache_index=index,
+      decoder, token_1[None], index[None, None], layers=layers, cache=cache, cache_index=index,
     )  # fmt: skip
     uniform = jax.random.uniform(jax.random.fold_in(key, step + i))
     token_1, _ = draw(logits(decoder, hidden[:, 0]), uniform[None], temperature, top_p)
@@ -113,10 +114,10 @@ def stream(
     adapter: a LoRA adapter, or None.
   """
   width, slots = shapes(len(prompt), settings.max_new_tokens)
-  tokens, _ = pad([prompt], width)
+  given = pad([prompt], width)
   # The last token of the prompt is read once more by the call that draws from it.
   last = np.array(prompt[-1:], np.int32)
-  state = _begin(decoder, adapter, tokens, slots, (last, key_data, end_ids(eos_ids), np.float32(settings.temperature)))
+  state = _begin(decoder, adapter, given, slots, (last, key_data, end_ids(eos_ids), np.float32(settings.temperature)))
   length, step = len(prompt), 0
   while step < settings.max_new_tokens:
     state, drawn = _go_on(decoder, adapter, state, (length + step, step, settings.max_new_tokens), settings.top_p)
@@ -127,9 +128,11 @@ def stream(
 
 
 @no_silent_transfers
-def _begin(decoder: Decoder, adapter: Any, tokens: np.ndarray, slots: int, given: tuple[Any, ...]) -> tuple[Any, ...]:
+def _begin(
+  decoder: Decoder, adapter: Any, prompt: tuple[Any, ...], slots: int, given: tuple[Any, ...]
+) -> tuple[Any, ...]:
   # A generator would leave the guard against silent transfers open between its steps: each step has its own.
-  cache = _read(decoder, adapter, replicate(tokens), slots=slots)
+  cache = _read(decoder, adapter, *replicate(prompt), slots=slots)
   return cache, *replicate(given)
 
 

@@ -19,7 +19,7 @@ from flax import nnx
 
 from charjax.mesh import constrain
 from charjax.model import quantized
-from charjax.model.attention import SharedKV, attention, softcap
+from charjax.model.attention import Before, Places, make_attention, softcap
 from charjax.model.config import LayerKind, ModelConfig
 from charjax.model.experts import mixture
 from charjax.model.rope import rotary, rotate
@@ -158,22 +158,36 @@ class Decoder(nnx.Module):
 
 
 class KV(NamedTuple):
-  """Keys and values of all layers, each [B, K, S, H]: a tuple of L arrays, or one stacked [L, ...] when scanned."""
+  """Keys [B, K, H, S] and values [B, K, S, H] of all layers, each a tuple of L arrays, or one stacked when scanned."""
 
   k: Any
   v: Any
 
 
 class Prefix(NamedTuple):
-  """What stands before rows: A texts, each before B / A rows that follow one another (A = 1: before all).
+  """What stands before rows: A times P tokens, each P before B / A rows that follow one another (A = 1: before all).
 
   Attributes:
-    kv: keys and values, each [A, K, P, H] a layer.
-    length: [A] how many of P are real.
+    kv: keys [A, K, H, P] and values [A, K, P, H] of each layer.
+    places: of the tokens, [A, P].
+    read: [B, T] which of its texts each token of the rows reads; None: all.
   """
 
   kv: KV
-  length: jax.Array
+  places: Places
+  read: jax.Array | None = None
+
+
+class Cache(NamedTuple):
+  """The tokens that rows read before, S slots each, in any order.
+
+  Attributes:
+    kv: keys [B, K, H, S] and values [B, K, S, H] of each layer.
+    places: of the tokens, [B, S].
+  """
+
+  kv: KV
+  places: Places
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -240,23 +254,23 @@ def forward(
   decoder: Decoder,
   tokens_bt: jax.Array,
   positions_bt: jax.Array,
-  mask_bts: jax.Array,
+  texts_bt: jax.Array | None = None,
   *,
   adapter: Any = None,
   before: Sequence[Prefix] = (),
-  cache: KV | None = None,
+  cache: Cache | None = None,
   cache_index: jax.Array | int = 0,
   layers: Any = None,
   tap: int | None = None,
-) -> tuple[Any, KV]:
+) -> tuple[Any, Any]:
   """Hidden states after the final norm, and keys and values.
 
   Args:
     decoder: the weights.
-    tokens_bt: token ids; between those of a row there is no padding, since a window counts them.
+    tokens_bt: token ids.
     positions_bt: positions in the whole text, what stands before the rows included.
-    mask_bts: which keys each token may attend to: S = T without a cache, else the cache's slots. Layers with a window
-      see fewer of them.
+    texts_bt: numbers of the texts that the tokens belong to, 0 for padding; None: each row is one text. A token attends
+      to those of its text up to itself; in layers with a window, to the last of them.
     adapter: a LoRA adapter (charjax.model.lora), or None.
     before: what stands before the rows.
     cache: where to write this call's keys and values (from slot `cache_index` on) and what to attend to.
@@ -266,7 +280,7 @@ def forward(
 
   Returns:
     hidden states [B, T, D] float32 (with `tap`, a pair: those after so many layers, and the last), and the updated
-    cache (or, without one, the keys and values of these tokens).
+    cache (without one: the KV of these tokens).
   """
   c, runtime = decoder.config, decoder.runtime
   dtype = runtime.compute_dtype
@@ -278,7 +292,13 @@ def forward(
     tables.append(rotary(positions_bt, c.rotated, c.local_rope_theta))
   if c.rope_layers:
     tables.append((jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][1])))
-  masks = [jnp.arange(prefix.kv.k[0].shape[2]) < prefix.length[:, None] for prefix in before]
+  queries = Places(positions_bt, jnp.ones_like(positions_bt) if texts_bt is None else texts_bt)
+  keys = queries
+  if cache is not None:
+    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache_index, axis=1)
+    keys = jax.tree.map(put, cache.places, queries)
+  places = [Before(prefix.places, prefix.read) for prefix in before]
+  attend = make_attention(queries, keys, places, scale=c.query_scale, cap=c.attention_softcap)
 
   def linear(x: jax.Array, name: str, layer: Any, lora: Any, in_axes: int = 1) -> jax.Array:
     weight = layer[name]
@@ -318,17 +338,13 @@ def forward(
     q, k, v = (heads(normed, name, layer, lora) for name in 'qkv')
     q = constrain(rotate(q, cos, sin), 'batch', None, 'heads', None)
     q = q.reshape(b, t, c.num_kv_heads, groups, c.head_dim).astype(runtime.attention_dtype)
-    k = jnp.swapaxes(rotate(k, cos, sin), 1, 2).astype(runtime.attention_dtype)
+    k = jnp.moveaxis(rotate(k, cos, sin), 1, 3).astype(runtime.attention_dtype)
     v = jnp.swapaxes(v, 1, 2).astype(runtime.attention_dtype)
     if kv is not None:
-      k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, cache_index, 2)
+      k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, cache_index, 3)
       v = jax.lax.dynamic_update_slice_in_dim(kv[1], v, cache_index, 2)
     k, v = (constrain(array, 'batch', 'kv_heads', None, None) for array in (k, v))
-    own, real_before = mask_bts, masks
-    if kind.window is not None:
-      own, real_before = _within(kind.window, mask_bts, masks, positions_bt, 0 if kv is None else cache_index, before)
-    parts = [SharedKV(prefix[0], prefix[1], real) for prefix, real in zip(shared, real_before, strict=True)]
-    mixed = attention(q, k, v, own, parts, scale=c.query_scale, cap=c.attention_softcap)
+    mixed = attend(q, k, v, shared, kind.window)
     mixed = constrain(mixed.reshape(b, t, c.num_heads, c.head_dim), 'batch', None, 'heads', None)
     said = linear(mixed.reshape(b, t, -1), 'o', layer, lora, in_axes=2)
     x = x + (norm(said, layer['attn_post_norm']) if c.post_norms else said)
@@ -362,17 +378,17 @@ def forward(
   else:
     written = []
     for i, (layer, lora) in enumerate(layers or layer_weights(decoder, adapter)):
-      kv = (cache.k[i], cache.v[i]) if cache is not None else None
+      kv = (cache.kv.k[i], cache.kv.v[i]) if cache is not None else None
       shared = [(prefix.kv.k[i], prefix.kv.v[i]) for prefix in before]
       x, kv = steps[kinds[i]](x, (layer, lora, kv, shared))
       written.append(kv)
       if i + 1 == tap:
         tapped.append(x)
     k, v = (tuple(arrays) for arrays in zip(*written, strict=True))
-  hidden = norm(x, decoder.final_norm[...])
-  if tap is None:
-    return hidden, KV(k, v)
-  return (norm(tapped[0], decoder.final_norm[...]), hidden), KV(k, v)
+  hidden: Any = norm(x, decoder.final_norm[...])
+  if tap is not None:
+    hidden = norm(tapped[0], decoder.final_norm[...]), hidden
+  return hidden, KV(k, v) if cache is None else Cache(KV(k, v), keys)
 
 
 def _stack_kinds(kinds: Sequence[LayerKind]) -> LayerKind:
@@ -388,40 +404,10 @@ def _choose(tables: Sequence[Any], index: Any) -> Any:
   return jax.tree.map(lambda *arrays: jnp.stack(arrays)[index], *tables)
 
 
-def _within(
-  window: Any,
-  mask_bts: jax.Array,
-  masks: Sequence[jax.Array],
-  positions_bt: jax.Array,
-  first_slot: Any,
-  before: Sequence[Prefix],
-) -> tuple[jax.Array, list[jax.Array]]:
-  """Of the keys that tokens may attend to, those less than `window` tokens back.
-
-  Args:
-    window: how many tokens each attends to, itself included.
-    mask_bts: the row's own keys. A row's tokens lie one beside the other, so that slots tell distances.
-    masks: [A, P] the real ones of each prefix.
-    positions_bt: positions of the tokens.
-    first_slot: the slot of the first of them.
-    before: the prefixes.
-
-  Returns:
-    both anew, the latter as [A, B/A, T, P].
-  """
-  rows, width = positions_bt.shape
-  back = first_slot + jnp.arange(width)[:, None] - jnp.arange(mask_bts.shape[-1])
-  seen, begin = [], jnp.zeros((rows, 1), jnp.int32)
-  for real, prefix in zip(masks, before, strict=True):
-    count, size = real.shape
-    back_to_first = (positions_bt - begin).reshape(count, rows // count, width, 1)
-    seen.append(real[:, None, None] & (back_to_first - jnp.arange(size) < window))
-    begin = begin + jnp.repeat(prefix.length, rows // count)[:, None]
-  return mask_bts & (back < window), seen
-
-
 def lower_layers(decoder: Decoder, count: int) -> Decoder:
   """The first `count` layers as a decoder of their own, which ends in the same norm."""
+  if count == decoder.config.num_layers:
+    return decoder
   graph, state = nnx.split(decoder)
 
   def cut(path: Any, leaf: Any) -> Any:
@@ -458,10 +444,11 @@ def logits(decoder: Decoder, hidden: jax.Array) -> jax.Array:
   return softcap(out, decoder.config.logit_softcap)
 
 
-def make_cache(decoder: Decoder, rows: int, slots: int) -> KV:
+def make_cache(decoder: Decoder, rows: int, slots: int) -> Cache:
   """An empty cache of `slots` tokens a row, one array a layer."""
   c = decoder.config
-  empty = tuple(
-    jnp.zeros((rows, c.num_kv_heads, slots, c.head_dim), decoder.runtime.attention_dtype) for _ in range(c.num_layers)
-  )
-  return KV(empty, empty)
+  dtype, each = decoder.runtime.attention_dtype, range(c.num_layers)
+  k = tuple(jnp.zeros((rows, c.num_kv_heads, c.head_dim, slots), dtype) for _ in each)
+  v = tuple(jnp.zeros((rows, c.num_kv_heads, slots, c.head_dim), dtype) for _ in each)
+  nowhere = jnp.zeros((rows, slots), jnp.int32)
+  return Cache(KV(k, v), Places(nowhere, nowhere))

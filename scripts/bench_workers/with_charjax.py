@@ -1,0 +1,198 @@
+"""The tasks of bench.py as charjax's stages do them, from functions of its engine and its training."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from protocol import serve
+from tasks import EACH
+
+from charjax import defaults, main
+from charjax.engine import work
+from charjax.engine.batch import Tokens, compute_prefix, item_keys
+from charjax.engine.sample import Reply, Sampling, sample
+from charjax.engine.score import FixedShapes, Group, hidden_states, pad_values, reply_mask, score, token_log_probs
+from charjax.mesh import shard_batch
+from charjax.model import checkpoint_source, language_model
+from charjax.model.decoder import Decoder, lower_layers
+from charjax.model.language_model import LanguageModel
+from charjax.stages import preference
+from charjax.training.advantages import token_advantages, token_returns
+from charjax.training.heads import bind, make_trainable, read_rewards, reply_states
+from charjax.training.losses import policy_gradient
+from charjax.training.step import init_optimizer, make_optimizer, make_step
+
+_NO_EOS = (-1,)
+
+
+def _load(job: dict[str, Any]) -> LanguageModel:
+  config, setting = defaults.get_config().model, job['setting']
+  config.dtype = config.compute_dtype = setting['dtype']
+  config.scan_layers, config.remat = setting.get('scan_layers', True), setting.get('remat', False)
+  return language_model.build(checkpoint_source.load(job['model']), config)
+
+
+def _part(rows: list[Any], number: int, size: int) -> list[Any]:
+  """The rows of a step, which after the last come anew."""
+  begin = number * size % len(rows)
+  return rows[begin : begin + size]
+
+
+class Sample:
+  """sample and sample_eos."""
+
+  def __init__(self, job: dict[str, Any]):
+    self._model, self._data, self._rows, self._round = _load(job), job['data'], job['setting']['rows'], 0
+    self._eos = self._model.eos_ids if self._data['eos'] else _NO_EOS
+
+  def _draw(self, asked: Sequence[Tokens], temperature: float) -> list[Reply]:
+    prompts = [prompt for prompt in asked for _ in range(self._data['each'])]
+    keys = item_keys(self._round, 'bench', [str(i) for i in range(len(prompts))])
+    settings = Sampling(self._data['max_new_tokens'], temperature, batch_size=self._rows)
+    return sample(self._model.decoder, prompts, keys, self._eos, settings)
+
+  def warm_up(self) -> dict[str, Any]:
+    # As many as are drawn together; the program is that of any temperature.
+    asked = self._data['prompts'][: self._rows // self._data['each']]
+    greedy = self._draw(asked, 0.0)[:: self._data['each']]
+    return {'greedy': [reply.tokens for reply in greedy]}
+
+  def go(self) -> dict[str, Any]:
+    self._round += 1
+    lengths = [len(reply.tokens) for reply in self._draw(self._data['prompts'], 1.0)]
+    return {'done': sum(lengths), 'mean_length': sum(lengths) / len(lengths)}
+
+
+class Score:
+  """score and score_4."""
+
+  def __init__(self, job: dict[str, Any]):
+    self._model, self._data, self._rows = _load(job), job['data'], job['setting']['rows']
+
+  def warm_up(self) -> None:
+    # A quarter: from all over, and all replies to a prompt.
+    some = [i for i in range(len(self._data['prompts'])) if i // EACH % 4 == 0]
+    prompts, replies = ([self._data[name][i] for i in some] for name in ('prompts', 'replies'))
+    score(self._model.decoder, prompts, replies, batch_size=self._rows)
+
+  def go(self) -> dict[str, Any]:
+    prompts, replies = self._data['prompts'], self._data['replies']
+    found = score(self._model.decoder, prompts, replies, batch_size=self._rows)
+    done = sum(map(len, prompts)) + sum(map(len, replies))
+    return {'done': done, 'log_probs': [float(one.mean()) for one in found]}
+
+
+class Reward:
+  """Steps of a preference model, all of whose parameters are trained."""
+
+  def __init__(self, job: dict[str, Any]):
+    model, self._data, self._step = _load(job), job['data'], 0
+    rows = self._data['train']
+    self._lower = lower_layers(model.decoder, model.decoder.config.num_layers)
+    self._shapes = FixedShapes([row['prompt'] for row in rows], max(len(r) for row in rows for r in row['replies']))
+    optimizer = make_optimizer(self._data['learning_rate'], 0, 10**6, 0.0, 1.0)
+    self._trainable = make_trainable(self._lower, 0, 0, traits=1)
+    # Peers begin with a head of random numbers.
+    head = self._trainable['head'].w
+    head[...] = jax.device_put(np.random.default_rng(0).normal(0, 0.02, head.shape).astype('f'), head[...].sharding)
+    self._state, layout = init_optimizer(optimizer, self._trainable)
+    loss = functools.partial(preference._loss, labels='hard', loss='bradley_terry')
+    self._learn = make_step(loss, optimizer, self._trainable, layout)
+
+  def warm_up(self) -> dict[str, Any]:
+    """The first step, from which both sides learn alike."""
+    return self.go()
+
+  def go(self) -> dict[str, Any]:
+    size = self._data['prompts_a_step']
+    some = _part(self._data['train'], self._step, size)
+    self._step += 1
+    each = max(len(row['replies']) for row in some)
+    groups = [Group(row['prompt'], row['replies']) for row in some]
+    # The first of two replies is the better one.
+    order = np.triu(np.ones((each, each), np.float32), 1) + np.eye(each, dtype=np.float32) / 2
+    examples = [row | {'probabilities': order, 'trait': 0, 'weight': 1.0} for row in some]
+    arrays = {'rows': self._shapes.rows(groups, each, size)} | preference._labels(examples, size, each)
+    batch = self._shapes.shared() | shard_batch(arrays)
+    self._trainable, self._state, values = self._learn(self._trainable, self._state, self._lower, batch)
+    jax.block_until_ready((self._trainable, values))
+    return {'done': size, 'loss': float(jax.device_get(values['loss']))}
+
+  def measure(self) -> dict[str, Any]:
+    """How many pairs of held-out replies the rewards order rightly."""
+    right = []
+    for row in self._data['heldout']:
+      replies = row['replies']
+      states = reply_states(self._lower, self._trainable, [row['prompt']] * len(replies), replies)
+      rewards = np.asarray(jax.device_get(read_rewards(self._trainable, states)))[:, 0]
+      right += [rewards[i] > rewards[j] for j in range(len(replies)) for i in range(j)]
+    return {'accuracy': float(np.mean(right))}
+
+
+def _policy_loss(trainable: Any, decoder: Decoder, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The clipped policy gradient a token, as in stages.policy."""
+  used, adapter = bind(decoder, trainable)
+  prefix = (compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter),)
+  hidden = hidden_states(used, batch['rows'], adapter=adapter, before=prefix)
+  log_probs = token_log_probs(used, hidden, batch['rows'], 1.0)
+  mask = reply_mask(batch['rows'])
+  gradient, tokens, _ = policy_gradient(log_probs, batch['before'], batch['advantages'], mask, 0.2)
+  return gradient / tokens, {}
+
+
+@jax.jit
+@jax.vmap
+def _advantages(rewards: jax.Array, log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
+  """Of each token of K replies to a prompt [M, K, R], from rewards [M, K] and the KL penalty."""
+  rewards = jnp.where(mask, (rewards / mask.sum(1))[:, None], 0.0)
+  return token_advantages(token_returns(rewards, jnp.zeros_like(rewards), log_ratio, mask, 1.0, 0.04), mask)
+
+
+class Policy:
+  """rl: replies are drawn, the starting model reads them, and all parameters are trained on them once."""
+
+  def __init__(self, job: dict[str, Any]):
+    model, self._data, self._step, self._rows = _load(job), job['data'], 0, job['setting']['rows']
+    self._decoder = model.decoder
+    self._shapes = FixedShapes(self._data['prompts'], self._data['max_new_tokens'])
+    optimizer = make_optimizer(self._data['learning_rate'], 0, 10**6, 0.0, 1.0)
+    self._trainable = make_trainable(model.decoder, 0, 0)
+    self._state, layout = init_optimizer(optimizer, self._trainable)
+    self._learn = make_step(_policy_loss, optimizer, self._trainable, layout)
+
+  def warm_up(self) -> dict[str, Any]:
+    return self.go()
+
+  def go(self) -> dict[str, Any]:
+    each, size = self._data['each'], self._data['prompts_a_step']
+    asked: list[Tokens] = _part(self._data['prompts'], self._step, size)
+    self._step += 1
+    prompts = [prompt for prompt in asked for _ in range(each)]
+    keys = item_keys(self._step, 'bench', [str(i) for i in range(len(prompts))])
+    settings = Sampling(self._data['max_new_tokens'], batch_size=len(prompts))
+    drawn = sample(bind(self._decoder, self._trainable)[0], prompts, keys, _NO_EOS, settings)
+    tokens = [reply.tokens for reply in drawn]
+    reference = score(self._decoder, prompts, tokens, batch_size=self._rows)
+    groups = [Group(prompt, tokens[m * each : (m + 1) * each]) for m, prompt in enumerate(asked)]
+    rows = self._shapes.rows(groups, each)
+    mask = reply_mask(rows)
+    before = pad_values([reply.log_probs for reply in drawn], mask.shape[1])
+    log_ratio = before - pad_values(reference, mask.shape[1])
+    rewards = np.array([np.mean(np.array(one) % 2 == 0) for one in tokens], np.float32)
+    grouped = shard_batch(tuple(array.reshape(size, each, *array.shape[1:]) for array in (rewards, log_ratio, mask)))
+    advantages = jax.device_get(_advantages(*grouped)).reshape(mask.shape)
+    batch = self._shapes.shared() | shard_batch({'rows': rows, 'before': before, 'advantages': advantages})
+    self._trainable, self._state, values = self._learn(self._trainable, self._state, self._decoder, batch)
+    jax.block_until_ready((self._trainable, values))
+    count = sum(map(len, tokens))
+    return {'done': 1, 'tokens': count, 'entropy': float(-before.sum() / count), 'kl': float(log_ratio.sum() / count)}
+
+
+_TASKS = {'sample': Sample, 'sample_eos': Sample, 'score': Score, 'score_4': Score, 'reward': Reward, 'rl': Policy}
+
+if __name__ == '__main__':
+  with main._devices(defaults.get_config()):
+    serve(lambda job: _TASKS[job['task']](job), lambda: work.done().compile_seconds)
