@@ -191,28 +191,45 @@ class Report:
     self.failed |= not right
 
 
-def layouts(top: Path, report: Report, flags: Sequence[str], program: str, name: str) -> None:
-  exact = name != 'sharded'
-  runs = {count: run(top / f'{name}-{count}', count, *flags, program=program) for count in (1, 2, 4)}
-  for count in (2, 4):
-    case = f'{count} processes x {DEVICES // count} devices'
-    same = texts(runs[count], exact) == texts(runs[1], exact)
+def _each(top: Path, name: str, commands: Sequence[str], mesh: str, begun: Sequence[str] = (), **options: Any) -> Any:
+  """Runs `commands` on one process, on two and on four, from what one process wrote of the stages `begun`."""
+  runs = {count: top / f'{name}-{count}' for count in (1, 2, 4)}
+  for count, workdir in runs.items():
+    for stage in begun:
+      if not (workdir / stage).exists():
+        shutil.copytree(top / 'layouts-1' / stage, workdir / stage)
+    for command in commands:
+      run(workdir, count, mesh, command=command, **options)
+  return [(f'{count} processes x {DEVICES // count} devices', runs[1], runs[count]) for count in (2, 4)]
+
+
+def layouts(top: Path, report: Report) -> None:
+  for case, one, many in _each(top, 'layouts', ('run',), DATA):
+    same = texts(many) == texts(one)
     report(f'{case}: messages and replies the same', same, same)
-    far = scores_apart(runs[1], runs[count])
-    report(f'{case}: scores apart', f'{far:.1e}', far < 1e-6)
-    if program == SGD:
-      far = weights_apart(runs[1], runs[count])
-      report(f'{case}: weights apart', f'{far:.1e}', far < 1e-5)
-    else:
-      far = losses_apart(runs[1], runs[count])
-      report(f'{case}: losses apart', f'{far:.1e}', far < 1e-4)
+    report(f'{case}: scores apart', f'{scores_apart(one, many):.1e}', scores_apart(one, many) < 1e-6)
+    report(f'{case}: losses apart', f'{losses_apart(one, many):.1e}', losses_apart(one, many) < 1e-4)
+
+
+def sgd(top: Path, report: Report) -> None:
+  begun = ('messages', 'replies', 'rankings')
+  for case, one, many in _each(top, 'sgd', ('preference', 'policy'), DATA, begun, program=SGD):
+    report(f'{case}: weights apart', f'{weights_apart(one, many):.1e}', weights_apart(one, many) < 1e-5)
+    report(f'{case}: losses apart', f'{losses_apart(one, many):.1e}', losses_apart(one, many) < 1e-4)
+
+
+def sharded(top: Path, report: Report) -> None:
+  for case, one, many in _each(top, 'sharded', ('messages', 'replies', 'rankings'), SHARDED):
+    same = texts(many, whole=False) == texts(one, whole=False)
+    report(f'{case}: texts of messages and replies the same', same, same)
+    report(f'{case}: scores apart', f'{scores_apart(one, many):.1e}', scores_apart(one, many) < 1e-6)
 
 
 def _begun(top: Path, name: str) -> Path:
-  """A folder with all that stands before the policy in the undisturbed run of four processes."""
-  done, workdir = top / 'layouts-4', top / name
+  """A folder with all that stands before the policy in the undisturbed run of one process."""
+  done, workdir = top / 'layouts-1', top / name
   if not done.exists():
-    run(done, 4, DATA)
+    run(done, 1, DATA)
   shutil.rmtree(workdir, ignore_errors=True)
   workdir.mkdir(parents=True)
   for stage in ('messages', 'replies', 'rankings', 'preference'):
@@ -221,11 +238,11 @@ def _begun(top: Path, name: str) -> Path:
 
 
 def _same_end(top: Path, workdir: Path, report: Report) -> None:
-  same = texts(workdir) == texts(top / 'layouts-4')
+  same = texts(workdir) == texts(top / 'layouts-1')
   report('  in the end: messages and replies the same', same, same)
-  far = losses_apart(top / 'layouts-4', workdir)
+  far = losses_apart(top / 'layouts-1', workdir)
   report('  in the end: losses apart', f'{far:.1e}', far < 1e-4)
-  answers = [[row['text'] for row in rows(run / 'evaluation/replies.jsonl')] for run in (workdir, top / 'layouts-4')]
+  answers = [[row['text'] for row in rows(run / 'evaluation/replies.jsonl')] for run in (workdir, top / 'layouts-1')]
   alike = sum(a == b for a, b in zip(*answers, strict=True)) / len(answers[0])
   report('  in the end: replies of the evaluation alike', f'{alike:.0%}', alike > 0.95)
 
@@ -330,11 +347,7 @@ def _main() -> int:
   report = Report()
   for name in arguments.parts:
     print(name, flush=True)
-    if name in ('layouts', 'sgd', 'sharded'):
-      mesh = SHARDED if name == 'sharded' else DATA
-      layouts(top, report, [mesh], SGD if name == 'sgd' else _MAIN, name)
-    else:
-      globals()[name](top, report)
+    globals()[name](top, report)
   return int(report.failed)
 
 
