@@ -197,6 +197,22 @@ def select(character: Character, traits: Sequence[str]) -> Character:
   return dataclasses.replace(character, traits=tuple(kept[name] for name in found if name in kept))
 
 
+def check_rewarded(character: Character, traits: Sequence[str]) -> None:
+  """Whether a policy can be rewarded for these traits of a character, () for all.
+
+  Raises:
+    UserError: one is no trait of the character, or the weights of all of them are 0.
+  """
+  weights = {trait.id: trait.weight for trait in character.traits}
+  if wrong := [name for name in traits if name not in weights]:
+    raise UserError(
+      f'config.policy.traits: {_short(wrong[0])} is no trait of this run; choose from {", ".join(weights)}, or give () '
+      'for all'
+    )
+  if traits and not any(weights[name] for name in traits):
+    raise UserError(f'config.policy.traits: the weight of {" and ".join(traits)} is 0, so that nothing is learned')
+
+
 def parse_choice(entry: str) -> tuple[str, float | None]:
   """Name and weight of an entry of config.character.traits: None where it gives no weight, NaN if that is no number."""
   name, colon, text = entry.partition(':')

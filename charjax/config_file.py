@@ -1,11 +1,15 @@
-"""A run's config: the defaults, changed by a Python file, by what stands behind its name, and by flags."""
+"""A run's config: the defaults, changed by a Python file, by what stands behind its name, and by flags; and sweeps,
+Python files that yield changes of a config, one trial each.
+"""
 
+import contextlib
+import dataclasses
 import difflib
 import inspect
 import operator
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -15,6 +19,28 @@ from ml_collections import config_flags
 
 from charjax import defaults
 from charjax.errors import UserError
+
+_TRIAL_NAME = re.compile(r'[A-Za-z0-9][\w.=,+-]{0,79}', re.ASCII)  # of a folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """What a sweep asks for.
+
+  Attributes:
+    name: of the sweep and the config that it varies, as a folder may be called.
+    base: the --config of every trial.
+    changes: --config.field=value arguments of every trial.
+    trials: by name, the further ones of each; of a search none.
+    search: of a search, what asks an Optuna trial for the further ones of a run, and what says of the summary of an
+      evaluation how good it is.
+  """
+
+  name: str
+  base: str
+  changes: Sequence[str]
+  trials: Mapping[str, Sequence[str]]
+  search: tuple[Callable[[Any], list[str]], Callable[[Mapping[str, Any]], float]] | None = None
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -32,6 +58,57 @@ def read_config(spec: str, changes: Sequence[str]) -> ml_collections.ConfigDict:
   Raises:
     UserError: the file fails, or a field is unknown or has the wrong type.
   """
+  path, argument, behind = _split(spec)
+  config = defaults.get_config()
+  config.lock()
+  merge(config, _call_config(_execute(path), path, argument), path, '')
+  return override(config, [*behind, *changes])
+
+
+def read_sweep(spec: str, changes: Sequence[str]) -> Sweep:
+  """A sweep over a config, which its file is given.
+
+  Args:
+    spec: SWEEP.py[:config][,field=value...]; the config is a FILE.py with what may stand behind it, or the name of one
+      in the folder above the sweep's; 'quickstart' by default.
+    changes: --config.field=value arguments.
+
+  Raises:
+    UserError: a file fails, a trial has no name that a folder may have, or a field is unknown or has the wrong type.
+  """
+  path, argument, behind = _split(spec)
+  base = argument or 'quickstart'
+  if '.py' not in base:
+    base = str(epath.Path(path).parent.parent / f'{base}.py')
+    if not epath.Path(base).exists():
+      raise UserError(f'--config={spec}: there is no {base} to vary; name a config, as in {path}:FILE.py')
+  shared = [*behind, *changes]
+  config = read_config(base, shared)
+  name = '-'.join(epath.Path(_split(part)[0]).stem for part in (spec, base))
+  namespace = _execute(path)
+  if 'get_search' in namespace:
+    return Sweep(name, base, shared, {}, _searching(namespace, path, config))
+  trials: dict[str, list[str]] = {}
+  for trial, fields in _call_sweep(namespace, path, config):
+    if not _TRIAL_NAME.fullmatch(str(trial)) or trial in (*trials, 'comparison'):
+      reason = 'is there twice, or taken' if _TRIAL_NAME.fullmatch(str(trial)) else 'cannot name a folder'
+      raise UserError(f'{path}: trial {str(trial)[:90]!r} {reason}; use other letters, digits, or one of ._=,+-')
+    trials[trial] = _as_changes(fields)
+  if not trials:
+    raise UserError(f'{path}: get_sweep yields no trial')
+  return Sweep(name, base, shared, trials)
+
+
+def _as_changes(fields: Mapping[str, Any]) -> list[str]:
+  """As flags say it."""
+  values = {
+    field: ','.join(map(str, value)) if isinstance(value, (tuple, list)) else value for field, value in fields.items()
+  }
+  return [f'--config.{field}={value}' for field, value in values.items()]
+
+
+def _split(spec: str) -> tuple[str, str | None, list[str]]:
+  """The file that --config names, its argument, and what is changed behind it, as --config.field=value."""
   match = re.fullmatch(r'(.+?\.py)(?:[:,](.*))?', spec, re.DOTALL)
   if not match:
     raise UserError(f'--config={spec}: not a Python file; give FILE.py')
@@ -42,34 +119,27 @@ def read_config(spec: str, changes: Sequence[str]) -> ml_collections.ConfigDict:
   for word in words:
     if '=' not in word:
       raise UserError(f'--config={spec}: {word} is no field=value')
-  config = defaults.get_config()
-  config.lock()
-  merge(config, _execute_config(path, argument), path, '')
-  return override(config, [*(f'--config.{word}' for word in words), *changes])
+  return path, argument, [f'--config.{word}' for word in words]
 
 
-def _execute_config(path: str, argument: str | None) -> ml_collections.ConfigDict:
-  """Calls get_config() of a Python file; whatever goes wrong in there is the file's mistake."""
+def _execute(path: str) -> dict[str, Any]:
+  """What a Python file defines."""
   try:
     source = epath.Path(path).read_text()
   except (OSError, ValueError) as error:
     reason = getattr(error, 'strerror', None) or error
     raise UserError(f'--config={path}: cannot be read ({reason}); check the path') from error
   namespace: dict[str, Any] = {'__file__': path, '__name__': 'charjax_config'}
-  try:
+  with _told(path):
     exec(compile(source, path, 'exec'), namespace)
-    function = namespace.get('get_config')
-    if not callable(function):
-      raise UserError(f'{path}: has no function get_config; see configs/quickstart.py')
-    arguments = () if argument is None else (argument,)
-    try:
-      inspect.signature(function).bind(*arguments)
-    except TypeError:
-      wants = 'takes no argument' if arguments else 'needs an argument, --config=FILE.py:ARGUMENT'
-      raise UserError(f'{path}: get_config {wants}') from None
-    except ValueError:  # A builtin has no signature.
-      pass
-    config = function(*arguments)
+  return namespace
+
+
+@contextlib.contextmanager
+def _told(path: str) -> Iterator[None]:
+  """Whatever goes wrong in a file that is executed is the file's mistake."""
+  try:
+    yield
   except UserError:
     raise
   except SyntaxError as error:
@@ -79,9 +149,59 @@ def _execute_config(path: str, argument: str | None) -> ml_collections.ConfigDic
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())
     short = reason if len(reason) < 200 else reason[:200] + '...'
     raise UserError(f'{path}:{lines[-1] if lines else 1}: {short}') from error
+
+
+def _call_config(namespace: Mapping[str, Any], path: str, argument: str | None) -> ml_collections.ConfigDict:
+  function = namespace.get('get_config')
+  if not callable(function):
+    is_sweep = 'get_sweep' in namespace or 'get_search' in namespace
+    more = 'it is a sweep: charjax sweep' if is_sweep else 'see configs/quickstart.py'
+    raise UserError(f'{path}: has no function get_config; {more}')
+  arguments = () if argument is None else (argument,)
+  try:
+    inspect.signature(function).bind(*arguments)
+  except TypeError:
+    wants = 'takes no argument' if arguments else 'needs an argument, --config=FILE.py:ARGUMENT'
+    raise UserError(f'{path}: get_config {wants}') from None
+  except ValueError:  # A builtin has no signature.
+    pass
+  with _told(path):
+    config = function(*arguments)
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(f'{path}: get_config returned {type(config).__name__}; it must return a ConfigDict')
   return config
+
+
+def _call_sweep(
+  namespace: Mapping[str, Any], path: str, config: ml_collections.ConfigDict
+) -> list[tuple[str, Mapping[str, Any]]]:
+  function = namespace.get('get_sweep')
+  if not callable(function):
+    raise UserError(f'{path}: has no function get_sweep; see configs/sweeps/kl.py')
+  with _told(path):
+    trials = list(function(config))
+  for trial in trials:
+    if not (isinstance(trial, tuple) and len(trial) == 2 and isinstance(trial[1], Mapping)):
+      raise UserError(f'{path}: get_sweep yields {str(trial)[:60]!r}; it must yield (name, {{"some.field": value}})')
+  return trials
+
+
+def _searching(
+  namespace: Mapping[str, Any], path: str, config: ml_collections.ConfigDict
+) -> tuple[Callable[[Any], list[str]], Callable[[Mapping[str, Any]], float]]:
+  search, judge = namespace['get_search'], namespace.get('get_value')
+  if not callable(search) or not callable(judge):
+    raise UserError(f'{path}: a search takes two functions, get_search and get_value; see configs/sweeps/search.py')
+
+  def suggest(trial: Any) -> list[str]:
+    with _told(path):
+      return _as_changes(search(config, trial))
+
+  def value(summary: Mapping[str, Any]) -> float:
+    with _told(path):
+      return float(judge(summary))
+
+  return suggest, value
 
 
 def merge(config: ml_collections.ConfigDict, changes: ml_collections.ConfigDict, where: str, prefix: str) -> None:

@@ -1,6 +1,10 @@
 """Every field of a run's config, at values meant for 8B and up. Small configs change what they must."""
 
+import dataclasses
+
 from ml_collections import ConfigDict
+
+from charjax.model.config import ModelConfig
 
 
 def get_config() -> ConfigDict:
@@ -18,8 +22,16 @@ def get_config() -> ConfigDict:
   config.model.dtype = 'bfloat16'  # of the starting weights; what is trained is float32
   config.model.compute_dtype = 'bfloat16'  # of the operands of matrix products
   config.model.quantize = ''  # 'int8' or 'int4': projections are kept so, and LoRA alone is trained (needs qwix)
+  # What `charjax plan` is told of the model, so that no checkpoint is read: fields of model.config.ModelConfig.
+  fields = dataclasses.fields(ModelConfig)
+  config.model.shape = ConfigDict({f.name: 0 if f.default is dataclasses.MISSING else f.default for f in fields})
   config.model.scan_layers = True
   config.model.remat = True
+
+  config.faults = ConfigDict()
+  config.faults.grace_seconds = 25.0  # from SIGTERM to the end: a spot TPU has 30
+  config.faults.lost_seconds = 60.0  # of silence, after which one of many processes is lost, and the others end
+  config.faults.stuck_seconds = 1200.0  # in which none of them moves: what each was doing is told, and they end
 
   config.character = ConfigDict()
   config.character.path = 'assistant'  # a shipped character, or a .toml file; or several, as in 'stoic+poet'
@@ -34,6 +46,7 @@ def get_config() -> ConfigDict:
   config.messages.opening_words = 3  # a new message begins with up to so many words of an authored one; 0: with none
   config.messages.temperature = 0.8
   config.messages.top_p = 0.95
+  config.messages.top_k = 0  # keeps so many of the most probable tokens; 0: all
   config.messages.max_new_tokens = 96
   config.messages.near_duplicate = 0.5  # share of word pairs two messages may have in common
   config.messages.batch_size = 128
@@ -47,6 +60,7 @@ def get_config() -> ConfigDict:
   config.replies.examples = 4
   config.replies.temperature = 0.8
   config.replies.top_p = 0.95
+  config.replies.top_k = 0
   config.replies.max_new_tokens = 512
   config.replies.batch_size = 128
   config.replies.prompt_width = 64
@@ -75,6 +89,7 @@ def get_config() -> ConfigDict:
   config.preference.learning_rate = 3e-6
   config.preference.epochs = 1.0  # 0 leaves the weights as they are: the heads alone are trained
   config.preference.messages_per_batch = 16
+  config.preference.microbatches = 1  # parts of a batch that go through the model one after the other, to save memory
   config.preference.warmup = 10
   config.preference.weight_decay = 0.01
   config.preference.max_gradient = 1.0
@@ -84,12 +99,15 @@ def get_config() -> ConfigDict:
   config.preference.measured_messages = 500
 
   config.policy = ConfigDict()
+  config.policy.traits = ()  # that are rewarded, of those of the run, all of which are measured; empty: all
   config.policy.lora_rank = 0
   config.policy.lora_targets = ()  # as in the preference model
   config.policy.learning_rate = 1e-6
   config.policy.steps = 200
   config.policy.prompts_per_step = 64
+  config.policy.microbatches = 1  # as in the preference model
   config.policy.replies_per_prompt = 8
+  config.policy.batch_size = 512  # replies that are drawn together, of those of a step
   # Of the ranked replies to the same message, preferred among each other: shown, opposed and plain in turn.
   config.policy.ranked_replies = 0
   # Share of the rankings in what is preferred; the rest is the preference model's, and all of it is where the held-out
@@ -120,6 +138,7 @@ def get_config() -> ConfigDict:
   config.evaluation.samples = 1  # replies to a message by the starting and by the trained model; one where prompted
   config.evaluation.temperature = 0.8
   config.evaluation.top_p = 0.95
+  config.evaluation.top_k = 0
   config.evaluation.max_new_tokens = 512
   config.evaluation.batch_size = 128
   config.evaluation.prompt_width = 64

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
+from charjax import hosts
 from charjax.errors import UserError
 from charjax.progress import Progress
 
@@ -30,8 +31,11 @@ def read_file(path: epath.PathLike) -> bytes:
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
-  """Writes a file whole or not at all: a reader, or a restart, never sees half of it."""
-  path = epath.Path(path)
+  """Writes a file whole or not at all: a reader, or a restart, never sees half of it. Of many processes, one writes."""
+  hosts.first(lambda: _write(epath.Path(path), text))
+
+
+def _write(path: epath.Path, text: str) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.parent / f'.{path.name}.tmp'
   try:
@@ -156,7 +160,7 @@ def chunks(
   for index, start in enumerate(range(0, len(items), size)):
     path = folder / 'chunks' / f'{name}-{index:05d}.jsonl'
     chunk = items[start : start + size]
-    if path.exists():
+    if hosts.first(path.exists):
       made = read_jsonl(path)
       if bar is not None:
         bar.skip(len(chunk))

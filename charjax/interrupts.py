@@ -6,12 +6,15 @@ between its parts, raises it once more.
 """
 
 import contextlib
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
+
+LEFT = 'left at an interrupt'  # the name of threads that may be long at something when the process is to end
 
 
 class Terminated(KeyboardInterrupt):
@@ -41,6 +44,40 @@ def raising() -> Iterator[None]:
       signal.signal(number, handler)
     sys.unraisablehook = hook
     _came.clear()
+
+
+@contextlib.contextmanager
+def leaving_within(seconds: float, leave: Callable[[int, str], object]) -> Iterator[None]:
+  """Within it, and within `raising`, the process is left so many seconds after SIGTERM, whatever it is at.
+
+  A handler in Python is called between two steps of Python, which may be a long program of the devices apart: the
+  signal is heard by a thread.
+
+  Args:
+    seconds: from the signal on.
+    leave: ends the process with an exit code and a line that says why.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  heard, told = os.pipe()
+  os.set_blocking(told, False)
+  over = threading.Event()
+
+  def listen() -> None:
+    with open(heard, 'rb', buffering=0) as signals:
+      while number := signals.read(1):
+        if number[0] == signal.SIGTERM and not over.wait(seconds):
+          leave(143, f'not done {seconds:g} s after SIGTERM (config.faults.grace_seconds); what was saved is kept')
+
+  before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+  threading.Thread(target=listen, daemon=True).start()
+  try:
+    yield
+  finally:
+    over.set()
+    signal.set_wakeup_fd(before)
+    os.close(told)
 
 
 def check() -> None:

@@ -11,14 +11,16 @@ from charjax.model.config import PROJECTIONS, ModelConfig
 _COUNT, _SIZE, _AMOUNT, _SHARE = (0, math.inf), (1, math.inf), (0.0, math.inf), (0.0, 1.0)
 _LIMITS: dict[str, dict[str, tuple[float, float]]] = {
   '': {'seed': (0, 2**31 - 1)},
+  # JAX itself gives up a silent process after 100 seconds.
+  'faults': {'grace_seconds': _AMOUNT, 'lost_seconds': (5.0, 90.0), 'stuck_seconds': (5.0, math.inf)},
   'messages': {
     'train_per_trait': _SIZE, 'heldout_per_trait': _COUNT, 'train_neutral': _SIZE, 'heldout_neutral': _COUNT,
-    'seeds_shown': _COUNT, 'opening_words': _COUNT, 'temperature': _AMOUNT, 'top_p': _SHARE, 'max_new_tokens': _SIZE,
-    'near_duplicate': _SHARE, 'batch_size': _SIZE, 'prompt_width': _SIZE,
+    'seeds_shown': _COUNT, 'opening_words': _COUNT, 'temperature': _AMOUNT, 'top_p': _SHARE, 'top_k': _COUNT,
+    'max_new_tokens': _SIZE, 'near_duplicate': _SHARE, 'batch_size': _SIZE, 'prompt_width': _SIZE,
   },
   'replies': {
     'shown': _COUNT, 'plain': _COUNT, 'opposed': _COUNT, 'examples': _COUNT, 'temperature': _AMOUNT, 'top_p': _SHARE,
-    'max_new_tokens': _SIZE, 'batch_size': _SIZE, 'prompt_width': _SIZE,
+    'top_k': _COUNT, 'max_new_tokens': _SIZE, 'batch_size': _SIZE, 'prompt_width': _SIZE,
   },
   'rankings': {
     'examples': _COUNT, 'label_low': _SHARE, 'label_high': _SHARE, 'minimum_accuracy': _SHARE, 'length_limit': _AMOUNT,
@@ -26,20 +28,20 @@ _LIMITS: dict[str, dict[str, tuple[float, float]]] = {
   },
   'preference': {
     'head_steps': _COUNT, 'head_decay': _AMOUNT, 'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'epochs': _AMOUNT,
-    'messages_per_batch': _SIZE, 'warmup': _COUNT, 'weight_decay': _AMOUNT, 'max_gradient': _AMOUNT,
-    'skipped_steps': _SIZE, 'save_every': _SIZE, 'measured_messages': _SIZE,
+    'messages_per_batch': _SIZE, 'microbatches': _SIZE, 'warmup': _COUNT, 'weight_decay': _AMOUNT,
+    'max_gradient': _AMOUNT, 'skipped_steps': _SIZE, 'save_every': _SIZE, 'measured_messages': _SIZE,
   },
   'policy': {
-    'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'steps': _SIZE, 'prompts_per_step': _SIZE,
-    'replies_per_prompt': (2, math.inf), 'ranked_replies': _COUNT, 'ranked_labels': _SHARE, 'ranked_weight': _AMOUNT,
-    'ranked_beta': _AMOUNT, 'ranked_temperature': _AMOUNT, 'ranked_likelihood': _AMOUNT, 'temperature': _AMOUNT,
-    'max_new_tokens': _SIZE, 'prompt_width': _SIZE, 'kl': _AMOUNT, 'clip': _AMOUNT, 'trace': _SHARE,
-    'other_traits': _AMOUNT, 'neutral_weight': _AMOUNT, 'warmup': _COUNT, 'weight_decay': _AMOUNT,
+    'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'steps': _SIZE, 'prompts_per_step': _SIZE, 'microbatches': _SIZE,
+    'replies_per_prompt': (2, math.inf), 'batch_size': _SIZE, 'ranked_replies': _COUNT, 'ranked_labels': _SHARE,
+    'ranked_weight': _AMOUNT, 'ranked_beta': _AMOUNT, 'ranked_temperature': _AMOUNT, 'ranked_likelihood': _AMOUNT,
+    'temperature': _AMOUNT, 'max_new_tokens': _SIZE, 'prompt_width': _SIZE, 'kl': _AMOUNT, 'clip': _AMOUNT,
+    'trace': _SHARE, 'other_traits': _AMOUNT, 'neutral_weight': _AMOUNT, 'warmup': _COUNT, 'weight_decay': _AMOUNT,
     'max_gradient': _AMOUNT, 'skipped_steps': _SIZE, 'save_every': _SIZE, 'samples_every': _SIZE,
   },
   'evaluation': {
-    'examples': _COUNT, 'samples': _SIZE, 'temperature': _AMOUNT, 'top_p': _SHARE, 'max_new_tokens': _SIZE,
-    'batch_size': _SIZE, 'prompt_width': _SIZE,
+    'examples': _COUNT, 'samples': _SIZE, 'temperature': _AMOUNT, 'top_p': _SHARE, 'top_k': _COUNT,
+    'max_new_tokens': _SIZE, 'batch_size': _SIZE, 'prompt_width': _SIZE,
   },
 }  # fmt: skip
 _ABOVE_ZERO = (
@@ -81,8 +83,13 @@ def check(config: ConfigDict) -> None:
       f'config.rankings.label_low is {config.rankings.label_low}; it must not be above label_high, which is '
       f'{config.rankings.label_high}'
     )
-  for section in ('preference', 'policy'):
-    targets = config[section].lora_targets
+  for section, field in (('preference', 'messages_per_batch'), ('policy', 'prompts_per_step')):
+    targets, parts, size = config[section].lora_targets, config[section].microbatches, config[section][field]
+    if size % parts:
+      raise UserError(
+        f'config.{section}.microbatches is {parts}, into which config.{section}.{field}={size} does not divide; choose '
+        'a divisor of it'
+      )
     if wrong := [target for target in targets if target not in PROJECTIONS]:
       raise UserError(f'config.{section}.lora_targets names {wrong[0]!r}; choose from {", ".join(PROJECTIONS)}')
     if targets and not config[section].lora_rank:
@@ -117,12 +124,29 @@ def check(config: ConfigDict) -> None:
     )
 
 
+def told_shape(config: ConfigDict) -> ModelConfig | None:
+  """The shape of the model as config.model.shape tells it; None where it does not.
+
+  Raises:
+    UserError: there is no such decoder.
+  """
+  told = config.model.shape.to_dict()
+  return ModelConfig(**told) if told['num_layers'] else None
+
+
 def check_model(config: ConfigDict, model: ModelConfig) -> None:
   """What depends on the shape of the model, before it is trained.
 
   Raises:
     UserError: naming the field and what it may be.
   """
+  told = told_shape(config)
+  for field in ('num_layers', 'embed_dim', 'num_heads', 'num_kv_heads', 'head_dim', 'mlp_dim', 'vocab_size'):
+    if told and getattr(told, field) != getattr(model, field):
+      raise UserError(
+        f'config.model.shape.{field} is {getattr(told, field)}, and the model has {getattr(model, field)}; is '
+        'config.model.path another model?'
+      )
   for section in ('preference', 'policy'):
     model.check_targets(config[section].lora_targets, f'config.{section}.lora_targets:')
     trains = section == 'policy' or config.preference.epochs > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import getpass
 import importlib.metadata
@@ -10,7 +11,10 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
+import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,10 +22,11 @@ import ml_collections
 from absl import flags
 from etils import epath
 
+import charjax
 from charjax import character as characters
-from charjax import defaults, files, limits, starting_model
+from charjax import defaults, files, hosts, interrupts, limits, starting_model, watch
 from charjax import workdir as workdirs
-from charjax.config_file import merge, nearest, override, read_config
+from charjax.config_file import merge, nearest, override, read_config, read_sweep
 from charjax.errors import UserError, one_line
 from charjax.stages import STAGES
 
@@ -29,6 +34,9 @@ _USAGE = f"""charjax: train a character into a language model
 
   charjax run --config=FILE.py --workdir=DIR     the whole loop, stage by stage
   charjax STAGE --config=FILE.py --workdir=DIR   one of {', '.join(stage.name for stage in STAGES)}
+  charjax sweep --config=SWEEP.py[:CONFIG]       runs that differ in some settings, and the page that compares them
+  charjax compare DIR DIR...                     what differs between runs, beside what each did
+  charjax plan --config=FILE.py --topology=NAME  what a run would take on chips that are not there: v5e:4x4, h100:8
   charjax chat MODEL|DIR [--side_by_side]        talk to a model, or to what the run in DIR made of it
   charjax export MODEL|DIR [--output=DIR]        a Hugging Face directory of a model, or of what the run in DIR made
   charjax review --workdir=DIR                   judge what the run in DIR made, blind, on a page of this machine
@@ -43,7 +51,12 @@ _USAGE = f"""charjax: train a character into a language model
   --model=policy|preference|judge|start|adapter  export: the policy, what rewarded it, what judged it, or the beginning;
                                                  or the policy's LoRA alone, for PEFT
   --dtype=bfloat16|float32                       export: of the weights
+  --parallel=1 --launch=FILE                     sweep: trials at a time; or only write their commands, one a line
+  --trials=20                                    sweep: of a search, by all processes that were given the command
+  --topology=NAME --json                         plan: the chips; or figures alone, as JSON
   --reviewer=NAME --port=0                       review: who judges, and where the page is
+  --coordinator=HOST:PORT --processes=N --process=I   run, or a stage: one of many processes, each on its own devices;
+                                                 a TPU pod, Slurm and Open MPI say it by themselves
 
 A finished stage is skipped, one that was cut off goes on, one whose inputs or settings changed is made anew.
 """
@@ -55,6 +68,10 @@ _FLAGS_OF = {
   'chat': ('side_by_side', 'trait', 'temperature', 'max_new_tokens', 'seed'),
   'export': ('output', 'model', 'dtype'),
   'review': ('reviewer', 'port'),
+  'sweep': ('parallel', 'launch', 'trials'),
+  'compare': ('output',),
+  'plan': ('topology', 'json'),
+  'run': ('coordinator', 'processes', 'process'),  # and each stage
 }
 
 _AWAY = 'move it away, or choose another --workdir'
@@ -80,43 +97,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: the arguments, without the program's name; those of the process by default.
 
   Returns:
-    The exit code: 0, 1 (a check found problems), 2 (a mistake of the user's), 130 (interrupted).
+    The exit code: 0, 1 (a check found problems), 2 (a mistake of the user's), 130 (interrupted by Ctrl-C), 143 (by
+    SIGTERM); of many processes also 75 (one was lost, or they hung). After the last two, the same command goes on.
   """
   arguments = list(sys.argv[1:] if argv is None else argv)
   try:
-    return _command(arguments)
-  except UserError as error:
-    print('charjax: ' + ' '.join(str(error).split()), file=sys.stderr)
-    return 2
-  except OSError as error:
-    if error.errno not in _DISK:
+    code = _command(arguments)
+    watch.finish()
+    hosts.leave()
+    return code
+  except BaseException as error:
+    told = _told(error)
+    if told is None:
+      watch.end(1, ' '.join(traceback.format_exception_only(error)[-1].split()), traceback.format_exc())
       raise
+    code, line = told
+    watch.end(code, line)
+    if any(thread.name == interrupts.LEFT for thread in threading.enumerate()):
+      hosts.exit_now(code, line)  # It may be long at it, and Python would wait.
+    if isinstance(error, SystemExit):
+      raise
+    print(f'charjax: {line}', file=sys.stderr)
+    return code
+
+
+def _told(error: BaseException) -> tuple[int, str] | None:
+  """The exit code and the line that an error ends in; None: nobody expected it."""
+  if isinstance(error, UserError):
+    return 2, ' '.join(str(error).split())
+  if isinstance(error, OSError) and error.errno in _DISK:
     where = error.filename or 'the disk'
-    print(
-      f'charjax: {where}: {error.strerror}; {_DISK[error.errno]}, then give the same command again', file=sys.stderr
+    return 2, f'{where}: {error.strerror}; {_DISK[error.errno]}, then give the same command again'
+  # Of the devices: an allocation that was too large, while compiling or running.
+  if isinstance(error, RuntimeError) and 'RESOURCE_EXHAUSTED' in str(error):
+    return 2, (
+      f'the devices are out of memory ({one_line(error)}); lower the batch of the stage that was at work '
+      '(batch_size, messages_per_batch, prompts_per_step), raise its microbatches, set config.model.remat=True or '
+      'split the model by config.mesh, then give the same command again'
     )
-    return 2
-  except RuntimeError as error:
-    # Of the devices: an allocation that was too large, while compiling or running.
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    print(
-      f'charjax: the devices are out of memory ({one_line(error)}); lower the batch of the stage that was at work '
-      '(batch_size, messages_per_batch, prompts_per_step), set config.model.remat=True or split the model by '
-      'config.mesh, then give the same command again',
-      file=sys.stderr,
-    )
-    return 2
-  except KeyboardInterrupt as error:
-    print(f'charjax: {error}' if str(error) else 'charjax: interrupted', file=sys.stderr)
-    return 130
+  if isinstance(error, KeyboardInterrupt):
+    return 143 if isinstance(error, interrupts.Terminated) else 130, str(error) or 'interrupted'
+  if isinstance(error, SystemExit) and isinstance(error.code, int):
+    return error.code, ''
+  return None
 
 
 def _command(arguments: list[str]) -> int:
   if {'--help', '-h', '-help', '--helpfull'} & set(arguments) or arguments[:1] == ['help']:
     print(_USAGE, end='')
     return 0
-  names, config_spec, workdir, changes, options = _parse(arguments)
+  names, config_spec, folders, changes, options = _parse(arguments)
+  workdir = folders[-1] if folders else ''
   if not names:
     raise UserError('no command given; `charjax help` lists them')
   known = [stage.name for stage in STAGES]
@@ -125,14 +156,17 @@ def _command(arguments: list[str]) -> int:
     if len(rest) != 2 or rest[0] != 'check':
       raise UserError('charjax character takes `check FILE`')
     return _check_character(rest[1])
-  for other, theirs in _FLAGS_OF.items():
-    if other != command and (wrong := [name for name in options if name in theirs]):
-      raise UserError(f'--{wrong[0]} is a flag of charjax {other}; `charjax help` lists those of {command}')
+  own = _FLAGS_OF.get('run' if command in known else command, ())
+  if wrong := [name for name in options if name not in own]:
+    other = next(other for other, theirs in _FLAGS_OF.items() if wrong[0] in theirs)
+    raise UserError(f'--{wrong[0]} is a flag of charjax {other}; `charjax help` lists those of {command}')
   if command == 'chat':
     return _chat(rest, config_spec, workdir, changes, options)
   if command == 'export':
     return _export(rest, config_spec, workdir, changes, options)
-  if command not in ('run', 'review', *known):
+  if command == 'compare':
+    return _compare([*rest, *folders], config_spec or ''.join(changes[:1]), options)
+  if command not in ('run', 'review', 'sweep', 'plan', *known):
     raise UserError(f'there is no command {command}{nearest(command, ["run", *_FLAGS_OF, "character", *known])}')
   if rest:
     raise UserError(f'unexpected argument {rest[0]}; flags begin with --, and `charjax help` lists them')
@@ -140,11 +174,17 @@ def _command(arguments: list[str]) -> int:
     return _review(config_spec or ''.join(changes[:1]), workdir, options)
   if not config_spec:
     raise UserError(f'charjax {command} needs --config=FILE.py')
+  if command == 'sweep':
+    return _sweep(config_spec, changes, workdir, options)
+  if command == 'plan':
+    return _plan(read_config(config_spec, changes), options)
   if not workdir:
     raise UserError(f'charjax {command} needs --workdir=DIR')
-  config = read_config(config_spec, changes)
   chosen = STAGES if command == 'run' else tuple(stage for stage in STAGES if stage.name == command)
-  _run(chosen, config, epath.Path(os.path.expanduser(workdir)))
+  if hosts.join(options.get('coordinator', ''), options.get('processes'), options.get('process')):
+    watch.begin()
+  with interrupts.raising():
+    _run(chosen, read_config(config_spec, changes), epath.Path(os.path.expanduser(workdir)))
   return 0
 
 
@@ -241,11 +281,105 @@ def _review(config: str, workdir: str, options: dict[str, Any]) -> int:
   return 0
 
 
+def _sweep(config_spec: str, changes: Sequence[str], workdir: str, options: dict[str, Any]) -> int:
+  """Makes the trials of a sweep or a search, or writes their commands."""
+  from charjax import sweep
+
+  found = read_sweep(config_spec, changes)
+  folder = os.path.expanduser(workdir or os.path.join('runs', found.name))
+  root, launch = epath.Path(folder), options.get('launch')
+
+  def make(name: str, own: Sequence[str]) -> sweep.Trial:
+    place = os.path.join(folder, name)
+    session = _prepare(read_config(found.base, [*found.changes, *own]), epath.Path(place))
+    starting_model.check_apart(session.config.model, session.workdir)
+    pinned = [] if launch else sweep.pin_model(root, session)
+    command = ['run', f'--config={found.base}', *found.changes, *own, *pinned, f'--workdir={place}']
+    return sweep.Trial(name, session, command)
+
+  if (
+    wrong := [name for name in ('parallel', 'launch') if name in options]
+    if found.search
+    else (['trials'] if 'trials' in options else [])
+  ):
+    why = 'gives one trial after another; give the command several times' if found.search else 'names its trials'
+    raise UserError(f'--{wrong[0]}: {config_spec} {why}, and leave the flag out')
+  if launch:
+    lines = [shlex.join(['charjax', *make(name, own).command]) for name, own in found.trials.items()]
+    files.write_text(os.path.expanduser(launch), ''.join(line + '\n' for line in lines))
+    print(f'{len(lines)} commands: {launch}')
+    return 0
+  if '://' in folder:
+    raise UserError(f'--workdir={folder}: charjax sweep needs a folder of this machine; or give --launch=FILE')
+  if found.search:
+    from charjax import search
+
+    finished, failed = search.work(root, options.get('trials', 20), *found.search, make), []
+    sweep.write_record(root, found.base, finished)
+  else:
+    trials = [make(name, own) for name, own in found.trials.items()]
+    with workdirs.lock(root):
+      sweep.write_record(root, found.base, trials)
+      failed = sweep.run(trials, options.get('parallel', 1))
+    finished = [trial for trial in trials if trial not in failed]
+  if finished:
+    _tell_apart([trial.session.workdir for trial in finished], root / 'comparison' / 'index.html')
+  for trial in failed:
+    print(f'charjax: trial {trial.name} failed; see {trial.log}', file=sys.stderr)
+  return int(bool(failed))
+
+
+def _plan(config: ml_collections.ConfigDict, options: dict[str, Any]) -> int:
+  """Says what a run would take; nothing is read but the config, unless it does not tell the model's shape."""
+  if not options.get('topology'):
+    raise UserError('charjax plan needs --topology=NAME, as v5e:4x4 or h100:8')
+  limits.check(config)
+  character = characters.select(characters.load(config.character.path), config.character.traits)
+  # Programs are compiled for other devices than this machine's, which it may not even have.
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  import jax
+
+  from charjax.plan import chips, estimate
+
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_default_matmul_precision', 'highest')  # As in _devices.
+  topology = chips.find(options['topology'])
+  if topology.devices is None:
+    jax.config.update('jax_num_cpu_devices', topology.size)
+  shape = limits.told_shape(config) or starting_model.load(config.model).config
+  limits.check_model(config, shape)
+  plan = estimate.make(
+    config, character, shape, topology, lambda name: print(f'{name} ...', file=sys.stderr, flush=True)
+  )
+  print(json.dumps(plan.as_json()) if options.get('json') else estimate.as_text(plan))
+  return 0
+
+
+def _compare(folders: Sequence[str], config: str, options: dict[str, Any]) -> int:
+  """Compares runs, or the trials of sweeps."""
+  from charjax import sweep
+
+  if config:
+    raise UserError(f'charjax compare takes no config ({config}): each run has its own')
+  runs = [run for folder in folders for run in sweep.trials_of(epath.Path(os.path.expanduser(folder)))]
+  if len(runs) < 2:
+    raise UserError('charjax compare needs the folders of two runs or more, or that of a sweep')
+  output = options.get('output')
+  _tell_apart(runs, epath.Path(os.path.expanduser(output)) if output else runs[0].parent / 'comparison' / 'index.html')
+  return 0
+
+
+def _tell_apart(runs: Sequence[epath.Path], output: epath.Path) -> None:
+  from charjax.report import compare
+
+  print(compare.write(runs, output))
+
+
 # ---- flags and config ----
 
 
-def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str], dict[str, Any]]:
-  """Splits arguments into (command words, --config, --workdir, --config.field=value changes, flags of _FLAGS_OF)."""
+def _parse(arguments: Sequence[str]) -> tuple[list[str], str, list[str], list[str], dict[str, Any]]:
+  """Splits arguments into (command words, --config, --workdir's, --config.field=value changes, flags of _FLAGS_OF)."""
   changes, others = [], []
   rest = iter(arguments)
   for argument in rest:
@@ -261,7 +395,7 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str], di
   values = flags.FlagValues()
   values.set_gnu_getopt(True)
   flags.DEFINE_string('config', '', 'a config file', flag_values=values)
-  flags.DEFINE_string('workdir', '', 'the run folder', flag_values=values)
+  flags.DEFINE_multi_string('workdir', [], 'the run folder, or those of several', flag_values=values)
   flags.DEFINE_bool('side_by_side', None, 'all models answer', flag_values=values)
   flags.DEFINE_string('trait', None, 'whose statement is shown', flag_values=values)
   flags.DEFINE_float('temperature', None, 'of the draws', lower_bound=0.0, upper_bound=100.0, flag_values=values)
@@ -272,8 +406,16 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, str, list[str], di
     'model', None, ['policy', 'adapter', 'preference', 'judge', 'start'], 'what is exported', flag_values=values
   )
   flags.DEFINE_enum('dtype', None, ['bfloat16', 'float32'], 'of exported weights', flag_values=values)
+  flags.DEFINE_integer('parallel', None, 'trials at a time', lower_bound=1, upper_bound=1000, flag_values=values)
+  flags.DEFINE_integer('trials', None, 'of a search', lower_bound=1, upper_bound=10**6, flag_values=values)
+  flags.DEFINE_string('launch', None, 'where the commands of trials are written', flag_values=values)
+  flags.DEFINE_string('topology', None, 'the chips of a plan', flag_values=values)
+  flags.DEFINE_bool('json', None, 'figures alone', flag_values=values)
   flags.DEFINE_string('reviewer', None, 'who judges', flag_values=values)
   flags.DEFINE_integer('port', None, 'of the page', lower_bound=0, upper_bound=2**16 - 1, flag_values=values)
+  flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0', flag_values=values)
+  flags.DEFINE_integer('processes', None, 'how many', lower_bound=1, flag_values=values)
+  flags.DEFINE_integer('process', None, 'which of them this is', lower_bound=0, flag_values=values)
   try:
     names = values(['charjax', *others])[1:]
   except flags.Error as error:
@@ -298,6 +440,7 @@ def _prepare(config: ml_collections.ConfigDict, workdir: epath.Path) -> workdirs
   """
   limits.check(config)
   character = characters.select(characters.load(config.character.path), config.character.traits)
+  characters.check_rewarded(character, config.policy.traits)
   _can_be_judged(config, character)
   starting_model.check(config.model)
   if config.evaluation.probes or config.evaluation.neutral:
@@ -337,9 +480,13 @@ def _pin(session: workdirs.Session) -> None:
 
   path = session.config.model.path
   if hub.is_address(path):
-    asked, before = starting_model.read_asked(session.workdir)
+
+    def pinned() -> str:
+      asked, before = starting_model.read_asked(session.workdir)
+      return before if path in (asked, before) else hub.pin(path)
+
     session.asked = path
-    session.config.model.path = before if path in (asked, before) else hub.pin(path)
+    session.config.model.path = hosts.first(pinned)
     session.log(f'model: {session.config.model.path}')
 
 
@@ -380,8 +527,6 @@ def _devices(config: ml_collections.ConfigDict) -> Iterator[None]:
     backend = jax.default_backend()
   except RuntimeError as error:
     raise UserError(f'no device to run on ({one_line(error)}); is another process using it?') from error
-  if jax.process_count() > 1:
-    raise UserError(f'{jax.process_count()} processes were joined; charjax runs on one host for now')
   if backend != 'cpu':
     # Else products of float32 would be rounded to bfloat16 or TF32 there, though the config says float32.
     jax.config.update('jax_default_matmul_precision', 'highest')
@@ -399,9 +544,15 @@ def _sources(stage: workdirs.Stage) -> set[str]:
 
 
 def _run(chosen: Sequence[workdirs.Stage], config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+  watch.be_patient(config.faults.lost_seconds, config.faults.stuck_seconds)
   session = _prepare(config, workdir)
   starting_model.check_apart(config.model, workdir)
-  with workdirs.lock(workdir):
+  hosts.check_alike(
+    {'charjax': charjax.__version__, 'the command': [stage.name for stage in chosen], '--workdir': str(workdir)}
+    | dict(workdirs.flat(config.to_dict(), 'config'))
+    | {'the character': workdirs.fingerprint(dataclasses.asdict(session.character))}
+  )
+  with workdirs.lock(workdir), interrupts.leaving_within(config.faults.grace_seconds, watch.end_now):
     _pin(session)
     if len(chosen) == 1:
       for stage in STAGES:
@@ -417,7 +568,7 @@ def _run(chosen: Sequence[workdirs.Stage], config: ml_collections.ConfigDict, wo
       # Only now: what a run in this folder was started with is not overwritten by a mistake.
       _record(session)
       workdirs.execute(chosen, session)
-  if chosen[-1].name == 'report':
+  if chosen[-1].name == 'report' and hosts.is_first_process():
     from charjax.stages import report
 
     session.log('\n' + report.console_summary(session.workdir))

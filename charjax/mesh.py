@@ -1,12 +1,15 @@
 """How arrays are laid out over devices: one mesh, one table from logical axes to mesh axes."""
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from charjax.errors import UserError
@@ -30,18 +33,40 @@ RULES: dict[str, tuple[str, ...]] = {
 # (`shard_batch`, `replicate`), and an array of the host, a Python number or an array on other devices is an error where
 # it would otherwise be copied anew at every call, unseen. On the CPU it catches all that on its way to a device, as
 # elsewhere; on the way back (`np.asarray`, `float`) nothing there, since the host reads a CPU device's memory where it
-# lies. Results are therefore fetched by `jax.device_get`, which says so.
+# lies. Results are therefore fetched by `fetch`, which says so.
 no_silent_transfers = jax.transfer_guard('disallow')
 
 
-def make_mesh(shape: Sequence[int]) -> Mesh:
+# Whether arrays are described and not put on devices.
+_describing = contextvars.ContextVar('describing', default=False)
+
+
+@contextlib.contextmanager
+def described() -> Iterator[None]:
+  """Within, `shard_batch` and `replicate` give shapes, dtypes and shardings: of devices that are not there."""
+  token = _describing.set(True)
+  try:
+    yield
+  finally:
+    _describing.reset(token)
+
+
+def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A (data, fsdp, tensor) mesh; one size may be -1 and takes the devices that are left.
 
+  Its axes go from the slowest network to the fastest: along data lie the processes, or the slices of a TPU, which the
+  network of a data centre joins.
+
+  Args:
+    shape: the three sizes.
+    devices: all there are by default.
+
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not multiply to the number of devices, or data is no multiple of the slices.
   """
   sizes = list(shape)
-  count = jax.device_count()
+  devices = devices or jax.devices()
+  count = len(devices)
   whole = all(isinstance(size, int) and (size > 0 or size == -1) for size in sizes)
   if len(sizes) != len(AXES) or sizes.count(-1) > 1 or not whole:
     raise UserError(f'config.mesh is {tuple(shape)}; it takes three sizes (data, fsdp, tensor), one of them may be -1')
@@ -49,7 +74,18 @@ def make_mesh(shape: Sequence[int]) -> Mesh:
     sizes[sizes.index(-1)] = count // max(1, -math.prod(sizes))
   if math.prod(sizes) != count:
     raise UserError(f'config.mesh {tuple(shape)} does not fit the {count} devices here; use e.g. (1, -1, 1)')
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  automatic = (AxisType.Auto,) * len(AXES)
+  slices = len({device.slice_index for device in devices}) if devices[0].platform == 'tpu' else 1
+  if slices == 1:
+    return jax.make_mesh(sizes, AXES, axis_types=automatic, devices=devices)
+  data, fsdp, tensor = sizes
+  if data % slices:
+    raise UserError(
+      f'config.mesh {tuple(shape)} does not fit the {slices} slices here, between which only data is split; its first '
+      f'size must be a multiple of {slices}; use e.g. ({slices}, -1, 1)'
+    )
+  grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, tensor), (slices, 1, 1), devices)
+  return Mesh(grid, AXES, axis_types=automatic)
 
 
 def spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Any) -> PartitionSpec:
@@ -98,20 +134,75 @@ def shardings(tree: Any) -> Any:
   return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def shard_batch(tree: Any) -> Any:
-  """Puts host arrays on the mesh, split along their first axis (numbers: whole); without a mesh, on the one device."""
+def lay_out(tree: Any) -> Any:
+  """Parameters as `shardings` says; while arrays are only described, as they are."""
+  if _describing.get() or jax.sharding.get_mesh().empty:
+    return tree
+  return put(tree, shardings(tree))
+
+
+def describe(tree: Any) -> Any:
+  """Abstract arrays of parameters with the shardings of `shardings`."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree))
+
+
+def shard_batch(tree: Any, axis: int = 0) -> Any:
+  """Puts host arrays on the mesh, split along one axis (numbers: whole); without a mesh, on the one device.
+
+  Where there are many processes, each has the whole of them and puts what its own devices hold.
+  """
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
     return jax.device_put(tree)
 
-  def put(array: np.ndarray) -> jax.Array:
-    axes = ('batch', *(None,) * np.ndim(array))[: np.ndim(array)]
-    return jax.device_put(array, NamedSharding(mesh, spec(np.shape(array), axes, mesh)))
+  def one(array: np.ndarray) -> jax.Array:
+    axes = (*(None,) * axis, 'batch', *(None,) * np.ndim(array))[: np.ndim(array)]
+    return _put(array, NamedSharding(mesh, spec(np.shape(array), axes, mesh)))
 
-  return jax.tree.map(put, tree)
+  return jax.tree.map(one, tree)
 
 
 def replicate(tree: Any) -> Any:
   """Puts host arrays and numbers on every device of the mesh, whole; without a mesh, on the one device."""
   mesh = jax.sharding.get_mesh()
-  return jax.device_put(tree, None if mesh.empty else NamedSharding(mesh, PartitionSpec()))
+  if mesh.empty:
+    return jax.device_put(tree)
+  return put(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
+
+
+def put(tree: Any, layout: Any) -> Any:
+  """Puts arrays that every process has, or that are there already, on the devices as a tree of shardings says."""
+  return jax.tree.map(_put, tree, layout)
+
+
+def _put(array: Any, sharding: NamedSharding) -> Any:
+  if _describing.get():
+    dtype = array.dtype if hasattr(array, 'dtype') else np.asarray(array).dtype
+    return jax.ShapeDtypeStruct(np.shape(array), dtype, sharding=sharding)
+  there = isinstance(array, jax.Array) and not array.is_fully_addressable
+  if sharding.is_fully_addressable or there:
+    return jax.device_put(array, sharding)
+  # By device_put, all processes would be asked whether their arrays are the same, at each call.
+  whole = np.asarray(jax.device_get(array))
+  with jax.transfer_guard_host_to_device('allow'):  # it is one by name
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def fetch(tree: Any) -> Any:
+  """Arrays from the devices as host arrays, whole in every process, whichever of them holds their parts."""
+  leaves, structure = jax.tree.flatten(tree)
+  apart = [i for i, leaf in enumerate(leaves) if is_apart(leaf)]
+  if apart:
+    whole = NamedSharding(leaves[apart[0]].sharding.mesh, PartitionSpec())
+    for i, leaf in zip(apart, jax.jit(_same, out_shardings=whole)([leaves[i] for i in apart]), strict=True):
+      leaves[i] = leaf
+  return jax.device_get(jax.tree.unflatten(structure, leaves))
+
+
+def is_apart(array: Any) -> bool:
+  """Whether no one process has the whole of an array: to read it they all have to work together."""
+  return isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated)
+
+
+def _same(arrays: Any) -> Any:  # One function for all calls: else each would be compiled anew.
+  return arrays

@@ -12,15 +12,10 @@ from typing import Any, Self
 
 from etils import epath
 
-from charjax import interrupts
+from charjax import hosts, interrupts
+from charjax.hosts import is_first_process
 
 _SECONDS_BETWEEN_LINES = 10.0
-
-
-def is_first_process() -> bool:
-  """True in the one process that prints and writes. Does not import JAX: without it there is only one."""
-  jax = sys.modules.get('jax')
-  return jax is None or jax.process_index() == 0
 
 
 def duration(seconds: float) -> str:
@@ -51,6 +46,7 @@ class Progress:
     from charjax.engine import work
 
     self._work, self._before = work, work.done()
+    self._stop_telling = work.tell_of_compilation(self._compiling)
     self._bar: Any = None
     if is_first_process() and sys.stderr.isatty():
       import tqdm
@@ -73,12 +69,21 @@ class Progress:
     """
     interrupts.check()
     self._done += count
+    hosts.at(f'{self._name}, {self._done + self._skipped} of {self._total} {self._unit}')
     note = ', '.join(filter(None, [self._speed(), note]))
     if self._bar is not None:
       if note:
         self._bar.set_postfix_str(note, refresh=False)
       self._bar.update(count)
     elif is_first_process() and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+      self._print_line(note)
+
+  def _compiling(self, program: str) -> None:
+    """Shows that a program is being compiled: until it is, nothing advances."""
+    note = f'compiling {program}' if program else ''
+    if self._bar is not None:
+      self._bar.set_postfix_str(note)
+    elif program and is_first_process() and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
       self._print_line(note)
 
   def _speed(self) -> str:
@@ -107,6 +112,7 @@ class Progress:
   def __exit__(
     self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
   ) -> None:
+    self._stop_telling()
     if self._bar is not None:
       self._bar.close()
     elif self._printed and error is None and self._last_count != self._done:

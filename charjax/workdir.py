@@ -22,15 +22,20 @@ import ml_collections
 from etils import epath
 
 import charjax
-from charjax import interrupts
+from charjax import hosts, interrupts
 from charjax.errors import UserError
 from charjax.files import Row, read_jsonl, write_text
-from charjax.progress import duration, is_first_process
+from charjax.hosts import is_first_process
+from charjax.progress import duration
 
 if TYPE_CHECKING:
   from charjax.character import Character
   from charjax.model.checkpoint_source import Checkpoint
   from charjax.model.language_model import LanguageModel
+
+
+class Locked(UserError):
+  """Another process works in a run folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,16 +127,17 @@ def file_fingerprint(path: epath.PathLike) -> str:
     return digest.hexdigest()
 
 
-def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+  """The values of nested mappings, by dotted name."""
   if isinstance(value, Mapping):
     for key in value:
-      yield from _flat(value[key], f'{prefix}.{key}')
+      yield from flat(value[key], f'{prefix}.{key}')
   else:
     yield prefix, value
 
 
 # Fields that say how a result is reached and not what it is: one who changes them keeps what was made.
-_HOW = re.compile(r'model\.(remat|scan_layers)|\w+\.(save_every|skipped_steps)')
+_HOW = re.compile(r'model\.(remat|scan_layers|shape\..*)|\w+\.(save_every|skipped_steps|microbatches)')
 
 
 def relevant_config(stage: Stage, session: Session) -> dict[str, Any]:
@@ -145,14 +151,14 @@ def relevant_config(stage: Stage, session: Session) -> dict[str, Any]:
   weights = {trait['id']: trait.pop('weight') for trait in character['traits']}
   for field in stage.fields:
     if field == 'character.weights':
-      values.update(_flat(weights, field))
+      values.update(flat(weights, field))
       continue
     value: Any = session.config
     for part in field.split('.'):
       value = value[part]
     if isinstance(value, ml_collections.ConfigDict):
       value = value.to_dict()
-    values.update(_flat(value, field))
+    values.update(flat(value, field))
   values = {field: value for field, value in values.items() if not _HOW.fullmatch(field)}
   for field in stage.files:
     if values.get(field):
@@ -276,6 +282,10 @@ def status(stage: Stage, session: Session) -> str:
   A product that was edited by hand leaves its own stage done, since a person may correct a message; the
   stages that read it are made anew.
   """
+  return hosts.first(lambda: _status(stage, session))
+
+
+def _status(stage: Stage, session: Session) -> str:
   folder = session.folder(stage.name)
   done, unfinished = _read_records(folder)
   if not done and not unfinished:
@@ -304,6 +314,10 @@ def check(stages: Sequence[Stage], session: Session) -> None:
   Raises:
     UserError: a stage that is not done cannot have its folder, or cannot read what it reads.
   """
+  hosts.first(lambda: _check(stages, session))
+
+
+def _check(stages: Sequence[Stage], session: Session) -> None:
   states = {stage.name: status(stage, session) for stage in stages}
   for stage in stages:
     state, folder = states[stage.name], session.folder(stage.name)
@@ -364,6 +378,30 @@ def _tidy(folder: epath.Path) -> None:
 
 def _perform(stage: Stage, session: Session) -> None:
   """Brings one stage to 'done'."""
+  hosts.at(stage.name)
+  record = hosts.first(lambda: _begin(stage, session))
+  if not record:
+    return
+  from charjax.engine import work
+
+  start, before = time.monotonic(), work.done()
+  counts = stage.run(session)
+  seconds, done = time.monotonic() - start, work.done().since(before)
+  made: Row = {
+    'counts': counts,
+    # Of the process that finished it; the time before a kill is not known.
+    'seconds': round(seconds, 2),
+    'compile_seconds': round(done.compile_seconds, 2),
+    'tokens': done.tokens,
+    'model_flops': done.flops,
+    **work.rates(done, seconds),
+  }
+  hosts.first(lambda: _finish(stage, session, record, made))
+  session.log(f'{stage.name}: finished in {duration(seconds)}')
+
+
+def _begin(stage: Stage, session: Session) -> Row:
+  """Makes a stage's folder ready, and gives what its record begins with; {}: the stage is done."""
   folder = session.folder(stage.name)
   state = status(stage, session)
   if state == 'done':
@@ -371,7 +409,7 @@ def _perform(stage: Stage, session: Session) -> None:
     edited = [name for name in stage.products if recorded.get(name) != file_fingerprint(folder / name)]
     session.log(f'{stage.name}: done already' + (f' ({", ".join(edited)} edited since)' if edited else ''))
     _tidy(folder)
-    return
+    return {}
   if stage.name not in session.checked:
     check([stage], session)
   session.checked.clear()
@@ -390,25 +428,15 @@ def _perform(stage: Stage, session: Session) -> None:
     if folder.exists():
       _empty(folder)
     write_text(folder / 'unfinished.json', json.dumps(record, indent=2, ensure_ascii=False))
-  from charjax.engine import work
+  return record | {'resumed': state == 'unfinished'}
 
-  start, before = time.monotonic(), work.done()
-  counts = stage.run(session)
-  seconds, done = time.monotonic() - start, work.done().since(before)
-  record |= {
-    'products': _products(folder, stage.products),
-    'counts': counts,
-    # Of the process that finished it; the time before a kill is not known.
-    'seconds': round(seconds, 2),
-    'compile_seconds': round(done.compile_seconds, 2),
-    'tokens': done.tokens,
-    'model_flops': done.flops,
-    **work.rates(done, seconds),
-    'resumed': state == 'unfinished',
-  }
+
+def _finish(stage: Stage, session: Session, record: Row, made: Row) -> None:
+  folder = session.folder(stage.name)
+  resumed = record.pop('resumed')
+  record |= {'products': _products(folder, stage.products)} | made | {'resumed': resumed}
   write_text(folder / 'stage.json', json.dumps(record, indent=2, ensure_ascii=False))
   _tidy(folder)
-  session.log(f'{stage.name}: finished in {duration(seconds)}')
 
 
 def execute(stages: Sequence[Stage], session: Session) -> None:
@@ -432,28 +460,40 @@ def execute(stages: Sequence[Stage], session: Session) -> None:
 
 @contextlib.contextmanager
 def lock(workdir: epath.Path) -> Iterator[None]:
-  """Keeps a second process out of a local run folder; the kernel lets go when this one dies.
+  """Keeps a second run out of a local run folder; the kernel lets go when the process that holds it dies.
 
   Raises:
-    UserError: another process holds it, or the folder cannot be written.
+    UserError: another process holds it, or the folder cannot be written, or is another for each of many processes.
   """
-  if '://' in str(workdir):  # Object stores have no locks.
-    yield
-    return
   with contextlib.ExitStack() as stack:
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-      file = os.open(workdir / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
-      stack.callback(os.close, file)
-      if not _take(file):
-        holder = os.read(file, 32).decode(errors='replace').strip() or 'unknown'
-        raise UserError(f'--workdir={workdir}: process {holder} is working in it; wait for it or choose another folder')
-      os.ftruncate(file, 0)
-      os.pwrite(file, f'{os.getpid()}\n'.encode(), 0)
-    except OSError as error:
-      reason = error.strerror or error
-      raise UserError(f'--workdir={workdir}: cannot be written ({reason}); choose another folder') from error
+    if '://' not in str(workdir):  # Object stores have no locks.
+      _look(workdir, hosts.first(lambda: _hold(workdir, stack)))
     yield
+
+
+def _look(workdir: epath.Path, holder: str) -> None:
+  """Whether this process sees what process 0 wrote."""
+  deadline = time.monotonic() + 10  # a network's file system may take a moment
+  while not (workdir / '.lock').exists() or (workdir / '.lock').read_text() != holder:
+    if time.monotonic() > deadline:
+      raise UserError(f'--workdir={workdir}: not the folder that process 0 sees; choose one that all hosts share')
+    time.sleep(0.1)
+
+
+def _hold(workdir: epath.Path, stack: contextlib.ExitStack) -> str:
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = os.open(workdir / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
+    stack.callback(os.close, file)
+    if not _take(file):
+      holder = os.read(file, 32).decode(errors='replace').strip() or 'unknown'
+      raise Locked(f'--workdir={workdir}: process {holder} is working in it; wait for it or choose another folder')
+    os.ftruncate(file, 0)
+    os.pwrite(file, (ours := f'{os.getpid()}\n').encode(), 0)
+    return ours
+  except OSError as error:
+    reason = error.strerror or error
+    raise UserError(f'--workdir={workdir}: cannot be written ({reason}); choose another folder') from error
 
 
 def _take(file: int) -> bool:

@@ -41,19 +41,29 @@ _MESSAGES = (
 )
 
 
-def write_run(folder: Path, seed: int = 0, messages: int = 8, steps: int = 60) -> Path:
-  """Writes a whole run folder; returns it."""
-  rng = random.Random(seed)
+def write_run(
+  folder: Path,
+  seed: int = 0,
+  messages: int = 8,
+  steps: int = 60,
+  settings: dict[str, dict[str, Any]] | None = None,
+  effects: dict[str, float] = _EFFECTS,
+) -> Path:
+  """Writes a whole run folder; returns it. `settings` are sections of its config, `effects` its margins by trait."""
+  rng = random.Random(f'{seed} {settings}')
   _toml(folder / 'character.toml')
   config = {
     'config': {
-      'seed': 0,
+      'seed': seed,
       'model': {'path': 'smollm2-135m-instruct', 'dtype': 'bfloat16'},
       'policy': {'algorithm': 'grpo', 'steps': steps, 'learning_rate': 2e-4, 'kl': 0.04, 'replies': 8},
       'evaluation': {'probes': '', 'neutral': ''},
     },
+    'seed': seed,
     'versions': {'charjax': '0.1.0', 'jax': '0.10.2', 'python': '3.11.7'},
   }
+  for section, values in (settings or {}).items():
+    config['config'][section] = config['config'].get(section, {}) | values
   _json(folder / 'config.json', config)
   times = {
     'messages': 62.1,
@@ -65,7 +75,9 @@ def write_run(folder: Path, seed: int = 0, messages: int = 8, steps: int = 60) -
   }
   for name, seconds in times.items():
     record = {'counts': {'made': 12, 'dropped': {'near-duplicates': 3}}, 'seconds': seconds}
-    _json(folder / name / 'stage.json', record | {'config_values': {'character.traits': list(TRAITS)}})
+    # The same messages and judge in all runs of a seed.
+    record |= {'products': {'a.json': f'{name} {seed}'}, 'config_values': {'character.traits': list(TRAITS)}}
+    _json(folder / name / 'stage.json', record)
   asked = _messages(messages)
   _jsonl(folder / 'messages' / 'messages.jsonl', asked)
   _jsonl(folder / 'replies' / 'replies.jsonl', [
@@ -86,7 +98,8 @@ def write_run(folder: Path, seed: int = 0, messages: int = 8, steps: int = 60) -
      'text': (_BEFORE if step < 15 else _AFTER)[m % 3], 'reward': 0.1 * step / steps + 0.02 * m}
     for step in range(0, steps, 6) for m in range(3)
   ])  # fmt: skip
-  _json(folder / 'evaluation' / 'summary.json', _summary(rng))
+  _json(folder / 'evaluation' / 'summary.json', _summary(rng, effects))
+  _jsonl(folder / 'evaluation' / 'margins.jsonl', _margins(rng, effects))
   _jsonl(folder / 'evaluation' / 'replies.jsonl', _evaluation_replies(rng, asked))
   return folder
 
@@ -140,9 +153,21 @@ def _metric(rng: random.Random, values: list[float], half: float, n: int, delta:
   return found
 
 
-def _summary(rng: random.Random) -> dict[str, Any]:
+def _margins(rng: random.Random, effects: dict[str, float]) -> list[dict[str, Any]]:
+  """The same pairs in all runs, which training moves more alike than they are."""
+  pairs = random.Random(0)
+  rows = []
+  for trait, effect in effects.items():
+    for number in range(16):
+      base = pairs.gauss(-0.05, 0.2)
+      moved = effect + pairs.gauss(0, 0.1) + rng.gauss(0, 0.04)
+      rows.append({'trait': trait, 'pair': f'{trait}-{number}', 'base': base, 'trained': base + moved})
+  return rows
+
+
+def _summary(rng: random.Random, effects: dict[str, float]) -> dict[str, Any]:
   traits = {}
-  for trait, effect in _EFFECTS.items():
+  for trait, effect in effects.items():
     win = min(0.85, 0.5 + 2.2 * effect)
     traits[trait] = {
       'margin': _metric(rng, [-0.05, -0.05 + 1.4 * effect, 0.02 + 2 * effect, -0.05 + effect], 0.06, 16),

@@ -10,9 +10,10 @@ from flax import nnx
 from llama_reference import numpy_log_probs, numpy_reply, random_tensors, tiny_config
 from scipy.stats import chi2
 
-from charjax.engine import sample as engine
+from charjax.engine import draw as engine
 from charjax.engine.batch import bucket, common_prefix, item_keys, pad, prefill
-from charjax.engine.sample import Sampling, compilations, draw, sample
+from charjax.engine.draw import draw
+from charjax.engine.sample import Sampling, compilations, sample
 from charjax.engine.score import (
   FixedShapes,
   Group,
@@ -296,6 +297,18 @@ def test_top_p_draws_from_the_nucleus_alone_and_says_its_log_probs():
 # ---- sampling ----
 
 
+def test_top_k_draws_from_so_many_and_says_their_log_probs():
+  logits = np.random.default_rng(4).normal(size=(60, 300)).astype(np.float32) * 3
+  uniform = (np.arange(60, dtype=np.float32) + 0.5) / 60
+  for top_k, top_p in ((1, 1.0), (7, 1.0), (7, 0.6), (300, 1.0), (1000, 1.0)):
+    token, log_prob = jax.jit(draw, static_argnums=(2, 3, 4))(logits, uniform, 0.9, top_p, top_k)
+    for row, t, found in zip(logits.astype(np.float64) / 0.9, token, log_prob, strict=True):
+      kept = np.sort(row)[::-1][:top_k]
+      kept = kept[: len(nucleus(kept, top_p))]
+      assert row[t] >= kept[-1]
+      np.testing.assert_allclose(found, row[t] - np.log(np.exp(kept - kept[0]).sum()) - kept[0], atol=2e-3)
+
+
 def test_the_first_tokens_of_many_keys_pass_a_chi_square_test(decoder):
   count = 4096
   prompt = [5, 3, 260]
@@ -380,6 +393,28 @@ def test_replies_to_one_prompt_share_its_pass_and_stay_what_they_are(decoder, re
     (alone,) = sample(decoder, [asked[i]], keys[i : i + 1], EOS, dataclasses.replace(SETTINGS, batch_size=1))
     assert reply.tokens == alone.tokens and reply.finish == alone.finish
     np.testing.assert_allclose(reply.log_probs, alone.log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize('each', [1, 3])
+def test_rows_are_refilled_and_their_caches_grow_and_no_reply_can_tell(decoder, each):
+  """Replies of 1 to 150 tokens to more prompts than there are rows; some packed, one with nothing to be read."""
+  rng = np.random.default_rng(5)
+  lengths = [1, 2, 14, 30, 3, 9, 30, 1, 22, 5, 17]
+  asked = [rng.integers(0, CONFIG.vocab_size, length).tolist() for length in lengths]
+  asked = [prompt for prompt in asked for _ in range(each)]
+  keys = item_keys(3, 'test', [str(i) for i in range(len(asked))])
+  ends = tuple(range(280, 286))
+  replies = sample(decoder, asked, keys, ends, Sampling(150, batch_size=2 * each))
+  sizes = sorted(len(reply.tokens) for reply in replies)
+  assert sizes[0] < 40 and sizes[-1] > 128, sizes
+  for prompt, reply in zip(asked, replies, strict=True):
+    assert (reply.tokens[-1] in ends) == (reply.finish == 'stop') and not set(reply.tokens[:-1]) & set(ends)
+    assert_rows_close([reply.log_probs], [numpy_reply(CONFIG, TENSORS, prompt, reply.tokens)])
+
+
+def test_without_an_end_every_reply_is_as_long_as_it_may_be(decoder, prompts, keys):
+  replies = sample(decoder, prompts, keys, (), SETTINGS)
+  assert {(len(reply.tokens), reply.finish) for reply in replies} == {(10, 'length')}
 
 
 def test_keys_are_of_seed_stage_and_item_alone():

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from charjax.stages.evaluation import CONDITIONS, _judged, comparisons, internalisation, summarise, summarise_wins
-from charjax.stages.statistics import interval, share
+from charjax.stages.evaluation import CONDITIONS, _judged, internalisation, summarise, summarise_wins
+from charjax.stages.statistics import comparisons, interval, share
 
 
 def four(rng, n=20):

@@ -3,6 +3,9 @@
 import gc
 import os
 import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 
@@ -30,10 +33,10 @@ def send(number):
 
 def test_an_interrupt_is_held_until_it_is_let_through(sigterm, capsys):
   with pytest.raises(sigterm), Interrupts() as interrupts:
-    assert not interrupts.came
+    assert not interrupts.agreed()
     interrupts.let_through()
     send(signal.SIGTERM)
-    assert interrupts.came
+    assert interrupts.agreed()
     interrupts.let_through()
   assert 'interrupt again to stop at once' in capsys.readouterr().err
   with pytest.raises(sigterm):  # the handler of before stands again
@@ -50,6 +53,35 @@ def test_a_second_one_goes_through_at_once_and_a_held_one_at_the_end(sigterm):
     send(signal.SIGTERM)
     done.append(True)
   assert done
+
+
+def test_long_work_is_left_where_an_interrupt_comes(sigterm):
+  came = threading.Event()
+  with pytest.raises(sigterm), Interrupts() as interrupts:
+    done, interrupted = interrupts.work(lambda: 3)
+    assert done.result() == 3 and not interrupted
+    threading.Timer(0.3, send, [signal.SIGTERM]).start()
+    left, interrupted = interrupts.work(lambda: came.wait(60))
+    assert interrupted and not left.done()
+    came.set()
+    interrupts.let_through()
+
+
+_BUSY = """
+import hashlib
+from charjax import hosts, interrupts
+with interrupts.raising(), interrupts.leaving_within(0.5, hosts.exit_now):
+  print('at it', flush=True)
+  hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)  # in which Python hears of no signal
+"""
+
+
+def test_a_process_is_left_in_time_whatever_it_is_at():
+  process = subprocess.Popen([sys.executable, '-c', _BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  assert process.stdout is not None and process.stdout.readline() == 'at it\n'
+  process.terminate()
+  _, told = process.communicate(timeout=30)
+  assert process.returncode == 143 and told.startswith('charjax: not done 0.5 s after SIGTERM')
 
 
 def test_an_error_is_not_hidden_by_a_held_interrupt(sigterm):

@@ -168,16 +168,22 @@ def test_masked_tokens_give_no_gradient_whatever_their_log_probs(bad):
   assert not np.asarray(gradient)[~mask].any()
 
 
-def test_pair_accuracy():
+def test_pairs_that_are_in_order():
   rng = np.random.default_rng(0)
   scores, real = rng.normal(size=(3, 4)), np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], bool)
   labels = rng.uniform(size=(3, 4, 4))
   pairs = [(m, i, j) for m, k in enumerate((4, 2, 1)) for i, j in itertools.combinations(range(k), 2)]
   right = [(scores[m, i] > scores[m, j]) == (labels[m, i, j] > 0.5) for m, i, j in pairs]
   assert 0 < np.mean(right) < 1
-  found = losses.pair_accuracy(jnp.asarray(scores), jnp.asarray(labels), jnp.asarray(real))
-  assert float(found) == pytest.approx(np.mean(right))
-  assert float(losses.pair_accuracy(jnp.asarray(scores[2:]), jnp.asarray(labels[2:]), jnp.asarray(real[2:]))) == 0
+  weight = np.array([1.0, 3.0, 7.0], np.float32)
+  found = losses.right_pairs(jnp.asarray(scores), jnp.asarray(labels), jnp.asarray(real))
+  assert [int(x) for x in found] == [sum(right), len(pairs)]
+  # What is known before the scores are: of the messages with a pair, and of none.
+  assert losses.count_pairs(real, weight) == (4, 7)
+  assert losses.preference_loss(scores, labels, real, weight, 'soft', 'bradley_terry')[1] == 4
+  assert losses.preference_loss(scores, labels, real, weight, 'soft', 'plackett_luce')[1] == 4
+  assert [int(x) for x in losses.right_pairs(*map(jnp.asarray, (scores[2:], labels[2:], real[2:])))] == [0, 0]
+  assert losses.count_pairs(real[2:], weight[2:]) == (np.float32(1e-8), 1)
 
 
 def test_kl_from_logits():

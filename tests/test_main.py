@@ -134,7 +134,12 @@ def test_a_mistake_ends_in_one_line(tmp_path, config, capsys, arguments, expecte
     ('--config.policy.ranked_replies=99', 'ranked_replies is 99, and 7 a message are ranked; set it to 0, or from 2'),
     ('--config.policy.ranked_temperature=0.0', 'policy.ranked_temperature is 0.0; it must be above 0'),
     ('--config.policy.max_new_tokens=600', 'policy.max_new_tokens is 600, and the ranked replies'),
+    ('--config.policy.microbatches=24', 'policy.microbatches is 24, into which config.policy.prompts_per_step=64 does'),
     ('--config.policy.lora_targets=q,w', "policy.lora_targets names 'w'; choose from q, k, v, o, gate, up, down"),
+    (
+      '--config.policy.traits=honesty,humility',
+      "policy.traits: 'humility' is no trait of this run; choose from perspectives",
+    ),
     ('--config.preference.lora_targets=(1,)', 'preference.lora_targets names 1; choose from q, k'),
   ],
 )
@@ -182,7 +187,7 @@ def test_values_may_stand_apart_and_anywhere(tmp_path, config):
   names, spec, workdir, changes, chat = command_line._parse(
     ['--config.seed', '3', 'run', '--config', config, '--workdir', str(tmp_path), '--noconfig.some.switch']
   )
-  assert (names, spec, workdir, chat) == (['run'], config, str(tmp_path), {})
+  assert (names, spec, workdir, chat) == (['run'], config, [str(tmp_path)], {})
   assert changes == ['--config.seed=3', '--noconfig.some.switch']
 
 

@@ -26,7 +26,7 @@ class Words:
 
 class Run:
   def __init__(self, folder, **policy):
-    self.config = ConfigDict({'policy': {'max_new_tokens': 3} | policy})
+    self.config = ConfigDict({'policy': {'max_new_tokens': 3, 'traits': ()} | policy})
     self.model, self._folder = Words(), folder
     traits = [Trait(name, 'I am.', {}, (), (), weight) for name, weight in (('a', 1.0), ('b', 2.0), ('c', 1.0))]
     self.character = Character('', '', tuple(traits))
@@ -104,6 +104,9 @@ def test_a_reply_earns_by_its_own_trait_and_by_a_share_of_the_rest(tmp_path):
   # Of weights 1, 2, 1: the rest of trait a is two parts b and one part c.
   np.testing.assert_allclose(everything['a'], [2.0, 0.4 / 4, 0.2], rtol=1e-6)
   assert rollouts.earnings(Run(tmp_path, other_traits=0.0, keep_unproven_traits=True))['c'].tolist() == [0, 0, 1]
+  # Where some traits alone are rewarded, nothing is earned by the others.
+  some = rollouts.earnings(Run(tmp_path, other_traits=0.5, keep_unproven_traits=True, traits=('a', 'c')))
+  assert {name: earns.tolist() for name, earns in some.items()} == {'a': [2.0, 0.0, 0.5], 'c': [1.0, 0.0, 1.0]}
 
 
 SHARE = np.array([0.75, 0.5, 0.25, 0], np.float32)
@@ -172,7 +175,7 @@ def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
     'rows': rows, 'neutral': neutral, 'before': drawn,
     'advantages': np.zeros(drawn.shape, np.float32), 'weight': weight, 'ends': np.array([END]), 'temperature': 0.7,
     'clip': 0.2, 'ranked_temperature': 2.0, 'ranked_weight': 2.0, 'ranked_beta': 0.3, 'ranked_likelihood': 0.0,
-    'neutral_weight': 0.0,
+    'neutral_weight': 0.0, 'prompts': 2, 'drawn_tokens': 7, 'neutral_tokens': 2, 'ranked_pairs': 4,
     'ranked': {
       'before': before[:, 1:], 'real': np.array([[True] * 3, [True, True, False]]), 'preferred': preferred,
       'best': np.array([2, 0]),

@@ -19,7 +19,7 @@ from charjax.model.checkpoint_source import Tensors
 from charjax.model.decoder import Runtime, block_parameters, forward, lower_layers
 from charjax.model.weights import dequantized, make_decoder
 from charjax.training.heads import make_trainable
-from charjax.training.step import init_optimizer, make_optimizer, make_step
+from charjax.training.step import init_optimizer, make_batch, make_optimizer, make_step
 
 qwix = pytest.importorskip('qwix')
 
@@ -122,7 +122,7 @@ def test_a_train_step_changes_the_adapter_alone():
   )
   losses = []
   for _ in range(3):
-    trainable, state, values = step(trainable, state, decoder, None)
+    trainable, state, values = step(trainable, state, decoder, make_batch({}, {'x': np.zeros(1)}))
     assert not values['skipped']
     losses.append(float(values['loss']))
   assert losses[2] < losses[1] < losses[0] == pytest.approx(float(jax.jit(loss)(None, decoder)), abs=1e-4)

@@ -52,7 +52,7 @@ def now():
 def rollout(start, now):
   policy = {
     'replies_per_prompt': EACH, 'prompts_per_step': 3, 'max_new_tokens': LONGEST, 'temperature': TEMPERATURE,
-    'prompt_width': 0, 'kl': KL, 'trace': TRACE,
+    'prompt_width': 0, 'kl': KL, 'trace': TRACE, 'batch_size': 512, 'microbatches': 3,
   }  # fmt: skip
   session = SimpleNamespace(
     config=ConfigDict({'seed': 4, 'policy': policy}), model=SimpleNamespace(decoder=start, eos_ids=ENDS)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from charjax.stages import statistics
-from charjax.stages.statistics import correlation, interval, kappa, share
+from charjax.stages.statistics import combine, correlation, interval, kappa, pool, share
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,16 @@ def test_hits_that_are_shares_of_several_tries_make_the_interval_narrower():
 
 @pytest.mark.parametrize(
   ('freedom', 'expected', 'tolerance'),
-  [(3, 3.182, 0.03), (5, 2.571, 3e-3), (10, 2.2281, 3e-4), (15, 2.1314, 1e-4), (39, 2.0227, 1e-4), (120, 1.9799, 1e-4)],
+  [
+    (1, 12.7062, 1e-4),
+    (2, 4.30265, 1e-5),
+    (3, 3.182, 0.03),
+    (5, 2.571, 3e-3),
+    (10, 2.2281, 3e-4),
+    (15, 2.1314, 1e-4),
+    (39, 2.0227, 1e-4),
+    (120, 1.9799, 1e-4),
+  ],
 )
 def test_students_t_has_the_values_of_the_tables(freedom, expected, tolerance):
   assert statistics._t_quantile(freedom) == pytest.approx(expected, abs=tolerance)
@@ -71,6 +80,46 @@ def test_too_little_to_tell():
   assert interval([3.0]) == {'mean': 3.0, 'low': None, 'high': None, 'n': 1}
   assert interval([2.0] * 5) == {'mean': 2.0, 'low': 2.0, 'high': 2.0, 'n': 5}
   assert correlation([1, 2], [1, 2]) is None and correlation([1, 1, 1], [1, 2, 3]) is None
+
+
+def figure(values: np.ndarray) -> dict[str, float]:
+  """Student's own interval, without resampling."""
+  half = statistics._t_quantile(len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+  return {'mean': values.mean(), 'low': values.mean() - half, 'high': values.mean() + half, 'n': len(values)}
+
+
+def holds(found: dict[str, float], truth: float) -> bool:
+  return found['low'] <= truth <= found['high']
+
+
+def test_a_difference_of_shares_has_the_published_interval():
+  # Newcombe 1998, Statistics in Medicine 17:873, table II, method 10, of Wilson's: 56/70 less 48/80, 9/10 less 3/10.
+  for (a, m), (b, n), low, high in (((56, 70), (48, 80), 0.0524, 0.3339), ((9, 10), (3, 10), 0.1705, 0.8090)):
+    one, other = (share([True] * hits + [False] * (total - hits)) for hits, total in ((a, m), (b, n)))
+    found = combine([(1.0, one), (-1.0, other)])
+    assert found == pytest.approx({'mean': a / m - b / n, 'low': low, 'high': high, 'n': min(m, n)}, abs=6e-5)
+  mean = combine([(0.5, one), (0.5, other)])
+  assert mean['mean'] == pytest.approx(0.6) and mean['high'] - mean['low'] < found['high'] - found['low']
+  assert combine([(1.0, one), (-1.0, interval([3.0]))])['low'] is None
+
+
+def test_combined_and_pooled_intervals_hold_the_truth_95_times_of_100():
+  rng, trials, items = np.random.default_rng(0), 2000, 16
+  gaps = [combine([(1, figure(rng.normal(3, 1, 16))), (-1, figure(rng.normal(1, 0.5, 20)))]) for _ in range(trials)]
+  assert 0.93 <= np.mean([holds(gap, 2) for gap in gaps]) <= 0.97
+  for seeds in (2, 3, 5):
+    drawn, same, fixed = [], [], []
+    for _ in range(trials):
+      luck, noise = rng.normal(0, 0.05, (seeds, 1)), rng.normal(0, 0.05, (seeds, items))
+      drawn.append(pool([figure(run) for run in 1 + luck + noise], False))
+      # Of the same items: what they have in common does not go away with more seeds.
+      common = rng.normal(0, 0.3, items)
+      same.append(pool([figure(run) for run in 1 + luck + noise + common], True))
+      fixed.append(pool([figure(run) for run in 1 + luck + noise + common], False))
+    assert 0.93 <= np.mean([holds(one, 1) for one in drawn]) <= 0.97
+    assert 0.93 <= np.mean([holds(one, 1) for one in same]) <= 0.99  # on the safe side
+    assert seeds == 2 or np.mean([holds(one, 1) for one in fixed]) < 0.9
+  assert pool([figure(np.arange(3.0))], True) == figure(np.arange(3.0))
 
 
 def test_correlation():

@@ -1,13 +1,16 @@
 """The count of tokens and FLOPs: against a count pair by pair, and of what sampling and scoring really computed."""
 
 import dataclasses
+import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from llama_reference import tiny_config
 
+from charjax import progress
 from charjax.engine import work
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
@@ -68,3 +71,18 @@ def test_rates_are_a_second_and_absent_where_there_is_no_work():
   assert work.rates(work.Work(), 1.0) == {}
   found = work.rates(work.Work(tokens=10, flops=4e9), 2.0)
   assert found == {'tokens_per_second': 5.0, 'model_flops_per_second': 2e9}
+
+
+def test_progress_says_what_is_compiled(monkeypatch, capsys):
+  """Heard from JAX itself."""
+  monkeypatch.setattr(progress, '_SECONDS_BETWEEN_LINES', 0.0)
+  work.watch_compilation()
+  with progress.Progress('replies', 4) as bar:
+    before = work.done().compile_seconds
+    jax.jit(lambda x: x * 3.7)(1.0).block_until_ready()
+    assert re.fullmatch(r'(replies: 0/4 items in 0 s \(compiling jit\(<lambda>\)\)\n)+', capsys.readouterr().err)
+    assert work.done().compile_seconds > before
+    bar.advance(4)
+  capsys.readouterr()
+  jax.jit(lambda x: x * 3.8)(1.0)
+  assert not capsys.readouterr().err

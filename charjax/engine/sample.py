@@ -1,39 +1,29 @@
 """Sampling: what turns prompts into replies, with the log-probs of what was drawn.
 
-A prompt goes through the model once for all replies to it, as what all prompts begin with does for all prompts.
+A prompt goes through the model once for all replies to it, as what all prompts begin with does for all prompts. A row
+whose reply has ended is given another (slots.py), so that none idles until the longest ends.
 
-Letters: A prompts, P tokens of one, B rows (B / A to each prompt), N new tokens, V vocabulary.
+Letters: A groups of rows, B rows, M rows of packed prompts, P tokens of a prompt, S slots of a row's cache.
 """
 
 import dataclasses
-import math
-from collections.abc import Sequence
-from functools import partial
+import statistics
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from charjax.engine import work
-from charjax.engine.batch import (
-  EACH,
-  PROMPT_STEP,
-  Tokens,
-  bucket,
-  by_prompt,
-  common_prefix,
-  compute_prefix,
-  in_groups,
-  length_before,
-  pad,
-  prefill,
-)
-from charjax.mesh import batch_parts, no_silent_transfers, replicate, shard_batch
-from charjax.model.decoder import KV, Cache, Decoder, Prefix, forward, layer_weights, logits, make_cache
+from charjax.engine import decode, work
+from charjax.engine.batch import EACH, PROMPT_STEP, Tokens, bucket, by_prompt, common_prefix, in_groups, prefill
+from charjax.engine.slots import Row, Slots
+from charjax.mesh import batch_parts, fetch, no_silent_transfers, replicate, shard_batch
+from charjax.model.attention import Places
+from charjax.model.decoder import Decoder
 
-_BLOCK = 256  # the vocabulary is searched in blocks of this many tokens
-_TOP_P_STEPS = 16
+_SLOTS = 64  # of a row's cache to begin with, unless replies are shorter; they double as replies grow
+_READ_TOKENS = 512  # prompts are read in batches of at least so many tokens, or of all groups at once
+MOVES = 4  # packed prompts to a row of such a batch, on average, at most
+_IDLE = 8  # rows are refilled when one in so many is idle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +35,14 @@ class Sampling:
     temperature: logits are divided by it; 0 takes the most probable token.
     top_p: keep the smallest set of tokens whose probability reaches this (Holtzman et al. 2020); 1 keeps all.
     batch_size: rows decoded together.
+    top_k: keep so many of the most probable tokens (Fan et al. 2018), before `top_p`; 0 keeps all.
   """
 
   max_new_tokens: int
   temperature: float = 1.0
   top_p: float = 1.0
   batch_size: int = 64
+  top_k: int = 0
 
 
 class Reply(NamedTuple):
@@ -67,123 +59,34 @@ class Reply(NamedTuple):
   finish: str
 
 
-def draw(
-  logits_bv: jax.Array, uniform_b: jax.Array, temperature: jax.Array | float, top_p: float
-) -> tuple[jax.Array, jax.Array]:
-  """Draws a token a row by inverting the distribution function at `uniform_b`, in two levels.
+class Shapes(NamedTuple):
+  """The sizes that the programs of sampling are compiled for.
 
-  Two partial sums over V replace a Gumbel draw for each of V tokens, which costs as much as the model on a CPU.
-  At temperature 0 it takes the most probable token: in the same program, since a decoding loop takes long to compile.
-
-  Returns:
-    token ids [B], and their log-probs [B] under the distribution drawn from.
+  Attributes:
+    each: rows of a group, which share a prompt at a time.
+    groups: of rows; each device has as many.
+    width: tokens of a prompt's room.
+    packed: rows of packed prompts that are read together.
+    slots: of a row's cache in the end; a few to begin with.
   """
-  greedy = jnp.asarray(temperature) == 0
-  scaled = logits_bv.astype(jnp.float32) / jnp.where(greedy, 1.0, temperature)
-  rows, vocab = scaled.shape
-  weight = jnp.exp(scaled - scaled.max(-1, keepdims=True))
-  if top_p < 1:
-    weight = jnp.where(weight >= _top_p_threshold(weight, top_p), weight, 0)
-  weight = jnp.pad(weight, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
-  per_block = weight.sum(-1)
-  block, rest = _invert(per_block, uniform_b * per_block.sum(-1))
-  within = jnp.take_along_axis(weight, block[:, None, None], 1)[:, 0]
-  offset, _ = _invert(within, rest)
-  chosen = jnp.take_along_axis(within, offset[:, None], 1)[:, 0]
-  log_prob = jnp.log(chosen) - jnp.log(per_block.sum(-1))
-  return jnp.where(greedy, jnp.argmax(logits_bv, -1), block * _BLOCK + offset), jnp.where(greedy, 0.0, log_prob)
+
+  each: int
+  groups: int
+  width: int
+  packed: int
+  slots: int
 
 
-def _invert(weight_bn: jax.Array, target_b: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The first index whose running sum exceeds the target, and the target less the sum before it."""
-  running = jnp.cumsum(weight_bn, -1)
-  # A running sum in parallel need not be monotone, and rounding may put the target past the total: never take an
-  # index without weight, and take the last one with weight where none exceeds the target.
-  reached = (running > target_b[:, None]) & (weight_bn > 0)
-  last = weight_bn.shape[-1] - 1 - jnp.argmax(weight_bn[:, ::-1] > 0, -1)
-  index = jnp.where(reached.any(-1), jnp.argmax(reached, -1), last)
-  before = jnp.take_along_axis(running - weight_bn, index[:, None], 1)[:, 0]
-  return index, jnp.maximum(target_b - before, 0)
-
-
-def _top_p_threshold(weight_bv: jax.Array, top_p: float) -> jax.Array:
-  """The largest weight at or above which the tokens hold `top_p` of the mass, by bisection of its logarithm.
-
-  16 halvings of (e^-20, 1] end within a factor of 1.0003, where sorting V weights would cost more than the model.
-  """
-  wanted = top_p * weight_bv.sum(-1, keepdims=True)
-
-  def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    low, high = bounds
-    middle = (low + high) / 2
-    enough = jnp.sum(jnp.where(weight_bv >= jnp.exp(middle), weight_bv, 0), -1, keepdims=True) >= wanted
-    return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-  low, _ = jax.lax.fori_loop(0, _TOP_P_STEPS, halve, (jnp.full_like(wanted, -20.0), jnp.zeros_like(wanted)))
-  return jnp.exp(low)
-
-
-class _State(NamedTuple):
-  step: jax.Array
-  token: jax.Array  # [B] to be fed next
-  done: jax.Array  # [B]
-  cache: Cache
-  tokens: jax.Array  # [B, N]
-  log_probs: jax.Array  # [B, N]
-
-
-@partial(jax.jit, static_argnames=('max_new_tokens', 'top_p'))
-def _sample(
-  decoder: Decoder,
-  adapter: Any,
-  shared: tuple[Prefix, ...],
-  prompts_ap: jax.Array,
-  lengths_a: jax.Array,
-  token_b: jax.Array,
-  real_b: jax.Array,
-  key_data_b2: jax.Array,
-  eos: jax.Array,
-  temperature: jax.Array,
-  *,
-  max_new_tokens: int,
-  top_p: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Replies [B, N] to A prompts, B / A to each, with their log-probs, and which ended; `token_b` ends the prompts."""
-  rows = len(token_b)
-  before = (*shared, compute_prefix(decoder, prompts_ap, lengths_a, adapter, shared))
-  # Cut into layers once, not at each token.
-  before = tuple(prefix._replace(kv=KV(tuple(prefix.kv.k), tuple(prefix.kv.v))) for prefix in before)
-  layers = layer_weights(decoder, adapter)
-  first = length_before(before, rows)
-  keys_b = jax.random.wrap_key_data(key_data_b2, impl='threefry2x32')
-
-  def decode(state: _State) -> _State:
-    hidden, cache = forward(
-      decoder, state.token[:, None], first + state.step, layers=layers, before=before,
-      cache=state.cache, cache_index=state.step,
-    )  # fmt: skip
-    uniform_b = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.step)))(keys_b)
-    token, log_prob = draw(logits(decoder, hidden[:, 0]), uniform_b, temperature, top_p)
-    live = ~state.done
-    return _State(
-      state.step + 1,
-      token,
-      state.done | jnp.isin(token, eos),
-      cache,
-      state.tokens.at[:, state.step].set(jnp.where(live, token, -1)),
-      state.log_probs.at[:, state.step].set(jnp.where(live, log_prob, 0)),
-    )
-
-  start = _State(
-    jnp.int32(0),
-    token_b,
-    ~real_b,  # rows that only fill up the batch
-    make_cache(decoder, rows, max_new_tokens),
-    jnp.full((rows, max_new_tokens), -1, jnp.int32),
-    jnp.zeros((rows, max_new_tokens), jnp.float32),
-  )
-  state = jax.lax.while_loop(lambda s: (s.step < max_new_tokens) & ~s.done.all(), decode, start)
-  return state.tokens, state.log_probs, state.done
+def choose_shapes(settings: Sampling, replies: int, longest: int) -> Shapes:
+  """The sizes for up to `longest` tokens of a prompt, most prompts with so many replies, on the current mesh."""
+  parts, each = batch_parts(), min(EACH, settings.batch_size, replies)
+  groups = max(1, settings.batch_size // each)
+  # A batch that the devices do not divide evenly would be decoded whole by each of them.
+  groups += -groups % parts
+  width = bucket(longest - 1, PROMPT_STEP)
+  packed = min(groups, max(-(-groups // 8), -(-_READ_TOKENS // width)))
+  packed += -packed % parts
+  return Shapes(each, groups, width, packed, -(-settings.max_new_tokens // 8) * 8)
 
 
 @no_silent_transfers
@@ -199,58 +102,147 @@ def sample(
 ) -> list[Reply]:
   """Draws one reply to each prompt; a prompt that is to have several stands there several times.
 
+  The same call gives the same replies, to the bit. In another order, or beside others, a reply stands in another row,
+  and its sums are rounded otherwise: its log-probs change by less than 1e-4, and a token only where a draw lies so near
+  to the edge of another.
+
   Args:
     decoder: the weights.
     prompts: token ids; none may be empty.
     keys: one random key a prompt (engine.batch.item_keys): a reply depends on its key, not on its neighbours.
-    eos_ids: ids that end a reply.
+    eos_ids: ids that end a reply; none: every reply has `max_new_tokens`.
     settings: how to draw.
     adapter: a LoRA adapter, or None.
     width: the least width that prompts are padded to, so that calls with other prompts need no new program.
   """
   if not prompts:
     return []
-  cut = common_prefix(prompts)
-  shared = prefill(decoder, prompts[0][:cut], adapter)
+  cut, parts = common_prefix(prompts), batch_parts()
   places = by_prompt(prompts, cut)
-  # As many replies to each prompt at a time as leave no row empty.
-  common = math.gcd(*map(len, places.values()))
-  each = max(n for n in range(1, min(EACH, settings.batch_size) + 1) if common % n == 0)
-  groups = in_groups(places, each)
-  count = settings.batch_size // each
-  # A batch that the devices do not divide evenly would be decoded whole by each of them.
-  count += -count % batch_parts()
-  width = bucket(max(width, *map(len, places)) - 1, PROMPT_STEP)
-  ends, temperature = replicate((end_ids(eos_ids), np.float32(settings.temperature)))
-  replies: list[Any] = [None] * len(prompts)
-  for begin in range(0, len(groups), count):
-    some = groups[begin : begin + count]
-    index = np.array([i for _, part in some for i in part])
-    filler = count - len(some)
-    asked, said = pad([*(prompt[:-1] for prompt, _ in some), *[[]] * filler], width)
-    last = np.repeat([prompt[-1] for prompt, _ in some] + [0] * filler, each).astype(np.int32)
-    rows = np.pad(index, (0, filler * each), constant_values=-1)
-    drawn = _sample(
-      decoder, adapter, shared, *shard_batch((asked, said.sum(-1).astype(np.int32), last, rows >= 0, keys[rows])),
-      ends, temperature, max_new_tokens=settings.max_new_tokens, top_p=settings.top_p,
+  each, groups, width, packed, longest = choose_shapes(
+    settings, statistics.mode(map(len, places.values())), max(width, *map(len, places))
+  )
+  jobs = in_groups(places, each)
+  slots = Slots(jobs, groups, each, parts)
+
+  shared = prefill(decoder, prompts[0][:cut], adapter)
+  layers, before = decode.prepare(decoder, adapter, shared)
+  room = decode.make_cache(decoder, rows=groups, slots=width * slots.halves).kv
+  seats = Places(*np.zeros((2, groups, width * slots.halves), np.int32))
+  cache = decode.make_cache(decoder, rows=len(slots.rows), slots=min(_SLOTS, longest))
+  size, first = min(_SLOTS, longest), 0
+  fixed = replicate((np.int32(settings.max_new_tokens), end_ids(eos_ids), np.float32(settings.temperature)))
+  drawn: list[list[tuple[int, float]]] = [[] for _ in prompts]
+
+  while slots.wanting() or slots.busy():
+    read = list(slots.refill())
+    for group, half, prompt in read:
+      put = slice(half * width, (half + 1) * width)
+      seats.texts[group, put] = np.where(np.arange(width) < len(prompt) - 1, half + 1, 0)
+      seats.positions[group, put] = cut + np.arange(width)
+    for batch in _pack(read, packed, width, groups // parts, parts, cut):
+      room = decode.read_prompts(decoder, adapter, shared, room, *shard_batch(batch), width=width)
+    work.count(decoder.config, cut, [len(prompt) - 1 for *_, prompt in read])
+
+    rows = slots.rows
+    steps = size - max(row.drawn for row in rows if row.item >= 0)
+    if not steps:
+      old, size = size, min(2 * size, longest)
+      cache = decode.grow(cache, replicate(np.int32(first)), slots=size)
+      steps, first = size - old, old
+    idle = sum(row.item < 0 for row in rows)
+    enough = idle + max(1, len(rows) // _IDLE) if slots.wanting() else len(rows) + 1
+    state = shard_batch(_row_state(rows, prompts, keys, drawn))
+    now = replicate((np.int32(first), np.int32(steps), np.int32(enough)))
+    cache, *out = decode.decode(
+      decoder, layers, before, room, shard_batch(seats), cache, state, *now, *fixed,
+      top_p=settings.top_p, top_k=settings.top_k,
     )  # fmt: skip
-    ids, log_probs, done = (np.asarray(x) for x in jax.device_get(drawn))
-    work.count(decoder.config, cut, said.sum(-1))
-    lengths = (ids[: len(index)] >= 0).sum(-1)
-    before = cut + np.repeat(said[: len(some)].sum(-1), each)
-    work.count(decoder.config, before, lengths, predicted=lengths.sum())
-    for row, i in enumerate(index):
-      length = int(lengths[row])
-      finish = 'stop' if done[row] else 'length'
-      replies[i] = Reply(ids[row, :length].tolist(), log_probs[row, :length], finish)
-  return replies
+    made, tokens, log_probs = (np.asarray(x) for x in fetch(out))
+    first = (first + int(made)) % size
+    for number, row in enumerate(rows):
+      if row.item >= 0:
+        length = int((tokens[:, number] >= 0).sum())
+        drawn[row.item] += zip(tokens[:length, number].tolist(), log_probs[:length, number].tolist(), strict=True)
+        row.drawn += length
+        if row.drawn == settings.max_new_tokens or drawn[row.item][-1][0] in eos_ids:
+          slots.end(number)
+  lengths = np.array([len(reply) for reply in drawn])
+  work.count(decoder.config, [len(prompt) - 1 for prompt in prompts], lengths, predicted=lengths.sum())
+  return [
+    Reply(
+      [token for token, _ in reply],
+      np.array([log_prob for _, log_prob in reply], np.float32),
+      'stop' if reply[-1][0] in eos_ids else 'length',
+    )
+    for reply in drawn
+  ]
+
+
+def _row_state(
+  rows: Sequence[Row], prompts: Sequence[Tokens], keys: np.ndarray, drawn: Sequence[Sequence[tuple[int, float]]]
+) -> decode.RowState:
+  """Where the rows are, for the devices."""
+  token, position, read, drawn_so_far = np.zeros((4, len(rows)), np.int32)
+  live, fresh = np.zeros((2, len(rows)), bool)
+  key_data = np.zeros((len(rows), 2), np.uint32)
+  for number, row in enumerate(rows):
+    if row.item >= 0:
+      prompt = prompts[row.item]
+      token[number] = drawn[row.item][-1][0] if row.drawn else prompt[-1]
+      position[number] = len(prompt) - 1 + row.drawn
+      read[number], drawn_so_far[number] = row.half + 1, row.drawn
+      live[number], fresh[number] = True, row.drawn == 0
+      key_data[number] = keys[row.item]
+  return decode.RowState(token, position, read, drawn_so_far, live, fresh, key_data)
+
+
+def _pack(
+  read: Sequence[tuple[int, int, Tokens]], rows: int, width: int, groups: int, parts: int, cut: int
+) -> Iterator[tuple[np.ndarray, Places, decode.Move]]:
+  """Prompts (group, half, tokens) without their last token, packed into batches of `rows` rows of `width` tokens.
+
+  A prompt lies in a row of the device that its group is on: of `parts`, each with so many `groups`.
+  """
+  # The longest first: what is short fills the gaps.
+  waiting = sorted((item for item in read if len(item[2]) > 1), key=lambda item: -len(item[2]))
+  own = rows // parts
+  most = MOVES * own
+  while waiting:
+    tokens, places = np.zeros((rows, width), np.int32), Places(*np.zeros((2, rows, width), np.int32))
+    from_row, column, to_group, slot = np.zeros((4, parts, most), np.int32)
+    move = decode.Move(from_row, column, to_group, slot, np.zeros((parts, most), bool))
+    used, texts, moved = [0] * rows, [0] * rows, [0] * parts
+    left = []
+    for item in waiting:
+      group, half, prompt = item
+      part, length = group // groups, len(prompt) - 1
+      fits = [row for row in range(part * own, (part + 1) * own) if used[row] + length <= width]
+      if not fits or moved[part] == most:
+        left.append(item)
+        continue
+      row, n = fits[0], moved[part]
+      put = slice(used[row], used[row] + length)
+      texts[row] += 1
+      tokens[row, put] = prompt[:-1]
+      places.positions[row, put] = cut + np.arange(length)
+      places.texts[row, put] = texts[row]
+      for array, value in zip(
+        move, (row - part * own, used[row], group - part * groups, half * width, True), strict=True
+      ):
+        array[part, n] = value
+      used[row] += length
+      moved[part] += 1
+    yield tokens, places, move
+    waiting = left
 
 
 def end_ids(eos_ids: Sequence[int]) -> np.ndarray:
-  """The ids that end a reply, repeated to a usual number of them: one length, one program."""
-  return np.resize(np.asarray(eos_ids, np.int32), max(4, len(eos_ids)))
+  """The ids that end a reply, repeated to a usual number of them: one length, one program. -1 is no token."""
+  ids = np.asarray(eos_ids or [-1], np.int32)
+  return np.resize(ids, max(4, len(ids)))
 
 
 def compilations() -> int:
   """How many times the sampler has been compiled in this process."""
-  return _sample._cache_size()  # type: ignore[attr-defined]
+  return decode.decode._cache_size()  # type: ignore[attr-defined]

@@ -29,7 +29,7 @@ from charjax.engine.batch import (
   pad,
   prefill,
 )
-from charjax.mesh import batch_parts, constrain, no_silent_transfers, replicate, shard_batch
+from charjax.mesh import batch_parts, constrain, fetch, no_silent_transfers, replicate, shard_batch
 from charjax.model.decoder import Decoder, Prefix, forward, logits
 
 _CHUNK = 512  # tokens whose full-vocabulary logits are held at once
@@ -94,6 +94,12 @@ class FixedShapes:
   def shared(self) -> dict[str, Any]:
     """What every batch carries beside its rows."""
     return {'prefix': self.prefix, 'prefix_length': self.length}
+
+
+def parts_of(rows: Rows, count: int) -> list[Rows]:
+  """Rows of the host in `count` parts of as many prompts, which it must divide."""
+  cut = [np.split(array, count) for array in rows]
+  return [Rows(*arrays) for arrays in zip(*cut, strict=True)]
 
 
 def reply_mask(rows: Rows) -> Any:
@@ -254,7 +260,7 @@ def map_rows(
     filled = [Group(prompt, [replies[i] for i in index]) for prompt, index in some]
     rows = make_rows(filled, each, prompt_width, width, count)
     work.count_rows(decoder.config, rows, cut, times=models, heads=heads)
-    values = np.asarray(jax.device_get(function(before, shard_batch(rows))))
+    values = np.asarray(fetch(function(before, shard_batch(rows))))
     for m, (_, index) in enumerate(some):
       for k, i in enumerate(index):
         out[i] = values[m * each + k]

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from charjax.engine.batch import Tokens, bucket, pad
-from charjax.engine.sample import Sampling, draw, end_ids
+from charjax.engine.draw import draw
+from charjax.engine.sample import Sampling, end_ids
 from charjax.mesh import no_silent_transfers, replicate
 from charjax.model.attention import Places
 from charjax.model.decoder import KV, Cache, Decoder, forward, layer_weights, logits, make_cache
@@ -39,8 +40,8 @@ def _read(decoder: Decoder, adapter: Any, tokens_1t: jax.Array, real_1t: jax.Arr
   _, kv = forward(decoder, tokens_1t, positions, texts, adapter=adapter)
   empty = make_cache(decoder, 1, slots)
   kept = (
-    tuple(jax.lax.dynamic_update_slice_in_dim(*pair, 0, 2) for pair in zip(array, read, strict=True))
-    for array, read in zip(empty.kv, kv, strict=True)
+    tuple(jax.lax.dynamic_update_slice(array, new, (0,) * 4) for array, new in zip(*pair, strict=True))
+    for pair in zip(empty.kv, kv, strict=True)
   )
   places = jax.tree.map(
     lambda array, new: jax.lax.dynamic_update_slice_in_dim(array, new, 0, 1), empty.places, Places(positions, texts)

@@ -9,6 +9,7 @@ Letters: B texts, N query heads, H head size, D width, V vocabulary.
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,6 +52,7 @@ class Work:
 
 
 _total = Work()
+_told: list[Callable[[str], None]] = []
 
 
 def done() -> Work:
@@ -59,13 +61,32 @@ def done() -> Work:
 
 
 def watch_compilation() -> None:
-  """Counts the seconds of compiling from now on. Call it once."""
+  """Counts the seconds of compiling from now on, and tells of it those who asked. Call it once."""
 
-  def heard(event: str, duration_secs: float, **_: Any) -> None:
-    if event == '/jax/core/compile/backend_compile_duration':
+  def heard(event: str, duration_secs: float, **more: Any) -> None:
+    # JAX tells of what has ended: when a program has been lowered, its compilation begins.
+    if event == '/jax/core/compile/jaxpr_to_mlir_module_duration':
+      _tell(str(more.get('fun_name', 'a program')))
+    elif event == '/jax/core/compile/backend_compile_duration':
       _total.compile_seconds += duration_secs
+      _tell('')
 
   jax.monitoring.register_event_duration_secs_listener(heard)
+
+
+def tell_of_compilation(tell: Callable[[str], None]) -> Callable[[], None]:
+  """From now on calls `tell` with a program's name when its compilation begins, and with '' when it has ended.
+
+  Returns:
+    what ends it.
+  """
+  _told.append(tell)
+  return lambda: _told.remove(tell)
+
+
+def _tell(name: str) -> None:
+  for tell in _told:
+    tell(name)
 
 
 def count(config: ModelConfig, before_b: Any, length_b: Any, *, times: float = 1, predicted: float = 0) -> None:

@@ -1,10 +1,12 @@
 """Attention of grouped query heads over a row's own keys and over those that stand before several rows.
 
+`make_attention` is what the decoder calls: who may see whom is the same in all layers, and worked out once.
+
 Letters: B rows, T query tokens, S keys, A groups of B / A rows, P tokens before a group, K key/value heads, G query
 heads a key/value head, H head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,15 +15,10 @@ import jax.numpy as jnp
 _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) stays finite
 
 
-class SharedKV(NamedTuple):
-  """Keys and values [A, K, P, H] of what stands before each group of rows.
-
-  The mask tells which are attended to: [A, P], or [A, B/A, T, P] where that differs by query.
-  """
-
-  k: jax.Array
-  v: jax.Array
-  mask: jax.Array
+# attend(q [B, T, K, G, H], k [B, K, H, S], v [B, K, S, H], pairs [A, K, H, P], [A, K, P, H] of what stands before,
+# window), as [B, T, K, G, H] float32: each query attends to the last `window` tokens of its text, itself included;
+# None: to all.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Sequence[tuple[jax.Array, jax.Array]], Any], jax.Array]
 
 
 class Places(NamedTuple):
@@ -36,6 +33,43 @@ class Places(NamedTuple):
   texts: jax.Array
 
 
+class Before(NamedTuple):
+  """Where the tokens stand that are before B / A rows that follow one another.
+
+  Attributes:
+    places: [A, P].
+    read: [B, T] which of its texts each token of the rows reads; None: all.
+  """
+
+  places: Places
+  read: jax.Array | None
+
+
+def make_attention(
+  queries: Places, keys: Places, before: Sequence[Before], *, scale: float = 0.0, cap: float = 0.0
+) -> Attend:
+  """softmax(q k / sqrt(H)) v, over the keys that each query sees of its row's own and of those before it together.
+
+  Args:
+    queries: [B, T].
+    keys: [B, S] the row's own.
+    before: what stands before the rows.
+    scale: scores are q k times it; 0: 1 / sqrt(H).
+    cap: scores are bounded by it; 0: not at all.
+  """
+
+  def masks(window: Any = None) -> tuple[jax.Array, list[jax.Array]]:
+    return sees(queries, keys, window), [_sees_before(queries, some, window) for some in before]
+
+  whole = masks()
+
+  def attend(q_btkgh: jax.Array, k_bksh: jax.Array, v_bksh: jax.Array, shared: Any, window: Any) -> jax.Array:
+    own, seen = whole if window is None else masks(window)
+    return _attention(q_btkgh, k_bksh, v_bksh, own, list(zip(shared, seen, strict=True)), scale, cap)
+
+  return attend
+
+
 def sees(queries: Places, keys: Places, window: Any = None) -> jax.Array:
   """Which keys each query attends to, [..., T, S]: those of its text that are not after it, the last `window` of them.
 
@@ -46,43 +80,51 @@ def sees(queries: Places, keys: Places, window: Any = None) -> jax.Array:
   return seen if window is None else seen & (back < window)
 
 
+def _sees_before(queries: Places, before: Before, window: Any) -> jax.Array:
+  """Which tokens before the rows each query attends to: [A, P], or [A, B/A, T, P] where that differs by query."""
+  if before.read is None and window is None:
+    return before.places.texts > 0
+  count, keys = len(before.places.texts), jax.tree.map(lambda x: x[:, None], before.places)
+  if before.read is None:
+    keys = keys._replace(texts=jnp.sign(keys.texts))
+  read = jnp.ones_like(queries.texts) if before.read is None else before.read
+  grouped = Places(*(x.reshape(count, -1, x.shape[-1]) for x in (queries.positions, read)))
+  return sees(grouped, keys, window)
+
+
 def softcap(x: jax.Array, bound: float) -> jax.Array:
   """bound tanh(x / bound), between -bound and bound (Gemma Team 2024, section 2); x itself where the bound is 0."""
   return jnp.tanh(x / bound) * bound if bound else x
 
 
-def attention(
+def _attention(
   q_btkgh: jax.Array,
-  k_bksh: jax.Array,
+  k_bkhs: jax.Array,
   v_bksh: jax.Array,
   mask_bts: jax.Array,
-  shared: Sequence[SharedKV] = (),
-  *,
-  scale: float = 0.0,
-  cap: float = 0.0,
+  shared: Sequence[tuple[tuple[jax.Array, jax.Array], jax.Array]],
+  scale: float,
+  cap: float,
 ) -> jax.Array:
-  """softmax(q k / sqrt(H)) v in float32, over the row's own keys where `mask_bts` and the shared ones.
+  """The form for XLA: over the row's own keys where `mask_bts`, and over shared keys and values with their masks.
 
-  Shared keys are read once for all rows of their group: a few large matrix products instead of B small ones.
-  With `scale`, scores are q k times it; with `cap`, they are bounded by it.
-
-  Returns:
-    [B, T, K, G, H] float32.
+  Shared keys are read once for all rows of their group: a few large matrix products instead of B small ones. Keys lie
+  with their tokens last: products with them as they otherwise come take a CPU three times as long.
   """
   b, t, k, g, h = q_btkgh.shape
   scale, f32 = scale or h**-0.5, jnp.float32
   # Scores are kept in the order in which the products come out: transposing them would cost as much as the products.
-  own = jnp.einsum('btkgh,bksh->bktgs', q_btkgh, k_bksh, preferred_element_type=f32) * scale
+  own = jnp.einsum('btkgh,bkhs->bktgs', q_btkgh, k_bkhs, preferred_element_type=f32) * scale
   own = jnp.where(mask_bts[:, None, :, None], softcap(own, cap), _MASKED)
   top = own.max(-1)
   scores = []
-  for part in shared:
-    groups = part.k.shape[0]
+  for (k_akhp, _), mask in shared:
+    groups = len(k_akhp)
     grouped = q_btkgh.reshape(groups, b // groups, t, k, g, h)
-    before = jnp.einsum('abtkgh,akph->akbtgp', grouped, part.k, preferred_element_type=f32) * scale
+    before = jnp.einsum('abtkgh,akhp->akbtgp', grouped, k_akhp, preferred_element_type=f32) * scale
     # As [A, K, B / A, T, G, P].
-    mask = part.mask[:, None, None, None, None] if part.mask.ndim == 2 else part.mask[:, None, :, :, None]
-    before = jnp.where(mask, softcap(before, cap), _MASKED)
+    seen = mask[:, None, None, None, None] if mask.ndim == 2 else mask[:, None, :, :, None]
+    before = jnp.where(seen, softcap(before, cap), _MASKED)
     scores.append(before)
     top = jnp.maximum(top, _by_row(before.max(-1)))
   # The maximum only guards against overflow: the result does not depend on it.
@@ -90,10 +132,10 @@ def attention(
   own = jnp.exp(own - top[..., None])
   total = own.sum(-1)
   out = jnp.einsum('bktgs,bksh->bktgh', own.astype(v_bksh.dtype), v_bksh, preferred_element_type=f32)
-  for part, before in zip(shared, scores, strict=True):
-    weight = jnp.exp(before - _by_group(top, len(part.k))[..., None])
+  for ((_, v_akph), _), before in zip(shared, scores, strict=True):
+    weight = jnp.exp(before - _by_group(top, len(v_akph))[..., None])
     total += _by_row(weight.sum(-1))
-    mixed = jnp.einsum('akbtgp,akph->akbtgh', weight.astype(part.v.dtype), part.v, preferred_element_type=f32)
+    mixed = jnp.einsum('akbtgp,akph->akbtgh', weight.astype(v_akph.dtype), v_akph, preferred_element_type=f32)
     out += _by_row(mixed)
   return jnp.moveaxis(out / total[..., None], 1, 2)
 

@@ -19,7 +19,7 @@ from flax import nnx
 
 from charjax.mesh import constrain
 from charjax.model import quantized
-from charjax.model.attention import Places, SharedKV, attention, sees, softcap
+from charjax.model.attention import Before, Places, make_attention, softcap
 from charjax.model.config import LayerKind, ModelConfig
 from charjax.model.experts import mixture
 from charjax.model.rope import rotary, rotate
@@ -158,7 +158,7 @@ class Decoder(nnx.Module):
 
 
 class KV(NamedTuple):
-  """Keys and values of all layers, each [B, K, S, H]: a tuple of L arrays, or one stacked [L, ...] when scanned."""
+  """Keys [B, K, H, S] and values [B, K, S, H] of all layers, each a tuple of L arrays, or one stacked when scanned."""
 
   k: Any
   v: Any
@@ -168,7 +168,7 @@ class Prefix(NamedTuple):
   """What stands before rows: A times P tokens, each P before B / A rows that follow one another (A = 1: before all).
 
   Attributes:
-    kv: keys and values, each [A, K, P, H] a layer.
+    kv: keys [A, K, H, P] and values [A, K, P, H] of each layer.
     places: of the tokens, [A, P].
     read: [B, T] which of its texts each token of the rows reads; None: all.
   """
@@ -182,7 +182,7 @@ class Cache(NamedTuple):
   """The tokens that rows read before, S slots each, in any order.
 
   Attributes:
-    kv: keys and values, each [B, K, S, H] a layer.
+    kv: keys [B, K, H, S] and values [B, K, S, H] of each layer.
     places: of the tokens, [B, S].
   """
 
@@ -297,11 +297,8 @@ def forward(
   if cache is not None:
     put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache_index, axis=1)
     keys = jax.tree.map(put, cache.places, queries)
-
-  def masks(window: Any = None) -> tuple[jax.Array, list[jax.Array]]:
-    return sees(queries, keys, window), [_sees_before(queries, prefix, window) for prefix in before]
-
-  whole = masks()
+  places = [Before(prefix.places, prefix.read) for prefix in before]
+  attend = make_attention(queries, keys, places, scale=c.query_scale, cap=c.attention_softcap)
 
   def linear(x: jax.Array, name: str, layer: Any, lora: Any, in_axes: int = 1) -> jax.Array:
     weight = layer[name]
@@ -341,15 +338,13 @@ def forward(
     q, k, v = (heads(normed, name, layer, lora) for name in 'qkv')
     q = constrain(rotate(q, cos, sin), 'batch', None, 'heads', None)
     q = q.reshape(b, t, c.num_kv_heads, groups, c.head_dim).astype(runtime.attention_dtype)
-    k = jnp.swapaxes(rotate(k, cos, sin), 1, 2).astype(runtime.attention_dtype)
+    k = jnp.moveaxis(rotate(k, cos, sin), 1, 3).astype(runtime.attention_dtype)
     v = jnp.swapaxes(v, 1, 2).astype(runtime.attention_dtype)
     if kv is not None:
-      k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, cache_index, 2)
+      k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, cache_index, 3)
       v = jax.lax.dynamic_update_slice_in_dim(kv[1], v, cache_index, 2)
     k, v = (constrain(array, 'batch', 'kv_heads', None, None) for array in (k, v))
-    own, seen = whole if kind.window is None else masks(kind.window)
-    parts = [SharedKV(prefix[0], prefix[1], mask) for prefix, mask in zip(shared, seen, strict=True)]
-    mixed = attention(q, k, v, own, parts, scale=c.query_scale, cap=c.attention_softcap)
+    mixed = attend(q, k, v, shared, kind.window)
     mixed = constrain(mixed.reshape(b, t, c.num_heads, c.head_dim), 'batch', None, 'heads', None)
     said = linear(mixed.reshape(b, t, -1), 'o', layer, lora, in_axes=2)
     x = x + (norm(said, layer['attn_post_norm']) if c.post_norms else said)
@@ -409,20 +404,10 @@ def _choose(tables: Sequence[Any], index: Any) -> Any:
   return jax.tree.map(lambda *arrays: jnp.stack(arrays)[index], *tables)
 
 
-def _sees_before(queries: Places, prefix: Prefix, window: Any) -> jax.Array:
-  """Which tokens of a prefix the rows attend to: [A, P], or [A, B/A, T, P] where that differs by query."""
-  if prefix.read is None and window is None:
-    return prefix.places.texts > 0
-  count, keys = len(prefix.places.texts), jax.tree.map(lambda x: x[:, None], prefix.places)
-  if prefix.read is None:
-    keys = keys._replace(texts=jnp.sign(keys.texts))
-  read = jnp.ones_like(queries.texts) if prefix.read is None else prefix.read
-  grouped = Places(*(x.reshape(count, -1, x.shape[-1]) for x in (queries.positions, read)))
-  return sees(grouped, keys, window)
-
-
 def lower_layers(decoder: Decoder, count: int) -> Decoder:
   """The first `count` layers as a decoder of their own, which ends in the same norm."""
+  if count == decoder.config.num_layers:
+    return decoder
   graph, state = nnx.split(decoder)
 
   def cut(path: Any, leaf: Any) -> Any:
@@ -462,8 +447,8 @@ def logits(decoder: Decoder, hidden: jax.Array) -> jax.Array:
 def make_cache(decoder: Decoder, rows: int, slots: int) -> Cache:
   """An empty cache of `slots` tokens a row, one array a layer."""
   c = decoder.config
-  empty = tuple(
-    jnp.zeros((rows, c.num_kv_heads, slots, c.head_dim), decoder.runtime.attention_dtype) for _ in range(c.num_layers)
-  )
+  dtype, each = decoder.runtime.attention_dtype, range(c.num_layers)
+  k = tuple(jnp.zeros((rows, c.num_kv_heads, c.head_dim, slots), dtype) for _ in each)
+  v = tuple(jnp.zeros((rows, c.num_kv_heads, slots, c.head_dim), dtype) for _ in each)
   nowhere = jnp.zeros((rows, slots), jnp.int32)
-  return Cache(KV(empty, empty), Places(nowhere, nowhere))
+  return Cache(KV(k, v), Places(nowhere, nowhere))

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 from charjax.errors import UserError, one_line
-from charjax.progress import is_first_process
+from charjax.hosts import is_first_process
 
 _PREFIX = 'hf://'
 _NAME = r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*'

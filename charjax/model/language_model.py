@@ -7,12 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from charjax import mesh
 from charjax.errors import UserError
 from charjax.model.chat import ChatTemplate, encode_prompt, encode_reply
 from charjax.model.checkpoint_source import Checkpoint
+from charjax.model.config import ModelConfig
 from charjax.model.decoder import Decoder, Runtime
 from charjax.model.tokenizer import Tokenizer
-from charjax.model.weights import make_decoder
+from charjax.model.weights import abstract_decoder, make_decoder
 
 _DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
@@ -52,13 +54,23 @@ def build(checkpoint: Checkpoint, config: Any) -> LanguageModel:
   for field in ('dtype', 'compute_dtype'):
     if config[field] not in _DTYPES:
       raise UserError(f'config.model.{field} is {config[field]!r}; choose from {", ".join(_DTYPES)}')
+  runtime = make_runtime(config, jax.default_backend())
+  decoder = make_decoder(checkpoint.config, checkpoint.tensors, _DTYPES[config.dtype], runtime)
+  return LanguageModel(decoder, checkpoint.tokenizer, checkpoint.template)
+
+
+def make_runtime(config: Any, platform: str) -> Runtime:
+  """How a decoder computes on devices of a platform, as `config.model` says."""
   compute = _DTYPES[config.compute_dtype]
-  runtime = Runtime(
+  return Runtime(
     compute_dtype=compute,
-    attention_dtype=jnp.float32 if jax.default_backend() == 'cpu' else compute,
+    attention_dtype=jnp.float32 if platform == 'cpu' else compute,
     scan_layers=config.scan_layers,
     remat=config.remat,
     quantize=config.quantize,
   )
-  decoder = make_decoder(checkpoint.config, checkpoint.tensors, _DTYPES[config.dtype], runtime)
-  return LanguageModel(decoder, checkpoint.tokenizer, checkpoint.template)
+
+
+def describe(shape: ModelConfig, config: Any, platform: str) -> Decoder:
+  """The decoder that `build` would make of a checkpoint of this shape on such devices: shapes, dtypes, shardings."""
+  return mesh.describe(abstract_decoder(shape, _DTYPES[config.dtype], make_runtime(config, platform)))

@@ -71,19 +71,46 @@ def by_trait(
   note: str = '',
 ) -> Figure | None:
   """One estimate of the trained model a trait, hollow where its interval holds the reference."""
+  return by_name('trait', title, unit, {spoken(t): value for t, value in values.items()}, reference, share, note)
+
+
+def by_name(
+  kind: str,
+  title: str,
+  unit: str,
+  values: Mapping[str, Estimate | None],
+  reference: float | None = 0.0,
+  share: bool = False,
+  note: str = '',
+) -> Figure | None:
+  """One estimate a row, hollow where its interval holds the reference, if there is one; `kind` is what rows are."""
   if all(value is None for value in values.values()):
     return None
   rows = []
-  for trait, value in values.items():
-    look = 'trained' if value is not None and value.side_of(reference) else 'unclear'
-    marks = [] if value is None else [_mark(value, look, share, signed=not share)]
-    rows.append(plots.Row(spoken(trait), marks))
-  named = {spoken(trait): value for trait, value in values.items()}
+  for name, value in values.items():
+    clear = value is not None and (reference is None or value.side_of(reference))
+    signed = not share and reference is not None
+    marks = [] if value is None else [_mark(value, 'trained' if clear else 'unclear', share, signed)]
+    rows.append(plots.Row(name, marks))
   svg = plots.whiskers(
-    rows, unit, _describe(title, named, share), reference=reference, tick=percent if share else plain
+    rows, unit, _describe(title, values, share), reference=reference, tick=percent if share else plain
   )
-  cells = [(name, *_cells(value, share)) for name, value in named.items()]
-  return Figure(title, unit, Markup(svg), Table(('trait', *_ESTIMATE_HEAD), cells), note)
+  cells = [(name, *_cells(value, share)) for name, value in values.items()]
+  return Figure(title, unit, Markup(svg), Table((kind, *_ESTIMATE_HEAD), cells), note)
+
+
+def against(
+  title: str, x_axis: str, y_axis: str, values: Mapping[str, tuple[float, Estimate]], note: str = ''
+) -> Figure:
+  """Of each run (x, y) with the interval of y, whose dot is hollow where that holds zero."""
+  points = [
+    (x, _mark(y, 'trained' if y.side_of(0.0) else 'unclear', False, signed=True), name)
+    for name, (x, y) in values.items()
+  ]
+  said = '; '.join(f'{name} {figure(x)}, {figure(y.mean, signed=True)}' for name, (x, y) in values.items())
+  svg = plots.scatter(points, x_axis, y_axis, f'{title}: {said}')
+  cells = [(name, figure(x), *_cells(y, False)) for name, (x, y) in values.items()]
+  return Figure(title, f'{y_axis} against {x_axis}', Markup(svg), Table(('run', x_axis, *_ESTIMATE_HEAD), cells), note)
 
 
 def paired(

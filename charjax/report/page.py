@@ -1,24 +1,19 @@
 """The report's page: from a run folder to one self-contained HTML document."""
 
-import base64
 import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 from etils import epath
-from markupsafe import Markup
 
-from charjax.report import figures, words
+from charjax.report import document, figures, words
 from charjax.report.figures import Figure, Table
 from charjax.report.people import People, people
 from charjax.report.read import CONDITIONS, STAGES, Estimate, Run, estimate, finite, listed, read_run, section
 from charjax.report.replies import Exchange, exchanges, samples_over_time, typical
 from charjax.review import verdicts
 
-_HERE = epath.Path(__file__).parent
 _LENGTH_CORRELATION_LIMIT = 0.2  # above it, the reward may be paying for length
 
 # The rest of metrics.jsonl follows these under its own names.
@@ -78,21 +73,11 @@ def render(workdir: epath.PathLike) -> str:
     UserError: there is no such folder, or a file in it cannot be read.
   """
   run = read_run(workdir)
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(str(_HERE)),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  style, script = (_HERE / 'page.css').read_text(), (_HERE / 'page.js').read_text()
   groups = _groups(run)
   judged = people(run, verdicts.read_all(workdir))
-  return environment.get_template('page.html').render(
-    policy=f"default-src 'none'; style-src '{_sha256(style)}'; script-src '{_sha256(script)}'; "
-    "base-uri 'none'; form-action 'none'",
-    style=Markup(style),
-    script=Markup(script),
+  return document.fill(
+    'page.html',
+    'page.js',
     title=words.spoken(str(run.character.get('name', run.name))),
     description=run.character.get('description', ''),
     meta=_meta(run),
@@ -110,15 +95,11 @@ def render(workdir: epath.PathLike) -> str:
     samples=samples_over_time(run),
     made=_made(run),
     settings=_settings(run),
-    figures_json=_without_nan(run.summary),
+    figures_json=without_nan(run.summary),
     condition_names=words.CONDITION_NAMES,
     spoken=words.spoken,
     judge_figure=lambda value: f'{value:+.2f}'.replace('-', words.MINUS),
   )
-
-
-def _sha256(text: str) -> str:
-  return 'sha256-' + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _ids(run: Run) -> list[str]:
@@ -200,6 +181,7 @@ def _overview(run: Run) -> list[Figure]:
 
 def _traits(run: Run, groups: Sequence['Group']) -> list[TraitView]:
   weak, left_out = listed(run.audit, 'weak_traits'), listed(run.preference, 'left_out')
+  rewarded = listed(section(run.config, 'config', 'policy'), 'traits')
   views = []
   for trait in run.traits:
     name = str(trait['id'])
@@ -221,6 +203,7 @@ def _traits(run: Run, groups: Sequence['Group']) -> list[TraitView]:
       verdict=words.verdict(margin['delta']),
       weight=words.weight(trait.get('weight', 1.0)),
       warnings=[
+        *(['not rewarded in this run'] if rewarded and name not in rewarded else []),
         *(['not told from chance on its choosing pairs'] if name in weak else []),
         *([f'not told from chance without its text: {_unproven(run)}'] if name in left_out else []),
       ],
@@ -482,10 +465,10 @@ def _number_or_text(value: Any, exact: bool = False) -> str:
   return words.figure(number) if number is not None and not exact else str(value)
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
   """The same value with NaN and infinities as null: they are no JSON."""
   if isinstance(value, Mapping):
-    return {key: _without_nan(item) for key, item in value.items()}
+    return {key: without_nan(item) for key, item in value.items()}
   if isinstance(value, list):
-    return [_without_nan(item) for item in value]
+    return [without_nan(item) for item in value]
   return finite(value) if isinstance(value, float) else value

@@ -127,6 +127,81 @@ def bars(rows: Sequence[tuple[str, float, str]], axis: str, describe: str) -> st
   return _svg(bottom + 20, describe, parts)
 
 
+def scatter(points: Sequence[tuple[float, Mark, str]], x_axis: str, y_axis: str, describe: str) -> str:
+  """Named dots (x, y with its whisker, name) over two axes, of which y has a dashed zero."""
+  height, top = 230.0, 26.0
+  ends = [end for _, mark, _ in points for end in (mark.mean, mark.low, mark.high) if end is not None]
+  y_low, y_high, y_ticks = _axis((), ends, 0.0)
+  left = 14 + _CHARACTER * max(len(plain(value)) for value in y_ticks)
+  x_low, x_high, x_ticks = _axis((), [x for x, _, _ in points], 0.0)
+  across, up = _scale(x_low, x_high, left + 8, WIDTH - 12), _scale(y_low, y_high, height - 38, top)
+  parts = [_text(0, 12, y_axis, 'axis')]
+  for value in y_ticks:
+    look = 'grid' if value else 'reference'
+    parts.append(f'<path class="{look}" d="M{left:.1f} {up(value):.1f}H{WIDTH - 12:.1f}"/>')
+    parts.append(_text(left - 6, up(value) + 4, plain(value), 'tick', 'end'))
+  parts += [_tick(across(value), height - 20, plain(value)) for value in x_ticks]
+  parts.append(_text((left + WIDTH - 12) / 2, height - 4, x_axis, 'axis', 'middle'))
+  named: list[tuple[float, float]] = []
+  for x, mark, name in points:
+    parts.append(f'<g class="mark {escape(mark.look, quote=True)}"><title>{escape(name)}: {escape(mark.text)}</title>')
+    if mark.low is not None and mark.high is not None:
+      parts.append(f'<path class="whisker" d="M{across(x):.1f} {up(mark.low):.1f}V{up(mark.high):.1f}"/>')
+    parts.append(_dot(mark.look, across(x), up(mark.mean)) + '</g>')
+    # To the side on which there is room; a name that would lie on another one is told by its title and the table.
+    if all(abs(across(x) - other_x) > 100 or abs(up(mark.mean) - y) > 12 for other_x, y in named):
+      named.append((across(x), up(mark.mean)))
+      end = across(x) > WIDTH * 0.6
+      parts.append(_text(across(x) + (-8 if end else 8), up(mark.mean) - 5, name, 'tick', 'end' if end else 'start'))
+  return _svg(height, describe, parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One square of a heat map: `size`, from -1 to 1, gives its colour, and what is not `clear` is written faint."""
+
+  size: float
+  text: str
+  small: str
+  clear: bool
+
+
+def heat_map(
+  rows: Sequence[str],
+  columns: Sequence[str],
+  cells: Sequence[Sequence[Cell | None]],
+  axes: tuple[str, str],
+  describe: str,
+) -> str:
+  """Figures in a grid, each with its interval under it; `axes` say what rows and columns are."""
+  wide, tall, top = 88.0, 46.0, 40.0
+  left = 12 + _CHARACTER * min(_LABEL_CHARACTERS, max(len(label) for label in rows))
+  width = left + wide * len(columns)
+  parts = [_text(left + wide * len(columns) / 2, 12, axes[1], 'axis', 'middle')]
+  parts.append(_text(left - 8, top - 8, axes[0], 'axis', 'end'))
+  for place, label in enumerate(columns):
+    parts.append(
+      _text(left + wide * (place + 0.5), top - 8, ellipsis(label, int(wide / _CHARACTER)), 'label', 'middle')
+    )
+  for index, (label, line) in enumerate(zip(rows, cells, strict=True)):
+    y = top + tall * index
+    parts.append(_text(left - 8, y + tall / 2 + 4, ellipsis(label, _LABEL_CHARACTERS), 'label', 'end'))
+    for place, cell in enumerate(line):
+      x = left + wide * place
+      if cell is None:
+        parts.append(_text(x + wide / 2, y + tall / 2 + 4, '\u2013', 'absent', 'middle'))
+        continue
+      look, strength = 'up' if cell.size > 0 else 'down', 0.5 * min(1.0, abs(cell.size))
+      parts.append(
+        f'<g class="cell {look}"><title>{escape(label)}, {escape(columns[place])}: {escape(cell.text)}</title>'
+      )
+      parts.append(f'<rect x="{x + 1.5:.1f}" y="{y + 1.5:.1f}" width="{wide - 3:.1f}" height="{tall - 3:.1f}" rx="3" '
+                   f'fill-opacity="{strength:.3f}"/>')  # fmt: skip
+      parts.append(_text(x + wide / 2, y + tall / 2 - 1, cell.text, 'value' if cell.clear else 'absent', 'middle'))
+      parts.append(_text(x + wide / 2, y + tall / 2 + 14, cell.small, 'tick', 'middle') + '</g>')
+  return _svg(top + tall * len(rows) + 4, describe, parts, width)
+
+
 def running_mean(ys: Sequence[float], parts: int = 12, shortest: int = 20) -> list[float]:
   """A centred running mean over 1/parts of the series; empty where the series is too short to need one."""
   if len(ys) < shortest:
@@ -209,6 +284,8 @@ def _text(x: float, y: float, text: str, look: str, anchor: str = 'start') -> st
   return f'<text class="{look}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _svg(height: float, describe: str, parts: Sequence[str]) -> str:
-  head = f'<svg class="plot" viewBox="0 0 {WIDTH:.0f} {height:.0f}" role="img" aria-label="{escape(describe)}">'
+def _svg(height: float, describe: str, parts: Sequence[str], width: float = WIDTH) -> str:
+  # One that is wider than the others keeps its size, and is scrolled.
+  look = 'class="plot"' if width == WIDTH else f'class="plot wide" width="{width:.0f}"'
+  head = f'<svg {look} viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(describe)}">'
   return head + ''.join(parts) + '</svg>'

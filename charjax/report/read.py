@@ -57,6 +57,7 @@ class Run:
   samples: list[dict[str, Any]]
   summary: Mapping[str, Any]
   evaluation_replies: list[dict[str, Any]]
+  margins: list[dict[str, Any]]
 
   @property
   def traits(self) -> list[dict[str, Any]]:
@@ -97,6 +98,7 @@ def read_run(workdir: epath.PathLike) -> Run:
     samples=_lines(root / 'policy' / 'samples.jsonl'),
     summary=_object(root / 'evaluation' / 'summary.json'),
     evaluation_replies=_lines(root / 'evaluation' / 'replies.jsonl'),
+    margins=_lines(root / 'evaluation' / 'margins.jsonl'),
   )
 
 

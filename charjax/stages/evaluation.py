@@ -1,6 +1,7 @@
 """evaluation: what training changed, beside what showing the trait would have changed.
 
-Reads the character, messages/, preference/ and policy/; writes evaluation/replies.jsonl and evaluation/summary.json.
+Reads the character, messages/, preference/ and policy/; writes evaluation/replies.jsonl, evaluation/margins.jsonl (of
+each kept pair, so that runs can be compared pair by pair) and evaluation/summary.json.
 Conditions: `base`, `prompted` (the trait's statement shown), `prompted_examples` (statement and examples), `trained`
 (nothing shown). The base and the trained model answer each message `samples` times. Every figure is
 {mean, low, high, n}; delta is trained minus base, paired by message.
@@ -23,14 +24,14 @@ from charjax.engine.sample import Sampling, sample
 from charjax.engine.score import Rows, hidden_states, map_rows, mean_over_tokens, over_chunks, score
 from charjax.errors import UserError
 from charjax.files import Row, chunks, numbered_rows, write_jsonl, write_text
-from charjax.mesh import replicate
+from charjax.mesh import fetch, replicate
 from charjax.model.decoder import Prefix, logits
 from charjax.progress import Progress
 from charjax.stages import messages, policy, preference, prompts
-from charjax.stages.statistics import interval, share
+from charjax.stages.statistics import comparisons, interval, share
 from charjax.training.heads import bind, read_rewards, reply_states
 from charjax.training.losses import kl_from_logits
-from charjax.workdir import Session
+from charjax.workdir import Session, fingerprint
 
 CONDITIONS = ('base', 'prompted', 'prompted_examples', 'trained')
 _WINS = {'win_rate': 'base', 'win_rate_vs_prompted': 'prompted'}  # whose replies are to be beaten
@@ -68,9 +69,11 @@ def run(session: Session) -> Row:
     for name, against in _WINS.items()
   }
   summary: Row = {'traits': {}, 'probes': {}, 'internalisation': {}}
+  pairs: list[Row] = []
   with Progress('evaluation', len(traits) + len(probes) + 1, 'parts') as bar:
     for trait in traits:
       values = {'margin': _pair_margins(session, trait, trained)} | _judged(drawn, trait.id)
+      pairs += _by_pair(trait, values['margin'])
       summary['traits'][trait.id] = {
         name: summarise_wins(v, tries[name]) if name in tries else summarise(v) for name, v in values.items()
       }
@@ -86,6 +89,7 @@ def run(session: Session) -> Row:
     summary['neutral'] = _neutral(session, neutral, drawn, trained)
     summary['side_effects'] = _side_effects(drawn)
     bar.advance()
+  write_jsonl(folder / 'margins.jsonl', pairs)
   write_text(folder / 'summary.json', json.dumps(summary, indent=2))
   return {'replies': len(drawn), 'probes': len(probes), 'neutral': len(neutral)}
 
@@ -118,15 +122,6 @@ def summarise_wins(values: dict[str, np.ndarray | None], tries: Mapping[str, flo
   return out | {'delta': _delta(values)}
 
 
-def comparisons(one: int, other: int) -> float:
-  """As how many single comparisons all those of `one` reply or more with `other` count.
-
-  By the variance of their share between replies that are as good, (m + n + 1) / 12 m n (Mann and Whitney 1947), against
-  the 1/4 of a single one.
-  """
-  return 3 * one * other / (one + other + 1)
-
-
 def internalisation(values: dict[str, np.ndarray | None], resamples: int = 2000) -> Row | None:
   """(trained - base) / (prompted with examples - base), by message; null unless the prompted effect is clear of 0."""
   base, shown, trained = values['base'], values['prompted_examples'], values['trained']
@@ -155,7 +150,7 @@ def _draw_replies(session: Session, held: Sequence[Row], trained: Any) -> list[R
   """Replies to the held-out messages in each condition: `samples` by the starting and the trained model, which are
   shown nothing, and one where something is shown. Neutral messages have one each, and nothing to show."""
   config, model, folder = session.config.evaluation, session.model, session.folder('evaluation')
-  settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size)
+  settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size, config.top_k)
   rows: list[Row] = []
 
   def make(condition: str, trait: Trait | None, items: Sequence[Row], index: int) -> list[Row]:
@@ -209,7 +204,7 @@ def _judge_replies(session: Session, rows: Sequence[Row], judge: Any) -> None:
   asked = [model.prompt(prompts.alone(row['prompt'])) for row in judged]
   said = [model.reply(row['text'], row['finish'] == 'stop') for row in judged]
   states = reply_states(preference.trunk(session), judge, asked, said)
-  scores = jax.device_get(read_rewards(judge, replicate(states)))
+  scores = fetch(read_rewards(judge, replicate(states)))
   for row, values in zip(judged, scores, strict=True):
     row['score'] = round(float(values[places[row['trait']]]), 5)
 
@@ -274,6 +269,16 @@ def _pair_margins(session: Session, trait: Trait, trained: Any) -> dict[str, np.
   if not pairs:
     return dict.fromkeys(CONDITIONS)
   return _conditions(session, trait, trained, [(p.message, p.in_character, p.out_of_character) for p in pairs])
+
+
+def _by_pair(trait: Trait, margins: Mapping[str, np.ndarray | None]) -> list[Row]:
+  """A row a kept pair, named by what stands in it."""
+  names = [fingerprint([p.message, p.in_character, p.out_of_character])[:16] for p in trait.pairs_for('kept')]
+  columns = {c: values.tolist() for c, values in margins.items() if values is not None}
+  return [
+    {'trait': trait.id, 'pair': name} | {c: round(values[i], 6) for c, values in columns.items()}
+    for i, name in enumerate(names)
+  ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,7 +128,7 @@ def _write(session: Session, trait: Trait | None, attempt: int, items: Sequence[
     origins.append(origin | {'opening': begun})
     beginnings.append(model.reply(begun, ended=False) if begun else [])
     asked.append(model.prompt(before) + beginnings[-1])
-  settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size)
+  settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size, config.top_k)
   keys = item_keys(seed, 'messages', items)
   drawn = sample(model.decoder, asked, keys, model.eos_ids, settings, width=config.prompt_width)
   return [

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from charjax import hosts
 from charjax.engine import work
 from charjax.engine.batch import compute_prefix, item_keys
 from charjax.engine.sample import Sampling, end_ids, sample
@@ -30,7 +31,6 @@ from charjax.engine.score import (
 )
 from charjax.errors import UserError
 from charjax.files import Row, chunks, read_jsonl, write_jsonl, write_text
-from charjax.mesh import replicate, shard_batch
 from charjax.model.decoder import Decoder, logits
 from charjax.progress import Progress
 from charjax.stages import messages, prompts
@@ -39,15 +39,15 @@ from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import Together, batches
 from charjax.training.heads import bind, make_trainable
 from charjax.training.loop import tell_undivided, train
-from charjax.training.losses import bradley_terry, kl_from_logits, pair_accuracy, policy_gradient
-from charjax.training.step import make_optimizer
+from charjax.training.losses import bradley_terry, count_pairs, kl_from_logits, policy_gradient, right_pairs
+from charjax.training.step import Batch, make_batch, make_optimizer
 from charjax.workdir import Session
 
 
 def run(session: Session) -> Row:
   """Trains the policy; returns counts."""
   config, folder, model = session.config.policy, session.folder('policy'), session.model
-  tell_undivided(session.log, 'config.policy.prompts_per_step', config.prompts_per_step, config.prompts_per_step)
+  tell_undivided(session.log, 'policy', config, 'prompts_per_step')
   asked = _trait_prompts(session)
   neutral = _neutral_replies(session)
   shapes = FixedShapes([item['prompt'] for item in (*asked, *neutral)], config.max_new_tokens)
@@ -60,11 +60,11 @@ def run(session: Session) -> Row:
     neutral=batches(neutral, config.prompts_per_step, session.config.seed + 1),
   )
 
-  def make_batch(step: int, now: Row, trainable: Any) -> tuple[Row, Row]:
+  def next_batch(step: int, now: Row, trainable: Any) -> tuple[Batch, Row]:
     rollout = roll_out(session, shapes, judge, trainable, now['asked'], step)
     if step % config.samples_every == 0 or step in (1, config.steps):
       _save_samples(session, step, now['asked'], rollout)
-    return _batch(session, shapes, now['asked'], now['neutral'], rollout), _figures(rollout, config.kl)
+    return make_rollout_batch(session, shapes, now['asked'], now['neutral'], rollout), _figures(rollout, config.kl)
 
   with (
     Checkpoints(folder / 'checkpoints', session.config.seed) as checkpoints,
@@ -73,49 +73,55 @@ def run(session: Session) -> Row:
     trainable = train(
       folder,
       checkpoints,
-      _loss,
-      make_optimizer(config.learning_rate, config.warmup, config.steps, config.weight_decay, config.max_gradient),
-      _untrained(session),
+      *learning(config),
+      untrained(session, model.decoder),
       model.decoder,
       data,
-      make_batch,
+      next_batch,
       steps=config.steps,
       save_every=config.save_every,
       skipped_steps=config.skipped_steps,
       bar=bar,
       note=lambda values: f'reward {values["reward"]:.3f}, KL {values["kl"]:.3f} a token',
     )
-  _merge_samples(session)
+  hosts.first(lambda: _merge_samples(session))
   write_text(folder / 'fingerprint.json', json.dumps({'policy': fingerprint(trainable)}))
   rewarded = sorted({item['trait'] for item in asked})
   return {'steps': config.steps, 'messages': len(asked), 'neutral': len(neutral), 'traits_rewarded': rewarded}
 
 
-def _batch(
+def make_rollout_batch(
   session: Session, shapes: FixedShapes, asked: Sequence[Row], neutral: Sequence[Row], rollout: Rollout
-) -> Row:
+) -> Batch:
   """What the loss of one step takes; to each prompt its drawn replies come first, then its ranked ones."""
   config, said = session.config.policy, iter(rollout.drawn)
   groups = [
     Group(item['prompt'], [*(next(said).tokens for _ in range(config.replies_per_prompt)), *item['ranked'].replies])
     for item in asked
   ]
-  arrays = {
+  arrays: Row = {
     'rows': shapes.rows(groups, config.replies_per_prompt + config.ranked_replies),
     'neutral': shapes.rows([Group(row['prompt'], [row['reply']]) for row in neutral], 1),
     'before': rollout.before,
     'advantages': rollout.advantages,
     'weight': np.array([item['weight'] for item in asked], np.float32),
   }
+  whole = shapes.shared() | {
+    'ends': end_ids(session.model.eos_ids),
+    'prompts': np.float32(len(asked)),
+    'drawn_tokens': np.float32(sum(len(reply.tokens) for reply in rollout.drawn)),
+    'neutral_tokens': np.float32(sum(len(row['reply']) for row in neutral)),
+  }
   if config.ranked_replies:
     arrays['ranked'] = {key: np.stack([item[key] for item in asked]) for key in ('before', 'real', 'preferred', 'best')}
+    _, whole['ranked_pairs'] = count_pairs(arrays['ranked']['real'], arrays['weight'])
   # Backwards through frozen weights costs once more, through trained ones twice.
   times = 2 if config.lora_rank else 3
   work.count_rows(session.model.decoder.config, arrays['rows'], shapes.cut, times=times, heads=times)
   work.count_rows(session.model.decoder.config, arrays['neutral'], shapes.cut, times=times + 1, heads=times + 1)
   names = ('temperature', 'clip', 'neutral_weight', 'ranked_temperature', 'ranked_weight', 'ranked_beta')
   settings = {name: np.float32(config[name]) for name in (*names, 'ranked_likelihood')}
-  return shapes.shared() | shard_batch(arrays | settings) | replicate({'ends': end_ids(session.model.eos_ids)})
+  return make_batch(whole | settings, arrays, config.microbatches)
 
 
 def _figures(rollout: Rollout, kl: float) -> dict[str, float]:
@@ -131,16 +137,22 @@ def _figures(rollout: Rollout, kl: float) -> dict[str, float]:
   }
 
 
-def _untrained(session: Session) -> Any:
-  config = session.config.policy
-  return make_trainable(
-    session.model.decoder, config.lora_rank, session.config.seed + 10, lora_targets=config.lora_targets
+def learning(config: Any) -> tuple[Any, Any]:
+  """The loss of a train step and its optimizer."""
+  return _loss, make_optimizer(
+    config.learning_rate, config.warmup, config.steps, config.weight_decay, config.max_gradient
   )
+
+
+def untrained(session: Session, decoder: Decoder) -> Any:
+  """What is trained, as it is before the first step."""
+  config = session.config.policy
+  return make_trainable(decoder, config.lora_rank, session.config.seed + 10, lora_targets=config.lora_targets)
 
 
 def load(session: Session) -> Any:
   """The trained policy: what training.heads.bind takes."""
-  trainable = _untrained(session)
+  trainable = untrained(session, session.model.decoder)
   with Checkpoints(session.folder('policy') / 'checkpoints', session.config.seed) as checkpoints:
     return checkpoints.load(trainable)
 
@@ -150,11 +162,12 @@ def load(session: Session) -> Any:
 
 def _trait_prompts(session: Session) -> list[Row]:
   """Training messages of the traits whose preference model is better than chance, with what rewards their replies."""
-  earns = earnings(session)
+  earns, config = earnings(session), session.config.policy
   if not earns:
     raise UserError(
-      'policy: no trait has a preference model better than chance, so there is nothing to reward; see '
-      'preference/report.json, or set config.policy.keep_unproven_traits=True'
+      f'policy: no trait{" of config.policy.traits" if config.traits else ""} has a preference model better than '
+      'chance, so there is nothing to reward; see preference/report.json, or set '
+      'config.policy.keep_unproven_traits=True'
     )
   ranked = ranked_replies(session)
   weight = {trait.id: trait.weight for trait in session.character.traits if trait.id in earns}
@@ -215,8 +228,8 @@ def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str
   each = len(before) // prompts
   drawn, states = part(slice(each))
   mask, log_probs = reply_mask(drawn), token_log_probs(used, states, drawn, batch['temperature'])
-  gradient, tokens, clipped = policy_gradient(log_probs, before, batch['advantages'], mask, batch['clip'])
-  tokens = jnp.maximum(tokens, 1)
+  gradient, _, clipped = policy_gradient(log_probs, before, batch['advantages'], mask, batch['clip'])
+  tokens = batch['drawn_tokens']
   gap = jnp.where(mask, jnp.abs(log_probs - before), 0.0).sum() / tokens
   loss = gradient / tokens
   metrics = {'clip_fraction': clipped / tokens, 'logprob_gap': gap}
@@ -229,7 +242,7 @@ def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str
   reference = jax.lax.stop_gradient(hidden_states(decoder, neutral, before=start))[:, :-1]
   hidden = hidden_states(used, neutral, adapter=adapter, before=prefix)[:, :-1]
   kl = over_chunks(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), reference, hidden)
-  neutral_kl = jnp.where(neutral_mask, kl, 0.0).sum() / jnp.maximum(neutral_mask.sum(), 1)
+  neutral_kl = jnp.where(neutral_mask, kl, 0.0).sum() / batch['neutral_tokens']
   return loss + batch['neutral_weight'] * neutral_kl, metrics | {'neutral_kl': neutral_kl}
 
 
@@ -243,13 +256,13 @@ def _ranked_loss(used: Decoder, rows: Rows, states: jax.Array, batch: Row) -> tu
   gained = log_probs.reshape(ranked['before'].shape) - ranked['before']
   gained = jnp.where(mask.reshape(gained.shape), gained, 0.0).sum(2)
   preference, _ = bradley_terry(batch['ranked_beta'] * gained, ranked['preferred'], ranked['real'], weight)
-  preference = preference / len(gained)
+  preference = preference / batch['prompts']
   mean = (jnp.where(mask, log_probs, 0.0).sum(1) / jnp.maximum(mask.sum(1), 1)).reshape(gained.shape)
-  likelihood = -(jnp.take_along_axis(mean, ranked['best'][:, None], 1)[:, 0] * weight).mean()
-  right = pair_accuracy(gained, ranked['preferred'], ranked['real'])
+  likelihood = -(jnp.take_along_axis(mean, ranked['best'][:, None], 1)[:, 0] * weight).sum() / batch['prompts']
+  right, _ = right_pairs(gained, ranked['preferred'], ranked['real'])
   return (
     batch['ranked_weight'] * preference + batch['ranked_likelihood'] * likelihood,
-    {'ranked_loss': preference, 'ranked_likelihood': -likelihood, 'ranked_accuracy': right},
+    {'ranked_loss': preference, 'ranked_likelihood': -likelihood, 'ranked_accuracy': right / batch['ranked_pairs']},
   )
 
 

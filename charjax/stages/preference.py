@@ -23,12 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from charjax import hosts
 from charjax.engine import work
 from charjax.engine.batch import compute_prefix
 from charjax.engine.score import FixedShapes, Group, hidden_states, mean_states
 from charjax.errors import UserError
 from charjax.files import Row, read_jsonl, write_jsonl, write_text
-from charjax.mesh import replicate, shard_batch
+from charjax.mesh import fetch, put, replicate
 from charjax.model.decoder import Decoder, lower_layers
 from charjax.progress import Metrics, Progress
 from charjax.stages import messages, prompts, rankings, replies
@@ -37,8 +38,8 @@ from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
 from charjax.training.heads import bind, fit_head, make_trainable, read_rewards, reply_states
 from charjax.training.loop import tell_undivided, train
-from charjax.training.losses import pair_accuracy, preference_loss
-from charjax.training.step import make_optimizer
+from charjax.training.losses import count_pairs, preference_loss, right_pairs
+from charjax.training.step import Batch, make_batch, make_optimizer
 from charjax.workdir import Session
 
 MODELS = ('train', 'judge')
@@ -59,8 +60,8 @@ def run(session: Session) -> Row:
   halves = split(examples)
   steps = {name: math.ceil(len(half) * config.epochs / config.messages_per_batch) for name, half in halves.items()}
   if any(steps.values()):
-    size, each = config.messages_per_batch, max(len(example['replies']) for example in examples)
-    tell_undivided(session.log, 'config.preference.messages_per_batch', size, size * each)
+    each = max(len(example['replies']) for example in examples)
+    tell_undivided(session.log, 'preference', config, 'messages_per_batch', each)
   kept, lower = _kept_pairs(session), trunk(session)
   with Progress('reply states', len(examples), 'messages') as bar:
     _add_states(lower, {}, examples, bar)
@@ -68,7 +69,7 @@ def run(session: Session) -> Row:
   with Progress('preference', config.head_steps * 2 + sum(steps.values()), 'steps') as bar:
     for name in MODELS:
       trained[name] = _train(session, lower, name, halves[name], steps[name], bar)
-  _merge_metrics(session)
+  hosts.first(lambda: _merge_metrics(session))
   unseen = {'train': halves['judge'], 'judge': halves['train']}
   report: Row = {}
   for name in MODELS:
@@ -159,8 +160,9 @@ def _loss(
   real = batch['real']
   every = read_rewards(trainable, states).reshape(*real.shape, -1)
   scores = jnp.take_along_axis(every, batch['trait'][:, None, None], 2)[..., 0]
-  total, weight = preference_loss(scores, batch['probabilities'], real, batch['weight'], labels, loss)
-  return total / jnp.maximum(weight, 1e-8), {'accuracy': pair_accuracy(scores, batch['probabilities'], real)}
+  total, _ = preference_loss(scores, batch['probabilities'], real, batch['weight'], labels, loss)
+  right, _ = right_pairs(scores, batch['probabilities'], real)
+  return total / batch['weights'], {'accuracy': right / batch['pairs']}
 
 
 def _labels(examples: Sequence[Row], messages: int, k: int) -> Row:
@@ -216,27 +218,20 @@ def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row],
 
   def fit(trainable: Any, metrics: Metrics) -> None:
     head = trainable['head'].w
-    head[...] = jax.device_put(_fit_head(session, examples, k, metrics, bar), head[...].sharding)
+    head[...] = put(_fit_head(session, examples, k, metrics, bar), head[...].sharding)
 
-  def make_batch(_: int, some: Sequence[Row], __: Any) -> tuple[Row, Row]:
-    groups = [Group(example['prompt'], example['replies']) for example in some]
-    rows = shapes.rows(groups, k, config.messages_per_batch)
-    work.count_rows(lower.config, rows, shapes.cut, times=2 if config.lora_rank else 3)
-    labels = _labels(some, config.messages_per_batch, k)
-    return shapes.shared() | shard_batch({'rows': rows} | labels), {}
+  def next_batch(_: int, some: Sequence[Row], __: Any) -> tuple[Batch, Row]:
+    return make_examples_batch(config, lower, shapes, some, k), {}
 
   with Checkpoints(folder, seed) as checkpoints:
     return train(
       folder,
       checkpoints,
-      functools.partial(_loss, labels=config.labels, loss=config.loss),
-      make_optimizer(
-        config.learning_rate, min(config.warmup, steps // 4), steps, config.weight_decay, config.max_gradient
-      ),
-      _untrained(session, lower, name),
+      *learning(config, steps),
+      untrained(session, lower, name),
       lower,
       batches(examples, config.messages_per_batch, seed),
-      make_batch,
+      next_batch,
       steps=steps,
       save_every=config.save_every,
       skipped_steps=config.skipped_steps,
@@ -247,11 +242,29 @@ def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row],
     )
 
 
+def learning(config: Any, steps: int) -> tuple[Any, Any]:
+  """The loss of a train step and its optimizer."""
+  loss = functools.partial(_loss, labels=config.labels, loss=config.loss)
+  warmup = min(config.warmup, steps // 4)
+  return loss, make_optimizer(config.learning_rate, warmup, steps, config.weight_decay, config.max_gradient)
+
+
+def make_examples_batch(config: Any, lower: Decoder, shapes: FixedShapes, some: Sequence[Row], k: int) -> Batch:
+  """What the loss of one step takes, of examples of up to k replies."""
+  groups = [Group(example['prompt'], example['replies']) for example in some]
+  rows = shapes.rows(groups, k, config.messages_per_batch)
+  work.count_rows(lower.config, rows, shapes.cut, times=2 if config.lora_rank else 3)
+  labels = _labels(some, config.messages_per_batch, k)
+  weights, pairs = count_pairs(labels['real'], labels['weight'])
+  whole = shapes.shared() | {'weights': weights, 'pairs': pairs}
+  return make_batch(whole, {'rows': rows} | labels, config.microbatches)
+
+
 def _seed(session: Session, name: str) -> int:
   return session.config.seed + MODELS.index(name)
 
 
-def _untrained(session: Session, lower: Decoder, name: str) -> Any:
+def untrained(session: Session, lower: Decoder, name: str) -> Any:
   config, traits = session.config.preference, len(session.character.traits)
   return make_trainable(
     lower,
@@ -272,14 +285,18 @@ def _merge_metrics(session: Session) -> None:
 
 def trunk(session: Session) -> Decoder:
   """The starting weights up to the layer that the heads read."""
-  decoder, depth = session.model.decoder, session.config.preference.depth
-  return lower_layers(decoder, max(1, round(depth * decoder.config.num_layers)))
+  return lower_layers(session.model.decoder, layers_read(session))
+
+
+def layers_read(session: Session) -> int:
+  """How many layers the heads read through."""
+  return max(1, round(session.config.preference.depth * session.model.decoder.config.num_layers))
 
 
 def load(session: Session, name: str) -> Any:
   """A trained preference model ('train' or 'judge'), whose head reads `training.heads.reply_states` of `trunk`."""
   with Checkpoints(session.folder('preference') / name, _seed(session, name)) as checkpoints:
-    return checkpoints.load(_untrained(session, trunk(session), name))
+    return checkpoints.load(untrained(session, trunk(session), name))
 
 
 # ---- measuring ----
@@ -307,7 +324,7 @@ def _measure(session: Session, trainable: Any, unseen: Sequence[Row], kept: Sequ
   by_place: dict[int, list[float]] = defaultdict(list)
   traits = session.character.traits
   for example in unseen:
-    scores = jax.device_get(read_rewards(trainable, replicate(example['states'])))[:, example['trait']]
+    scores = fetch(read_rewards(trainable, replicate(example['states'])))[:, example['trait']]
     rewards += scores.tolist()
     by_place[example['trait']] += scores.tolist()
     tokens += [len(reply) for reply in example['replies']]
@@ -324,7 +341,7 @@ def _measure(session: Session, trainable: Any, unseen: Sequence[Row], kept: Sequ
   p, q = np.clip(np.array(probability), 1e-6, 1 - 1e-6), np.array(label)
   pairs: dict[str, list[bool]] = {trait.id: [] for trait in traits}
   for example in kept:
-    inside, outside = jax.device_get(read_rewards(trainable, replicate(example['states'])))[:, example['trait']]
+    inside, outside = fetch(read_rewards(trainable, replicate(example['states'])))[:, example['trait']]
     pairs[traits[example['trait']].id].append(bool(inside > outside))
   # What one unit of reward is worth differs by trait; the policy divides by this. A trait that these messages are too
   # few for has the spread of all.

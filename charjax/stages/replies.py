@@ -83,7 +83,7 @@ def _opposite(session: Session, trait: Trait, message: str, k: int) -> str:
 def _draw(session: Session, condition: str, before: prompts.Messages, items: Sequence[Row], index: int) -> list[Row]:
   del index
   config, model = session.config.replies, session.model
-  settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size)
+  settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size, config.top_k)
   drawn = sample(
     model.decoder,
     [model.prompt([*before, prompts.user(item['text'])]) for item in items],

@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from charjax import hosts
 from charjax.files import write_text
 from charjax.report.page import render
 from charjax.report.read import read_run
@@ -26,6 +27,10 @@ _STEERING = re.compile('[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u206
 
 def run(session: Session) -> dict[str, Any]:
   """Writes report/index.html and returns its size in bytes."""
+  return hosts.first(lambda: _write(session))
+
+
+def _write(session: Session) -> dict[str, Any]:
   page = render(session.workdir)
   write_text(session.folder('report') / 'index.html', page)
   return {'bytes': len(page.encode())}

@@ -25,11 +25,12 @@ from charjax.engine.score import (
   hidden_states,
   mean_over_tokens,
   pad_values,
+  parts_of,
   reply_mask,
   token_log_probs,
 )
 from charjax.files import Row
-from charjax.mesh import no_silent_transfers, replicate, shard_batch
+from charjax.mesh import fetch, no_silent_transfers, replicate, shard_batch
 from charjax.model.decoder import Decoder
 from charjax.progress import Progress
 from charjax.stages import preference, rankings, replies
@@ -108,7 +109,7 @@ def make_judge(session: Session, shapes: FixedShapes, asked: Sequence[Row]) -> J
   moments: Any = None
   for begin in range(0, max(1, len(groups)), size):
     rows = shapes.rows(groups[begin : begin + size], each, size)
-    more = jax.device_get(_moments(trunk, model, shapes.prefix, shapes.length, shard_batch(rows), ends, longest))
+    more = fetch(_moments(trunk, model, shapes.prefix, shapes.length, shard_batch(rows), ends, longest))
     moments = jax.tree.map(np.add, moments, more) if moments else more
   critic, mean = replicate(fit_values(*moments))
   return Judge(decoder, trunk, model, critic, mean, ends)
@@ -139,7 +140,7 @@ def _moments(
 
 
 @partial(jax.jit, static_argnames=('longest',))
-def _judge(
+def judge_tokens(
   judge: Judge, prefix: jax.Array, length: jax.Array, rows: Rows, temperature: jax.Array, barred: Any, longest: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Scores of each token by every trait, what the critic expects to follow, both [N, R, traits]; and log-probs [N, R]
@@ -183,10 +184,10 @@ def judge_ranked(session: Session, shapes: FixedShapes, judge: Judge, asked: Seq
       earns = np.zeros((len(real), len(session.character.traits)), np.float32)
       earns[: len(some)] = [item['earns'] for item in some]
       rows, earns = shard_batch((rows, earns))
-      scores, _, before = _judge(
+      scores, _, before = judge_tokens(
         judge, shapes.prefix, shapes.length, rows, temperature, judge.ends, config.max_new_tokens
       )
-      preferred, before = jax.device_get((_preferences(scores, rows, earns, *limits), before))
+      preferred, before = fetch((_preferences(scores, rows, earns, *limits), before))
       before = before.reshape(-1, places, before.shape[1])
       preferred, best = mix_labels(preferred, [item['ranked'].preferred for item in some], real, config.ranked_labels)
       for m, item in enumerate(some):
@@ -218,6 +219,12 @@ def mix_labels(
   return labels_mss, np.where(real_ms, favour_ms, -np.inf).argmax(1)
 
 
+def drawing(config: Any) -> Sampling:
+  """How the policy draws its replies."""
+  at_once = min(config.batch_size, config.prompts_per_step * config.replies_per_prompt)
+  return Sampling(config.max_new_tokens, config.temperature, batch_size=at_once)
+
+
 @no_silent_transfers
 def roll_out(
   session: Session, shapes: FixedShapes, judge: Judge, trainable: Any, asked: Sequence[Row], step: int
@@ -228,7 +235,7 @@ def roll_out(
   used, adapter = bind(model.decoder, trainable)
   group = [item for item in asked for _ in range(each)]
   names = [f'{step}/{item["id"]}/{i}' for i, item in enumerate(group)]
-  settings = Sampling(config.max_new_tokens, config.temperature, batch_size=config.prompts_per_step * each)
+  settings = drawing(config)
   drawn = sample(
     used, [item['prompt'] for item in group], item_keys(session.config.seed, 'policy', names), model.eos_ids, settings,
     adapter=adapter, width=config.prompt_width,
@@ -236,19 +243,24 @@ def roll_out(
   said = iter(drawn)
   rows = shapes.rows([Group(item['prompt'], [next(said).tokens for _ in range(each)]) for item in asked], each)
   temperature, kl, trace = replicate(tuple(np.float32(x) for x in (config.temperature, config.kl, config.trace)))
-  scores, values, reference = jax.device_get(
-    _judge(judge, shapes.prefix, shapes.length, shard_batch(rows), temperature, None, config.max_new_tokens)
-  )
+  # In as many parts as the step learns from it: all states of a batch would not fit.
+  judged = [
+    fetch(
+      judge_tokens(judge, shapes.prefix, shapes.length, shard_batch(part), temperature, None, config.max_new_tokens)
+    )
+    for part in parts_of(rows, config.microbatches)
+  ]
+  scores, values, reference = (np.concatenate(arrays) for arrays in zip(*judged, strict=True))
   mask = reply_mask(rows)
   before = pad_values([reply.log_probs for reply in drawn], mask.shape[1])
   log_ratio = np.where(mask, before - reference, 0.0)
 
   earns = np.array([item['earns'] for item in group], np.float32)
   scores, values = (np.einsum('nrc,nc->nr', array, earns) for array in (scores, values))
-  rewards = jax.device_get(_mean_over_tokens(*shard_batch((scores, rows))))
+  rewards = fetch(_mean_over_tokens(*shard_batch((scores, rows))))
   grouped = shard_batch(tuple(array.reshape(len(asked), each, -1) for array in (scores, values, log_ratio, mask)))
   share = replicate(to_come(mask.shape[1], config.max_new_tokens))
-  advantages = jax.device_get(_advantages(*grouped, share, trace, kl)).reshape(mask.shape)
+  advantages = fetch(_advantages(*grouped, share, trace, kl)).reshape(mask.shape)
   advantages = advantages * np.array([item['weight'] for item in group], np.float32)[:, None]
   return Rollout(drawn, before, log_ratio, advantages, rewards)
 
@@ -286,8 +298,9 @@ def earnings(session: Session) -> dict[str, np.ndarray]:
   """
   config = session.config.policy
   report = json.loads((session.folder('preference') / 'report.json').read_text())
-  left_out = set() if config.keep_unproven_traits else set(report['left_out'])
   traits = session.character.traits
+  left_out = set() if config.keep_unproven_traits else set(report['left_out'])
+  left_out |= {trait.id for trait in traits if config.traits and trait.id not in config.traits}
   spread = np.array([report['train']['reward_std'][trait.id] for trait in traits])
   weight = np.array([0.0 if trait.id in left_out else trait.weight for trait in traits])
   found = {}

@@ -41,7 +41,12 @@ def _tail(n: int) -> float:
 
 
 def _t_quantile(freedom: int) -> float:
-  """The 97.5% point of Student's t by Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5); 1% off at freedom 3."""
+  """The 97.5% point of Student's t: in closed form at freedom 1 and 2, then by Cornish-Fisher expansion (Abramowitz and
+  Stegun 26.7.5); 1% off at freedom 3."""
+  if freedom == 1:
+    return math.tan(0.475 * math.pi)
+  if freedom == 2:
+    return 0.95 / math.sqrt(2 * 0.975 * 0.025)
   z, v = _Z, freedom
   terms = (
     (z**3 + z) / 4,
@@ -71,6 +76,59 @@ def share(hits: Sequence[float] | np.ndarray, tries: float = 1) -> Interval | No
   centre = (p + _Z**2 / (2 * effective)) / (1 + _Z**2 / effective)
   half = _Z / (1 + _Z**2 / effective) * math.sqrt(p * (1 - p) / effective + _Z**2 / (4 * effective**2))
   return {'mean': p, 'low': max(0.0, centre - half), 'high': min(1.0, centre + half), 'n': n}
+
+
+def combine(parts: Sequence[tuple[float, Interval]]) -> Interval:
+  """A weighted sum of independent figures: (1, a), (-1, b) is how much a is above b.
+
+  The interval is that of Zou, Huang and Zhang (2009, Computational Statistics and Data Analysis 53:1080): the distances
+  from mean to end on the side in question, added as squares. It keeps what is lopsided in those of shares. `n` is the
+  least of theirs.
+  """
+  total, below, above = 0.0, 0.0, 0.0
+  for weight, figure in parts:
+    total += weight * figure['mean']
+    if any(figure[end] is None for end in ('low', 'high')):
+      below = above = math.nan
+      continue
+    down, up = sorted((weight * (figure['low'] - figure['mean']), weight * (figure['high'] - figure['mean'])))
+    below, above = below + down**2, above + up**2
+  return _ends(total, math.sqrt(below), math.sqrt(above), min(figure['n'] or 0 for _, figure in parts))
+
+
+def pool(figures: Sequence[Interval], same_items: bool) -> Interval:
+  """The same figure of several runs that differ by their seed alone: the mean of their means, and how sure it is.
+
+  Each run counts as one: Student's t over their means covers the luck of training and of what was drawn for each. Where
+  all of them were measured on the same items (`same_items`), the luck in choosing those is not seen in that spread and
+  does not shrink with more seeds: the mean square of their own half-widths is added. `n` is the number of runs.
+  """
+  means, n = np.array([figure['mean'] for figure in figures]), len(figures)
+  if n == 1:
+    return dict(figures[0])
+  spread = (_t_quantile(n - 1) * float(means.std(ddof=1))) ** 2 / n
+  below = above = spread
+  if same_items:
+    ends = [(figure['low'], figure['high']) for figure in figures]
+    known = all(low is not None and high is not None for low, high in ends)
+    lows, highs = (np.array([end if known else math.nan for end in some]) for some in zip(*ends, strict=True))
+    below, above = below + float(((lows - means) ** 2).mean()), above + float(((highs - means) ** 2).mean())
+  return _ends(float(means.mean()), math.sqrt(below), math.sqrt(above), n)
+
+
+def _ends(mean: float, below: float, above: float, n: int) -> Interval:
+  """A figure whose ends are so far from its mean; without ends where that is not known."""
+  known = math.isfinite(below) and math.isfinite(above)
+  return {'mean': mean, 'low': mean - below if known else None, 'high': mean + above if known else None, 'n': n}
+
+
+def comparisons(one: int, other: int) -> float:
+  """As how many single comparisons all those of `one` reply or more with `other` count.
+
+  By the variance of their share between replies that are as good, (m + n + 1) / 12 m n (Mann and Whitney 1947), against
+  the 1/4 of a single one.
+  """
+  return 3 * one * other / (one + other + 1)
 
 
 def kappa(first: Sequence[str], second: Sequence[str], groups: Sequence[str], seed: int = 0) -> Interval | None:

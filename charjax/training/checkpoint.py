@@ -2,16 +2,24 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from charjax import hosts
 from charjax.errors import UserError, one_line
+from charjax.mesh import fetch, is_apart
 from charjax.model.checkpoint_source import Tensors
+
+_AT_ONCE = 2**28  # bytes
+
+# Its processes would wait for each other by way of the devices, and so for whatever is at work there.
+flags.FLAGS['experimental_orbax_use_distributed_barrier'].value = True
 
 
 class Checkpoints:
@@ -28,9 +36,16 @@ class Checkpoints:
       folder.resolve(), preservation_policy=policies.LatestN(1), cleanup_tmp_directories=True
     )
 
-  def save(self, step: int, trainable: Any, optimizer_state: Any, position: dict[str, Any]) -> None:
-    """Saves the state and the data position (JSON) after `step` steps; returns when it is on disk."""
-    record = {'seed': self._seed, 'data': position, 'fingerprint': fingerprint(trainable)}
+  def save(
+    self, step: int, trainable: Any, optimizer_state: Any, position: dict[str, Any], devices_busy: bool = False
+  ) -> None:
+    """Saves the state and the data position (JSON) after `step` steps; returns when it is on disk.
+
+    With `devices_busy`, what many processes hold in parts has no fingerprint: it would have to wait for the devices.
+    """
+    apart = any(is_apart(leaf) for leaf in jax.tree.leaves(trainable))
+    digest = None if devices_busy and apart else fingerprint(trainable)
+    record = {'seed': self._seed, 'data': position, 'fingerprint': digest}
     named = {'trainable': _named(trainable), 'optimizer': _named(optimizer_state), 'record': record}
     self._checkpointer.save_checkpointables(step, named, force=True)
 
@@ -40,9 +55,10 @@ class Checkpoints:
     Raises:
       UserError: the checkpoint is damaged, or of a run with another seed.
     """
-    if self._checkpointer.latest is None:
+    step = self._latest()
+    if step is None:
       return 0, trainable, optimizer_state, {}
-    step, loaded = self._load({'trainable': trainable, 'optimizer': optimizer_state})
+    loaded = self._load(step, {'trainable': trainable, 'optimizer': optimizer_state})
     if loaded['record']['seed'] != self._seed:
       raise UserError(f'{self._checkpointer.directory}: its seed is {loaded["record"]["seed"]}, not {self._seed}')
     return step, loaded['trainable'], loaded['optimizer'], loaded['record']['data']
@@ -53,14 +69,18 @@ class Checkpoints:
     Raises:
       UserError: there is no checkpoint, or it is damaged.
     """
-    if self._checkpointer.latest is None:
+    step = self._latest()
+    if step is None:
       raise UserError(
         f"{self._checkpointer.directory}: the checkpoint is gone; remove the stage's folder to train again"
       )
-    return self._load({'trainable': trainable})[1]['trainable']
+    return self._load(step, {'trainable': trainable})['trainable']
 
-  def _load(self, wanted: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    step = self._checkpointer.latest.step
+  def _latest(self) -> int | None:
+    latest = self._checkpointer.latest
+    return hosts.first(lambda: latest and latest.step)
+
+  def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
     where = f'{self._checkpointer.directory}: checkpoint {step}'
     remedy = "remove the stage's folder to train again"
     abstract: dict[str, Any] = {
@@ -76,9 +96,9 @@ class Checkpoints:
     for name, tree in wanted.items():
       values = [loaded[name][key] for key in _named(tree)]
       loaded[name] = jax.tree.unflatten(jax.tree.structure(tree), values)
-    if fingerprint(loaded['trainable']) != loaded['record']['fingerprint']:
+    if loaded['record']['fingerprint'] not in (None, fingerprint(loaded['trainable'])):
       raise UserError(f'{where} is damaged (wrong fingerprint); {remedy}')
-    return step, loaded
+    return loaded
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -127,12 +147,23 @@ def _named(tree: Any) -> dict[str, jax.Array]:
 
 def fingerprint(tree: Any) -> str:
   """sha256 over the contents of all arrays of a pytree, in order."""
-  return _digest(np.asarray(jax.device_get(leaf)) for leaf in jax.tree.leaves(tree))
+  return _digest(jax.tree.leaves(tree))
 
 
-def _digest(arrays: Iterable[np.ndarray]) -> str:
+def _digest(arrays: Iterable[Any]) -> str:
   digest = hashlib.sha256()
   for array in arrays:
     digest.update(f'{array.dtype}{array.shape}'.encode())
-    digest.update(np.ascontiguousarray(array).tobytes())
+    for part in _parts(array):
+      digest.update(np.ascontiguousarray(fetch(part)).tobytes())
   return digest.hexdigest()
+
+
+def _parts(array: Any) -> Iterator[Any]:
+  """The array by its rows, some at a time where it lies in parts on devices that each will hold all of them at once."""
+  if isinstance(array, np.ndarray) or array.is_fully_addressable or array.ndim == 0:
+    yield array
+    return
+  rows = max(1, len(array) * _AT_ONCE // max(array.nbytes, 1))
+  for begin in range(0, len(array), rows):
+    yield array[begin : begin + rows]

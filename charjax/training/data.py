@@ -5,6 +5,8 @@ from typing import Any
 
 import grain
 
+_PASSES = 2**40  # without end for us; Grain's own endless repeat cannot be cut into batches of one
+
 
 def batches(examples: Sequence[Any], batch_size: int, seed: int) -> Any:
   """An endless Grain iterator over batches (lists) of examples, reshuffled at each pass.
@@ -15,7 +17,7 @@ def batches(examples: Sequence[Any], batch_size: int, seed: int) -> Any:
     grain.MapDataset.source(list(examples))
     .seed(seed)
     .shuffle()
-    .repeat()
+    .repeat(_PASSES)
     .batch(batch_size, batch_fn=list)
     .to_iter_dataset(grain.ReadOptions(num_threads=0))
   )

@@ -15,10 +15,10 @@ from flax import nnx
 
 from charjax.engine.batch import Tokens
 from charjax.engine.score import Rows, hidden_states, map_rows, mean_states
-from charjax.mesh import shardings
+from charjax.mesh import lay_out
 from charjax.model.decoder import Decoder, Prefix
 from charjax.model.lora import Adapter
-from charjax.training.losses import pair_accuracy, preference_loss
+from charjax.training.losses import preference_loss, right_pairs
 
 
 class RewardHead(nnx.Module):
@@ -61,9 +61,7 @@ def make_trainable(
   if traits:
     trainable['head'] = RewardHead(traits, decoder.config.embed_dim)
   # Laid out as the step will return it: else the second step would be compiled anew.
-  if not jax.sharding.get_mesh().empty:
-    trainable = jax.device_put(trainable, shardings(trainable))
-  return trainable
+  return lay_out(trainable)
 
 
 def bind(decoder: Decoder, trainable: Any) -> tuple[Decoder, Any]:
@@ -105,7 +103,8 @@ def _fit_loss(v_nd: jax.Array, data: Any, labels: str, loss: str) -> tuple[jax.A
   scaled_mkd, probability_mkk, real_mk, trait_m, weight_m, decay = data
   scores_mk = _own_scores(v_nd, scaled_mkd, trait_m)
   total, weight = preference_loss(scores_mk, probability_mkk, real_mk, weight_m, labels, loss)
-  metrics = {'loss': total / weight, 'accuracy': pair_accuracy(scores_mk, probability_mkk, real_mk)}
+  right, pairs = right_pairs(scores_mk, probability_mkk, real_mk)
+  metrics = {'loss': total / weight, 'accuracy': right / jnp.maximum(pairs, 1)}
   return total + decay * jnp.square(v_nd).sum(), metrics
 
 

@@ -1,12 +1,22 @@
-"""Ctrl-C and SIGTERM while a model is trained: the step at hand is finished and saved first."""
+"""Ctrl-C and SIGTERM while a model is trained: what was learned is saved first, and by all processes together."""
 
+import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from charjax.progress import is_first_process
+import jax
+
+from charjax import hosts
+from charjax.interrupts import LEFT
+
+T = TypeVar('T')
+
+_LOOK = 0.2  # seconds after which it is seen whether another process was interrupted
 
 
 class Interrupts:
@@ -14,35 +24,77 @@ class Interrupts:
 
   with Interrupts() as interrupts:
     for step in steps:
-      ...
-      if interrupts.came or due(step):
+      drawn, interrupted = interrupts.work(lambda: draw(step))
+      if interrupted:
+        save(step - 1)
+        interrupts.let_through()
+      learn(drawn.result())
+      if (interrupted := interrupts.agreed()) or due(step):
         save(step)
-      interrupts.let_through()
+      if interrupted:
+        interrupts.let_through()
 
-  Only what would raise in this process is held: a handler in Python, in the main thread.
+  Only what would raise in this process is held: a handler in Python, in the main thread. Of many processes, any that is
+  interrupted speaks for all.
   """
 
   def __init__(self) -> None:
     self._before: dict[int, Any] = {}
     self._came: int | None = None
 
-  @property
-  def came(self) -> bool:
-    """Whether an interrupt is held."""
-    return self._came is not None
+  def agreed(self) -> bool:
+    """Whether an interrupt is held in some process. All of them ask after the same step, and are told the same."""
+    heard = hosts.first(self._heard)
+    self._came = heard or self._came
+    return heard is not None
+
+  def work(self, function: Callable[[], T]) -> tuple[Future[T], bool]:
+    """Calls the function, and returns when it is done, or sooner, in all processes, where an interrupt came: with True.
+
+    Another thread calls it, since one that waits for a program of the devices hears of no signal meanwhile.
+    """
+    future: Future[T] = Future()
+    mesh = jax.sharding.get_mesh()
+
+    def call() -> None:
+      try:
+        with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
+          future.set_result(function())
+      except BaseException as error:
+        future.set_exception(error)
+
+    threading.Thread(target=call, name=LEFT, daemon=True).start()
+
+    def done() -> bool:
+      while not wait([future], _LOOK).done:
+        if self._heard():
+          return False
+      return True
+
+    interrupted = not hosts.first(done, lambda: future.done() and future.result())
+    if interrupted:
+      self._came = self._heard()
+    else:
+      wait([future])
+    return future, interrupted
 
   def let_through(self) -> None:
     """Does what the interrupt would have done, if one is held."""
     if self._came is not None:
-      self._before[self._came](self._came, None)
+      self._before.get(self._came, signal.default_int_handler)(self._came, None)
+
+  def _heard(self) -> int | None:
+    """The interrupt that is held, here or in another process."""
+    return self._came or hosts.told('interrupt')
 
   def _hold(self, number: int, frame: FrameType | None) -> None:
     if self._came is not None:
       self._before[number](number, frame)
       return
     self._came = number
-    if is_first_process():
-      print('stopping once this step is saved; interrupt again to stop at once', file=sys.stderr, flush=True)
+    hosts.tell('interrupt', number)
+    if hosts.is_first_process():
+      print('stopping once all is saved; interrupt again to stop at once', file=sys.stderr, flush=True)
 
   def __enter__(self) -> Self:
     if threading.current_thread() is threading.main_thread():

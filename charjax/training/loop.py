@@ -1,21 +1,21 @@
 """The loop around the train step, alike for all that is trained: restored, stepped, watched, written, saved."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-import jax
 import optax
 from etils import epath
 
-from charjax.mesh import batch_parts
+from charjax.mesh import batch_parts, fetch
 from charjax.progress import Metrics, Progress
 from charjax.training.checkpoint import Checkpoints
 from charjax.training.interrupts import Interrupts
 from charjax.training.skipped import Skipped
-from charjax.training.step import Loss, init_optimizer, make_step
+from charjax.training.step import Batch, Loss, init_optimizer, make_step
 
-# (step, what the data gave, trainable) -> the loss's batch, on the devices, and figures that stand beside the loss's.
-MakeBatch = Callable[[int, Any, Any], tuple[Any, Mapping[str, float]]]
+# (step, what the data gave, trainable) -> what the step learns from, and figures that stand beside the loss's.
+NextBatch = Callable[[int, Any, Any], tuple[Batch, Mapping[str, float]]]
 
 
 def train(
@@ -26,7 +26,7 @@ def train(
   trainable: Any,
   frozen: Any,
   data: Any,
-  make_batch: MakeBatch,
+  next_batch: NextBatch,
   *,
   steps: int,
   save_every: int,
@@ -36,8 +36,8 @@ def train(
   prepare: Callable[[Any, Metrics], None] | None = None,
   prepared: int = 0,
 ) -> Any:
-  """Trains for `steps` steps, or what is left of them after the latest checkpoint; an interrupt waits for the step at
-  hand and for its checkpoint.
+  """Trains for `steps` steps, or what is left of them after the latest checkpoint; an interrupt waits for a checkpoint
+  of what was learned.
 
   Args:
     folder: for metrics.jsonl, TensorBoard's events and the batch of a step that was not finite.
@@ -47,7 +47,7 @@ def train(
     trainable: what is trained, as it is before the first step.
     frozen: weights that the loss reads and that stay as they are.
     data: an iterator as training.data makes them, whose position is saved.
-    make_batch: what a step's batch is made by.
+    next_batch: what a step's batch is made by.
     steps: how many there are in all.
     save_every: steps from one checkpoint to the next; the last step is saved too.
     skipped_steps: so many steps that were not finite stop the run.
@@ -76,24 +76,40 @@ def train(
       checkpoints.save(0, trainable, state, data.get_state())
     metrics.truncate_after(prepared + start)
     skipped = Skipped(folder, skipped_steps)
+    saved = start
     for step in range(start + 1, steps + 1):
-      batch, figures = make_batch(step, next(data), trainable)
+      position = data.get_state()
+      made, interrupted = interrupts.work(partial(_make, next_batch, step, data, trainable))
+      if interrupted:
+        # What was being made is made anew; it may take long, and what was learned is not yet touched by it.
+        if saved < step - 1:
+          checkpoints.save(step - 1, trainable, state, position, devices_busy=True)
+        interrupts.let_through()
+      batch, figures = made.result()
       trainable, state, values = step_function(trainable, state, frozen, batch)
-      values = jax.device_get(values) | figures
+      values = fetch(values) | figures
       metrics.write(prepared + step, values)
       skipped.watch(prepared + step, values, batch)
       bar.advance(1, note(values))
-      if step == steps or step % save_every == 0 or interrupts.came:
+      interrupted = interrupts.agreed()
+      if interrupted or step == steps or step % save_every == 0:
         checkpoints.save(step, trainable, state, data.get_state())
-      interrupts.let_through()
+        saved = step
+      if interrupted:
+        interrupts.let_through()
   return trainable
 
 
-def tell_undivided(log: Callable[[str], None], field: str, size: int, rows: int) -> None:
-  """Says so where batches of `rows` rows, which come from `size` in `field`, are not split over the devices."""
+def _make(next_batch: NextBatch, step: int, data: Any, trainable: Any) -> tuple[Any, Mapping[str, float]]:
+  return next_batch(step, next(data), trainable)
+
+
+def tell_undivided(log: Callable[[str], None], stage: str, config: Any, field: str, each: int = 1) -> None:
+  """Says so where batches, of `each` rows to one of those that `field` counts, are not split over the devices."""
   parts = batch_parts()
-  if rows % parts:
+  if config[field] // config.microbatches * each % parts:
     log(
-      f'{field} is {size}, whose batches do not divide into the {parts} parts of config.mesh (data times fsdp): each '
-      f'device computes the whole of them; a multiple of {parts} is faster'
+      f'config.{stage}.{field} is {config[field]}, whose batches do not divide into the {parts} parts of config.mesh '
+      f'(data times fsdp): each device computes the whole of them; a multiple of {parts * config.microbatches} is '
+      'faster'
     )

@@ -1,10 +1,13 @@
 """Losses and labels, as pure functions of arrays. A loss is an unreduced sum, with its denominator where it averages.
 
+A denominator depends on the batch alone and not on the model: of a batch in parts it is known before the first of them.
+
 Letters: M messages, K replies to one message, B replies, R reply tokens, N tokens, V vocabulary.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def soft_labels(scores_mk: jax.Array, temperature: float, low: float, high: float) -> jax.Array:
@@ -28,11 +31,18 @@ def pairs_of_replies(real_mk: jax.Array) -> jax.Array:
   return real_mk[:, :, None] & real_mk[:, None, :] & jnp.triu(jnp.ones((k, k), bool), 1)
 
 
-def pair_accuracy(scores_mk: jax.Array, probability_mkk: jax.Array, real_mk: jax.Array) -> jax.Array:
-  """The share of all pairs that the scores order as the labels do."""
+def count_pairs(real_mk: np.ndarray, weight_m: np.ndarray) -> tuple[np.float32, np.float32]:
+  """The denominators of `preference_loss` and `right_pairs`, of a batch that is on the host; above 0 in any case."""
+  replies_m = real_mk.sum(1)
+  weight, pairs = weight_m[replies_m > 1].sum(), (replies_m * (replies_m - 1) // 2).sum()
+  return np.float32(max(weight, 1e-8)), np.float32(max(pairs, 1))
+
+
+def right_pairs(scores_mk: jax.Array, probability_mkk: jax.Array, real_mk: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """How many pairs the scores order as the labels do, and how many there are."""
   pair = pairs_of_replies(real_mk)
   right = (scores_mk[:, :, None] > scores_mk[:, None, :]) == (probability_mkk > 0.5)
-  return (right & pair).sum() / jnp.maximum(pair.sum(), 1)
+  return (right & pair).sum(), pair.sum()
 
 
 def preference_loss(

@@ -1,17 +1,41 @@
-"""The one train step: loss, gradient, clipped AdamW, as a pure function over pytrees, compiled once."""
+"""The one train step: loss, gradient, clipped AdamW, as a pure function over pytrees, compiled once.
 
-from collections.abc import Callable
-from typing import Any
+A batch may go through the model in parts, one after the other, whose gradients are added up: then the activations of
+one part at a time are kept.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from charjax.mesh import no_silent_transfers, shardings
+from charjax.mesh import no_silent_transfers, replicate, shard_batch, shardings
 
-# (trainable, frozen, batch) -> (loss, metrics)
+# (trainable, frozen, batch) -> (loss, metrics). A batch is a part of a step's batch, and loss and metrics are what it
+# adds to them: where they are means, the sums are divided by counts of the whole, which stand in every part.
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class Batch(NamedTuple):
+  """What one step learns from, on the devices; the loss finds both as one dict.
+
+  Attributes:
+    whole: what is the same in all parts.
+    parts: arrays whose first axis are the parts that go through the model one after the other, [parts, rows of one,
+      ...].
+  """
+
+  whole: Mapping[str, Any]
+  parts: Mapping[str, Any]
+
+
+def make_batch(whole: Mapping[str, Any], rows: Mapping[str, Any], microbatches: int = 1) -> Batch:
+  """Puts a batch on the devices: `rows`, arrays that are divided along their first axis, in `microbatches` parts."""
+  parts = jax.tree.map(lambda array: array.reshape(microbatches, -1, *array.shape[1:]), rows)
+  return Batch(replicate(whole), shard_batch(parts, axis=1))
 
 
 def make_optimizer(
@@ -32,23 +56,36 @@ def init_optimizer(optimizer: optax.GradientTransformation, trainable: Any) -> t
   """
   if jax.sharding.get_mesh().empty:
     return jax.jit(optimizer.init)(trainable), None
-  abstract = jax.eval_shape(optimizer.init, trainable)
-  replicated = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
-  layout = optax.tree_map_params(
-    optimizer, lambda _, sharding: sharding, abstract, shardings(trainable), transform_non_params=lambda _: replicated
-  )
+  _, layout = describe_optimizer(optimizer, trainable)
   return jax.jit(optimizer.init, out_shardings=layout)(trainable), layout
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, trainable: Any, layout: Any) -> Callable[..., Any]:
-  """step(trainable, state, frozen, batch) -> (trainable, state, metrics), jitted; the first two are given up.
+def describe_optimizer(optimizer: optax.GradientTransformation, trainable: Any) -> tuple[Any, Any]:
+  """What `init_optimizer` returns, as shapes and dtypes only, and the shardings."""
+  abstract = jax.eval_shape(optimizer.init, trainable)
+  replicated = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+  layout = optax.tree_map_params(
+    # Of no parameters, without making arrays of its numbers.
+    lambda nothing: jax.eval_shape(optimizer.init, nothing),
+    lambda _, sharding: sharding,
+    abstract,
+    shardings(trainable),
+    transform_non_params=lambda _: replicated,
+  )
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout), layout
+
+
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, trainable: Any, layout: Any) -> Any:
+  """step(trainable, state, frozen, Batch) -> (trainable, state, metrics), jitted; the first two are given up.
 
   All that it is given must be on the devices already (mesh.shard_batch, mesh.replicate).
   A step whose loss or gradient is not finite changes nothing and says so in metrics['skipped'].
   """
 
-  def step(trainable: Any, state: Any, frozen: Any, batch: Any) -> tuple[Any, Any, dict[str, jax.Array]]:
-    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)
+  layouts = None if layout is None else (shardings(trainable), layout, None)
+
+  def step(trainable: Any, state: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, dict[str, jax.Array]]:
+    (value, metrics), gradient = _add_up(loss, trainable, frozen, batch, layouts and layouts[0])
     norm = optax.tree.norm(gradient)
     updates, new_state = optimizer.update(gradient, state, trainable)
     updated = optax.apply_updates(trainable, updates)
@@ -58,5 +95,20 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, trainable: An
     )
     return trainable, state, metrics | {'loss': value, 'grad_norm': norm, 'skipped': ~finite}
 
-  layouts = None if layout is None else (shardings(trainable), layout, None)
   return no_silent_transfers(jax.jit(step, donate_argnums=(0, 1), out_shardings=layouts))
+
+
+def _add_up(loss: Loss, trainable: Any, frozen: Any, batch: Batch, layout: Any) -> Any:
+  """((loss, metrics), gradient), each the sum over the parts of a batch, in float32 and laid out as the parameters."""
+
+  def of_part(part: Any) -> Any:
+    return jax.value_and_grad(loss, has_aux=True)(trainable, frozen, {**batch.whole, **part})
+
+  first = jax.tree.map(lambda array: array[0], batch.parts)
+  if len(jax.tree.leaves(batch.parts)[0]) == 1:
+    return of_part(first)
+  empty = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(of_part, first))
+  if layout is not None:
+    # Else each device might hold all of the sum.
+    empty = empty[0], jax.lax.with_sharding_constraint(empty[1], layout)
+  return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None), empty, batch.parts)[0]

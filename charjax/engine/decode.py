@@ -1,0 +1,239 @@
+"""The compiled programs of sampling: prompts are read into their groups' room, and all rows draw token by token.
+
+Rows begin and end at different times, and yet all write the keys and values of a token into the same slot of their
+caches: the slots are a ring, and a token is found by the place that it says it has (see model.attention.sees).
+
+Letters: A groups, B rows, M rows of packed prompts, T tokens of one, R prompts, P tokens of one, S slots, L layers.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from charjax.engine.draw import draw
+from charjax.mesh import constrain
+from charjax.model.attention import Places
+from charjax.model.decoder import KV, Cache, Decoder, Prefix, forward, layer_weights, logits
+from charjax.model.decoder import make_cache as decoder_cache
+
+
+class RowState(NamedTuple):
+  """Where each of B rows is.
+
+  Attributes:
+    token: to be fed next.
+    position: of that token.
+    read: the half of its group's room that the row's prompt is in, counted from 1.
+    drawn: tokens of the reply that have been drawn.
+    live: whether a reply is under way.
+    fresh: whether it begins: what another reply left in the row's cache is forgotten.
+    key_data: [B, 2] of a threefry key.
+  """
+
+  token: Any
+  position: Any
+  read: Any
+  drawn: Any
+  live: Any
+  fresh: Any
+  key_data: Any
+
+
+class Move(NamedTuple):
+  """Where R prompts lie in M packed rows, and where they go; each [parts, R], of a part's own rows and groups.
+
+  What is not `real` moves nothing.
+  """
+
+  row: Any
+  column: Any
+  group: Any
+  slot: Any
+  real: Any
+
+
+@jax.jit
+def prepare(decoder: Decoder, adapter: Any, shared: Sequence[Prefix]) -> tuple[Any, Sequence[Prefix]]:
+  """Weights and shared keys, cut into layers and in the dtype of products, once for all tokens."""
+  dtype = decoder.runtime.compute_dtype
+
+  def cast(layer: Any) -> Any:
+    return {n: a if a.ndim < 2 or f'{n}_scale' in decoder.blocks.names else a.astype(dtype) for n, a in layer.items()}
+
+  layers = [(cast(layer), lora) for layer, lora in layer_weights(decoder, adapter)]
+  layers = map_layers(lambda array, axes: constrain(array, *axes), decoder, adapter, layers)
+  return layers, [prefix._replace(kv=KV(tuple(prefix.kv.k), tuple(prefix.kv.v))) for prefix in shared]
+
+
+def map_layers(function: Callable[[Any, Any], Any], decoder: Decoder, adapter: Any, layers: Any) -> Any:
+  """Calls function(array, its logical axes) on each array of the layers: the axes of the weights but the first."""
+
+  def axes(parameter: Any) -> Any:
+    return parameter.get_metadata()['axes'][1:]
+
+  def one(layer: Any, lora: Any) -> Any:
+    pairs = {
+      n: {k: function(a, axes(getattr(adapter, n)[k])) for k, a in pair.items()} for n, pair in (lora or {}).items()
+    }
+    return {n: function(a, axes(getattr(decoder.blocks, n))) for n, a in layer.items()}, pairs or None
+
+  return [one(*layer) for layer in layers]
+
+
+@partial(jax.jit, static_argnames=('rows', 'slots'))
+def make_cache(decoder: Decoder, *, rows: int, slots: int) -> Cache:
+  """An empty cache, of rows or of what stands before groups of them."""
+  empty = decoder_cache(decoder, rows, slots)
+  kv = jax.tree.map(lambda array: constrain(array, 'batch', 'kv_heads', None, None), empty.kv)
+  return Cache(kv, jax.tree.map(lambda array: constrain(array, 'batch', None), empty.places))
+
+
+@partial(jax.jit, static_argnames='width', donate_argnames='room')
+def read_prompts(
+  decoder: Decoder,
+  adapter: Any,
+  shared: Sequence[Prefix],
+  room: KV,
+  tokens_mt: jax.Array,
+  places_mt: Places,
+  move: Move,
+  *,
+  width: int,
+) -> KV:
+  """Reads packed prompts, and puts the keys and values of each, `width` tokens, where its group has room."""
+  _, read = forward(decoder, tokens_mt, places_mt.positions, places_mt.texts, adapter=adapter, before=shared)
+  parts, count = move.row.shape
+
+  def put(room: jax.Array, read: jax.Array, axis: int) -> jax.Array:
+    """Of one layer; tokens lie along `axis` of both."""
+    # A slice that would reach past the end would be moved back.
+    read = jnp.pad(read, [(0, width if i == axis else 0) for i in range(4)])
+
+    def part(room: jax.Array, read: jax.Array, move: Move) -> jax.Array:
+      size = tuple(1 if i == 0 else width if i == axis else n for i, n in enumerate(read.shape))
+
+      def one(r: Any, room: jax.Array) -> jax.Array:
+        def place(first: jax.Array, along: jax.Array) -> list[Any]:
+          return [first if i == 0 else along if i == axis else 0 for i in range(4)]
+
+        piece = jax.lax.dynamic_slice(read, place(move.row[r], move.column[r]), size)
+        there = place(move.group[r], move.slot[r])
+        piece = jnp.where(move.real[r], piece, jax.lax.dynamic_slice(room, there, size))
+        return jax.lax.dynamic_update_slice(room, piece, there)
+
+      return jax.lax.fori_loop(0, count, one, room)
+
+    if parts == 1:
+      return part(room, read, jax.tree.map(lambda x: x[0], move))
+    # Each device moves what is its own.
+    rooms, reads = (x.reshape(parts, -1, *x.shape[1:]) for x in (room, read))
+    return jax.vmap(part)(rooms, reads, move).reshape(room.shape)
+
+  def all_layers(room: Sequence[jax.Array], read: jax.Array, axis: int) -> tuple[jax.Array, ...]:
+    return tuple(
+      constrain(put(old, new, axis), 'batch', 'kv_heads', None, None) for old, new in zip(room, read, strict=True)
+    )
+
+  return KV(all_layers(room.k, read.k, 3), all_layers(room.v, read.v, 2))
+
+
+@partial(jax.jit, static_argnames='slots')
+def grow(cache: Cache, first: jax.Array, *, slots: int) -> Cache:
+  """The cache with more slots: the ring is cut open before slot `first`, and the new ones come last."""
+
+  def one(array: jax.Array, axis: int) -> jax.Array:
+    opened = jnp.roll(array, -first, axis)
+    return jnp.pad(opened, [(0, slots - n if i == axis else 0) for i, n in enumerate(array.shape)])
+
+  kv = KV(tuple(one(k, 3) for k in cache.kv.k), tuple(one(v, 2) for v in cache.kv.v))
+  return Cache(kv, Places(*(one(array, 1) for array in cache.places)))
+
+
+class _Loop(NamedTuple):
+  step: jax.Array
+  token: jax.Array
+  position: jax.Array
+  drawn: jax.Array
+  live: jax.Array
+  cache: Cache
+  tokens: jax.Array
+  log_probs: jax.Array
+
+
+@partial(jax.jit, static_argnames=('top_p', 'top_k'), donate_argnames='cache')
+def decode(
+  decoder: Decoder,
+  layers: Any,
+  shared: Sequence[Prefix],
+  room: KV,
+  places_as: Places,
+  cache: Cache,
+  rows: RowState,
+  first: jax.Array,
+  most: jax.Array,
+  idle: jax.Array,
+  longest: jax.Array,
+  eos: jax.Array,
+  temperature: jax.Array,
+  *,
+  top_p: float,
+  top_k: int,
+) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
+  """Draws tokens in all live rows, until so many are idle that it is worth to refill them.
+
+  Args:
+    decoder: for the embedding and the head.
+    layers: of `prepare`.
+    shared: what stands before all prompts, of `prepare`.
+    room: keys and values of the prompts.
+    places_as: of their tokens; the texts are the halves, counted from 1.
+    cache: of S slots, given up.
+    rows: the rows.
+    first: the slot that is written first.
+    most: steps, at most S.
+    idle: so many rows without a reply end it.
+    longest: a reply of so many tokens ends.
+    eos: ids that end a reply.
+    temperature: as in engine.draw.draw.
+    top_p: as there.
+    top_k: as there.
+
+  Returns:
+    the cache, how many steps were made, and tokens [S, B] (-1 where a row had no reply) and their log-probs.
+  """
+  slots, count = cache.places.texts.shape[1], len(rows.token)
+  before = (*shared, Prefix(room, places_as, rows.read[:, None]))
+  keys_b = jax.random.wrap_key_data(rows.key_data, impl='threefry2x32')
+  kept = jnp.where(rows.fresh[:, None], 0, cache.places.texts)
+
+  def one(state: _Loop) -> _Loop:
+    hidden, cache = forward(
+      decoder, state.token[:, None], state.position[:, None], layers=layers, before=before,
+      cache=state.cache, cache_index=(first + state.step) % slots,
+    )  # fmt: skip
+    uniform_b = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys_b, state.drawn)
+    token, log_prob = draw(logits(decoder, hidden[:, 0]), uniform_b, temperature, top_p, top_k)
+    drawn = state.drawn + 1
+    return _Loop(
+      state.step + 1,
+      token,
+      state.position + 1,
+      drawn,
+      state.live & ~jnp.isin(token, eos) & (drawn < longest),
+      cache,
+      state.tokens.at[state.step].set(jnp.where(state.live, token, -1)),
+      state.log_probs.at[state.step].set(jnp.where(state.live, log_prob, 0)),
+    )
+
+  def more(state: _Loop) -> jax.Array:
+    return (state.step < most) & state.live.any() & ((~state.live).sum() < idle)
+
+  nothing = jnp.full((slots, count), -1, jnp.int32), jnp.zeros((slots, count), jnp.float32)
+  cache = cache._replace(places=cache.places._replace(texts=kept))
+  state = jax.lax.while_loop(
+    more, one, _Loop(jnp.int32(0), rows.token, rows.position, rows.drawn, rows.live, cache, *nothing)
+  )
+  return state.cache, state.step, state.tokens, state.log_probs

@@ -1,0 +1,118 @@
+"""What the compiler says of a program for devices that are not there: memory, or that it is too little, and traffic."""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+
+from charjax.plan.programs import Program
+
+_UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """Figures of one device.
+
+  Attributes:
+    arguments: bytes of the arguments, as the compiler lays them out.
+    working: bytes that the program needs beside them, for results and in between.
+    sent: bytes that go to other devices, or come from them, in one call.
+    refused: the compiler found the memory too small.
+  """
+
+  arguments: int
+  working: int
+  sent: float
+  refused: bool
+
+
+def compile_program(program: Program) -> Compiled:
+  """Compiles a program on the current mesh."""
+  lowered = program.function.lower(*program.arguments, **program.static)  # type: ignore[attr-defined]
+  try:
+    found = lowered.compile()
+  except RuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    return Compiled(*_read_refusal(str(error)), 0.0, True)
+  memory = found.memory_analysis()
+  working = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return Compiled(memory.argument_size_in_bytes, working, traffic(found.as_text(), program.repeats), False)
+
+
+def _read_refusal(text: str) -> tuple[int, int]:
+  """Bytes of arguments and of all else, of the compiler's message that it found no room."""
+
+  def figure(pattern: str) -> int:
+    found = re.search(pattern + r'\s+([\d.]+)([KMGT]?)', text)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else 0
+
+  arguments = figure('arguments')
+  return arguments, max(figure(r'Used') - arguments, figure('program'))
+
+
+# ---- collectives ----
+
+_SHAPE = re.compile(r'\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]')
+_COLLECTIVE = re.compile(
+  r'= (\(.*?\)|\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all)(-start)?\('
+)
+_CALLED = re.compile(r'(?:calls|to_apply|condition|body|branch_computations)=\{?(%?[\w.\-]+(?:, ?%?[\w.\-]+)*)\}?')
+
+
+def traffic(text: str, repeats: int = 1) -> float:
+  """Bytes that one device sends in the collectives of a compiled text; loops of unknown length run `repeats` times.
+
+  Of n devices that take part, (n - 1) / n of what is gathered, or of what is scattered, passes each, and twice as much
+  of what is reduced for all (Thakur et al. 2005, rings).
+  """
+  own: dict[str, float] = defaultdict(float)
+  calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
+  name = entry = ''
+  for line in text.splitlines():
+    if head := re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{$', line):
+      name = head[2]
+      entry = name if head[1] else entry
+      continue
+    if found := _COLLECTIVE.search(line):
+      own[name] += _passed(found[2], _largest(found[1]), _group(line))
+    times = 1
+    if ' while(' in line:
+      known = re.search(r'known_trip_count\D*(\d+)', line)
+      times = int(known[1]) if known else repeats
+    for some in _CALLED.findall(line):
+      calls[name] += [(one.strip(' %'), times) for one in some.split(',')]
+
+  def total(name: str) -> float:
+    return own[name] + sum(times * total(called) for called, times in calls[name])
+
+  return total(entry)
+
+
+def _largest(shapes: str) -> int:
+  """Bytes of the largest array of a result: that of a collective that is under way holds its operand too."""
+  sizes = [0]
+  for kind, dims in _SHAPE.findall(shapes):
+    bits = re.search(r'\d+', kind)
+    count = math.prod(int(size) for size in dims.split(',') if size)
+    sizes.append(count * (int(bits[0]) if bits else 8) // 8)
+  return max(sizes)
+
+
+def _group(line: str) -> int:
+  """How many devices take part."""
+  if found := re.search(r'replica_groups=\[\d+,(\d+)\]', line):
+    return int(found[1])
+  if found := re.search(r'replica_groups=\{\{([\d,]*)\}', line):
+    return found[1].count(',') + 1
+  return 2
+
+
+def _passed(kind: str, size: int, count: int) -> float:
+  if kind == 'collective-permute':
+    return size
+  share = (count - 1) / count
+  if kind == 'reduce-scatter':  # Its result is what is left of it.
+    return size * (count - 1)
+  return size * share * (2 if kind == 'all-reduce' else 1)

@@ -1,0 +1,417 @@
+"""Several runs on one page: what differs between them, beside what each did; and the same as a table for a terminal."""
+
+import base64
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from markupsafe import Markup
+
+from charjax.errors import UserError
+from charjax.files import write_text
+from charjax.progress import duration
+from charjax.report import differences, document, figures, words
+from charjax.report.columns import Column, head_to_head, margin_apart, mean_apart, read_columns, settings
+from charjax.report.crosstalk import crosstalk
+from charjax.report.differences import Change
+from charjax.report.figures import Figure, Table
+from charjax.report.page import without_nan
+from charjax.report.read import STAGES, Estimate
+from charjax.report.words import MINUS, spoken
+
+_MARK = '<meta name="generator" content="charjax compare">'  # of pages that may be written over
+_NONE = '\u2013'
+_MOST_FIELDS, _LONGEST_FIELD = 3, 20  # that a row of figures has room for
+_LEAST_SPREAD = 0.1  # of distances that are worth a plot, as a share of the largest
+
+
+@dataclasses.dataclass(frozen=True)
+class TraitView:
+  """What the page shows of one trait in all runs."""
+
+  name: str
+  anchor: str
+  statement: str
+  notes: Sequence[str]
+  figures: Sequence[Figure]
+  table: Table
+
+
+@dataclasses.dataclass(frozen=True)
+class CharacterView:
+  """How the character of one run differs from that of the first."""
+
+  name: str
+  notes: Sequence[str]
+  changes: Sequence[Change]
+
+
+def write(folders: Sequence[epath.Path], output: epath.Path) -> str:
+  """Writes the page and returns what a terminal shows.
+
+  Raises:
+    UserError: a folder is no run's, a file in it cannot be read, or a file that is no such page stands in its place.
+  """
+  if output.exists() and (output.is_dir() or _MARK.encode() not in output.read_bytes()[:2000]):
+    raise UserError(f'{output}: is there, and no page of charjax compare; move it away, or give another --output')
+  for folder in folders:
+    if not (folder / 'config.json').exists():
+      raise UserError(f'{folder}: no run was begun there; give the folders of runs')
+  columns = read_columns(folders)
+  write_text(output, render(columns, output))
+  return f'{console(columns)}\n\nComparison: {output}'
+
+
+def render(columns: Sequence[Column], output: epath.Path) -> str:
+  """The whole page; `output` is where links to the runs' own reports start from."""
+  evaluated = [column for column in columns if column.evaluated]
+  matrix = crosstalk(columns)
+  return document.fill(
+    'compare.html',
+    mark=Markup(_MARK),
+    title=f'{len(columns)} runs side by side' if len(columns) > 1 else f'One run: {columns[0].name}',
+    meta=[column.name for column in columns],
+    answer=_answer(evaluated),
+    notes=_notes(columns),
+    summary=_summary(columns),
+    overview=_overview(evaluated),
+    fields=differences.field_table(columns),
+    characters=_characters(columns),
+    traits=_traits(evaluated),
+    crosstalk=matrix,
+    rest=_rest(evaluated),
+    reference=evaluated[0].name if evaluated else '',
+    cost=_cost(columns),
+    runs=_runs(columns, output),
+    numbers_base64=base64.b64encode(json.dumps(_numbers(columns), ensure_ascii=True).encode()).decode(),
+  )
+
+
+def _numbers(columns: Sequence[Column]) -> dict[str, Any]:
+  """What stands behind the page: of every run its settings and its figures."""
+  return {
+    str(folder): without_nan({'settings': settings(run), 'summary': run.summary})
+    for column in columns
+    for run, folder in zip(column.runs, column.folders, strict=True)
+  }
+
+
+# ---- the answer ----
+
+
+def _shared_traits(columns: Sequence[Column]) -> list[str]:
+  """The traits that all of them were measured on."""
+  return [
+    trait for trait in (columns[0].traits if columns else []) if all(trait in column.traits for column in columns)
+  ]
+
+
+def _overall(columns: Sequence[Column], figure: Callable[[Column, str], Estimate | None]) -> dict[str, Estimate | None]:
+  """By run, the mean over the traits that all have."""
+  traits = _shared_traits(columns)
+  return {column.name: column.mean({trait: figure(column, trait) for trait in traits}) for column in columns}
+
+
+def _risen(column: Column) -> list[str]:
+  return [t for t in column.traits if (value := column.margin(t)) is not None and value.side_of(0.0) == 1]
+
+
+def _answer(columns: Sequence[Column]) -> list[str]:
+  """What the runs did, in a few sentences; the first is the answer."""
+  if not columns:
+    return ['None of these runs has been evaluated yet, so the page cannot say what they did.']
+  if len(columns) == 1:
+    return [f'One run alone has been evaluated, {columns[0].name}; its own report says more.']
+  counts = {column.name: len(_risen(column)) for column in columns}
+  most = max(counts.values())
+  best = words.together([name for name, count in counts.items() if count == most])
+  sentences = ['No run moved a trait clearly towards the character.'] if not most else [
+    f'Every run moved {most} {_traits_word(most)} clearly towards the character.'
+    if min(counts.values()) == most
+    else f'{best} moved most traits clearly towards the character, {most}'
+    + (' each' if list(counts.values()).count(most) > 1 else '') + '.'
+  ]  # fmt: skip
+  first, traits = columns[0], _shared_traits(columns)
+  if traits:
+    over = 'On the one trait' if len(traits) == 1 else f'On the mean over {len(traits)} traits'
+    gaps = {c.name: mean_apart([margin_apart(first, c, trait) for trait in traits]) for c in columns[1:]}
+    sentences.append(_told_apart(f'{over}, the margin', first.name, gaps))
+    wins = {c.name: mean_apart([head_to_head(first, c, trait) for trait in traits]) for c in columns[1:]}
+    sentences.append(_told_apart(f'{over}, the held-out judge', first.name, wins, 0.5, share=True))
+  else:
+    sentences.append('No trait was measured in all of them: each stands in a section of its own below.')
+  for side, word in ((-1, 'worse'), (1, 'better')):
+    some = [c.name for c in columns if (v := c.figure('neutral', 'log_prob', 'delta')) and v.side_of(0.0) == side]
+    if some:
+      sentences.append(f'Neutral reference answers are clearly {word} than before training in {words.together(some)}.')
+  return [sentence for sentence in sentences if sentence]
+
+
+def _traits_word(count: int) -> str:
+  return 'trait' if count == 1 else 'traits'
+
+
+def _told_apart(
+  what: str, first: str, gaps: Mapping[str, Estimate | None], reference: float = 0.0, share: bool = False
+) -> str:
+  """Which runs differ from the first by more than their interval; nothing where nothing could be measured."""
+  known = {name: value for name, value in gaps.items() if value is not None}
+  sides: dict[int, list[str]] = {1: [], -1: [], 0: []}
+  for name, value in known.items():
+    # One alone is told with its figure; those of several stand in the tables.
+    told = f'{name} in {_cell(value, True)} of cases' if share else f'{name} by {_cell(value, signed=True)}'
+    sides[value.side_of(reference)].append(name if len(known) > 1 else told)
+  if not known:
+    return ''
+  forms = (
+    ('prefers {} to {first}', 'prefers {first} to {}')
+    if share
+    else ('is above that of {first} in {}', 'is below that of {first} in {}')
+  )
+  parts = [
+    form.format(words.together(sides[side]), first=first)
+    for side, form in zip((1, -1), forms, strict=True)
+    if sides[side]
+  ]
+  if not parts:
+    return f'{what} {"tells none from" if share else "is in none told from that of"} {first}.'
+  rest = f', and is not told apart in {words.together(sides[0])}' if sides[0] and not share else ''
+  return f'{what} {" and ".join(parts)}{rest}.'
+
+
+def _cell(value: Estimate | None, share: bool = False, signed: bool = False) -> str:
+  if value is None:
+    return _NONE
+  between = words.interval(value, share).replace(' ', '\u00a0')  # A cell is broken before its interval.
+  return words.figure(value.mean, share, signed) + (f' ({between})' if between else '')
+
+
+def _notes(columns: Sequence[Column]) -> list[str]:
+  """What a reader must know before comparing."""
+  notes = []
+  for column in columns:
+    if not column.evaluated:
+      made = [stage for stage in STAGES if stage in column.first.stages]
+      how = f'finished: {words.together(made)}' if made else 'no stage is finished'
+      notes.append(f'{column.name} is not evaluated yet ({how}); its figures are missing.')
+  evaluated = [column for column in columns if column.evaluated]
+  shared = _shared_traits(evaluated)
+  every = list(dict.fromkeys(trait for column in evaluated for trait in column.traits))
+  if len(shared) < len(every) and shared:
+    some = words.together([spoken(trait) for trait in every if trait not in shared])
+    notes.append(f'Not in all runs: {some}. Means are over the other traits.')
+  if any(len(column.runs) > 1 for column in columns):
+    notes.append(
+      'Of runs that differ by their seed alone the mean is shown, and its interval is Student\u2019s t over the seeds: '
+      'it covers the luck of training, too, and is wide for few of them.'
+    )
+  return notes
+
+
+def _summary(columns: Sequence[Column]) -> Table:
+  """A row a run: what is different in it, and what it did."""
+  different = differences.fields(columns)
+  shown = _short(different)
+  evaluated = [column for column in columns if column.evaluated]
+  margins = _overall(evaluated, Column.margin)
+  wins = _overall(evaluated, Column.wins)
+  rows = []
+  for place, column in enumerate(columns):
+    row = [column.name, *(different[name][place] for name in shown)]
+    if column.evaluated:
+      won = sum((value := column.wins(trait)) is not None and value.side_of(0.5) == 1 for trait in column.traits)
+      count = len(column.traits)
+      row += [f'{len(_risen(column))} of {count}', f'{won} of {count}', _cell(margins[column.name], signed=True),
+              _cell(wins[column.name], True)]  # fmt: skip
+      row += [_cell(column.figure('neutral', 'log_prob', 'delta'), signed=True)]
+    else:
+      row += [_NONE] * 5
+    kl, seconds = column.training_kl(), sum(column.seconds().values())
+    row += [_NONE if kl is None else words.figure(kl), duration(seconds).replace(' ', '\u00a0') if seconds else _NONE]
+    rows.append(row)
+  head = ('run', *shown, 'margins risen', 'traits won', 'mean margin', 'mean win rate', 'neutral log-prob',
+          'KL a token', 'time')  # fmt: skip
+  return Table(head, rows)
+
+
+def _short(fields: Mapping[str, Sequence[str]]) -> list[str]:
+  """The fields that differ, where all of them can stand beside the figures."""
+  fits = len(fields) <= _MOST_FIELDS and all(len(cell) <= _LONGEST_FIELD for cells in fields.values() for cell in cells)
+  return list(fields) if fits else []
+
+
+def _overview(columns: Sequence[Column]) -> list[Figure]:
+  if len(columns) < 2:
+    return []
+  margin, win, several = words.measure('margin'), words.measure('win_rate'), len(_shared_traits(columns)) > 1
+  over = ', mean over traits' if several else ''
+  margins = _overall(columns, Column.margin)
+  far = {c.name: (kl, value) for c in columns
+         if (kl := c.training_kl()) is not None and (value := margins[c.name]) is not None}  # fmt: skip
+  distances = [kl for kl, _ in far.values()]
+  return figures.present([
+    figures.by_name('run', f'{margin.title}: trained {MINUS} base{over}', margin.unit, margins, note=margin.meaning),
+    figures.by_name('run', f'{win.title}: trained{over}', win.unit, _overall(columns, Column.wins), 0.5, True,
+                    note=win.meaning),
+    figures.against('Margin against distance', 'KL to the starting model, nats a token', 'nats per token', far,
+                    note='Of the replies drawn at the end of training. Further up and further left is better.')
+    if max(distances, default=0.0) > 0 and min(distances) < (1 - _LEAST_SPREAD) * max(distances) else None,
+  ])  # fmt: skip
+
+
+# ---- what differs ----
+
+
+def _characters(columns: Sequence[Column]) -> list[CharacterView]:
+  """Of every run whose character is not that of the first."""
+  found = []
+  for column in columns[1:]:
+    notes, changes = differences.character(columns[0].first, column.first)
+    if notes or changes:
+      found.append(CharacterView(column.name, notes, changes))
+  return found
+
+
+# ---- trait by trait, and the rest ----
+
+
+def _traits(columns: Sequence[Column]) -> list[TraitView]:
+  views = []
+  for place, trait in enumerate(dict.fromkeys(trait for column in columns for trait in column.traits)):
+    having = [column for column in columns if trait in column.traits]
+    margin, win = words.measure('margin'), words.measure('win_rate')
+    missing = [column.name for column in columns if trait not in column.traits]
+    left_out = [column.name for column in having if trait not in column.rewarded]
+    written = [_written(column, trait) for column in having]
+    statements = list(dict.fromkeys(str(entry.get('statement', '')) for entry in written))
+    notes = [
+      f'Not in {words.together(missing)}.' if missing else '',
+      f'Not rewarded in {words.together(left_out)}.' if left_out else '',
+      'Its wording is not the same in all runs.' if len(statements) > 1 else '',
+    ]
+    views.append(TraitView(
+      name=spoken(trait),
+      anchor=f'trait-{place}',
+      statement=statements[0] if len(statements) == 1 else '',
+      notes=[note for note in notes if note],
+      figures=figures.present([
+        figures.by_name('run', f'{margin.title}: trained {MINUS} base', margin.unit,
+                        {column.name: column.margin(trait) for column in having}),
+        figures.by_name('run', f'{win.title}: trained', win.unit,
+                        {column.name: column.wins(trait) for column in having}, 0.5, True),
+      ]),
+      table=_trait_table(having, trait),
+    ))  # fmt: skip
+  return views
+
+
+def _written(column: Column, trait: str) -> Mapping[str, object]:
+  return next((entry for entry in column.first.traits if entry['id'] == trait), {})
+
+
+def _trait_table(columns: Sequence[Column], trait: str) -> Table:
+  """Every figure of a trait, a row a run, and how far it is from the first run that has the trait."""
+  first = columns[0]
+  rows = []
+  for column in columns:
+    judge = column.figure('traits', trait, 'judge', 'delta')
+    row = [column.name, _cell(column.margin(trait), signed=True), _cell(column.wins(trait), True),
+           _cell(column.figure('traits', trait, 'win_rate_vs_prompted', 'trained'), True),
+           _cell(judge, signed=True)]  # fmt: skip
+    if len(columns) > 1:
+      is_first = column is first
+      row += ['' if is_first else _cell(margin_apart(first, column, trait), signed=True),
+              '' if is_first else _cell(head_to_head(first, column, trait), True)]  # fmt: skip
+    rows.append(row)
+  head = ['run', f'margin, trained {MINUS} base', 'wins against base', 'against prompted',
+          f'judge, trained {MINUS} base']  # fmt: skip
+  if len(columns) > 1:
+    head += [f'margin, less {first.name}', f'wins against {first.name}']
+  return Table(head, rows)
+
+
+def _rest(columns: Sequence[Column]) -> list[Figure]:
+  """Neutral ability, distance and side effects, a figure each."""
+  if not columns:
+    return []
+  wanted = [('neutral', 'log_prob', 'delta'), ('neutral', 'accuracy', 'delta'), ('neutral', 'kl', 'trained')]
+  wanted += [('side_effects', name, 'delta') for name in columns[0].first.summary.get('side_effects', {})]
+  found = []
+  for path in wanted:
+    measure = words.measure(path[1])
+    change = path[2] == 'delta'
+    title = f'{measure.title}: trained {MINUS} base' if change else f'{measure.title}, on neutral replies'
+    values = {column.name: column.figure(*path) for column in columns}
+    found.append(figures.by_name('run', title, measure.unit, values, 0.0 if change else None, measure.share))
+  return figures.present(found)
+
+
+def _cost(columns: Sequence[Column]) -> list[Figure]:
+  took = {column.name: column.seconds() for column in columns}
+  total = figures.durations('Time of each run', {name: sum(each.values()) for name, each in took.items() if each})
+  if total is None:
+    return []
+  rows = [
+    (name, *(duration(each[stage]) if stage in each else _NONE for stage in STAGES)) for name, each in took.items()
+  ]
+  return [dataclasses.replace(total, table=Table(('run', *STAGES), rows))]
+
+
+def _runs(columns: Sequence[Column], output: epath.Path) -> list[tuple[str, str, str]]:
+  """Of every run its folder, its seed, and the way from the page to its own report, or ''."""
+  found = []
+  for column in columns:
+    for run, folder in zip(column.runs, column.folders, strict=True):
+      page = folder / 'report' / 'index.html'
+      link = os.path.relpath(page, output.parent) if '://' not in f'{page}{output}' and page.exists() else ''
+      found.append((str(folder), str(run.config.get('seed', _NONE)), link))
+  return found
+
+
+# ---- the terminal ----
+
+
+def console(columns: Sequence[Column]) -> str:
+  """The figures of each trait and of each run, with their intervals; * where one is clear of no effect."""
+  lines, fields = _notes(columns), differences.fields(columns)
+  for view in _characters(columns):
+    told = [*view.notes, *(f'{change.where} has other words.' for change in view.changes)]
+    lines.append(f'The character of {view.name} is not that of {columns[0].name}: {" ".join(told)}')
+  shown = _short(fields)
+  if fields and not shown:
+    lines += ['', *_aligned([('', *(column.name for column in columns)), *((f, *v) for f, v in fields.items())])]
+  evaluated = [column for column in columns if column.evaluated]
+  rows = [('', 'run', 'margin on kept pairs', 'wins against base', 'judge')]
+  for trait in dict.fromkeys(trait for column in evaluated for trait in column.traits):
+    for place, column in enumerate(column for column in evaluated if trait in column.traits):
+      rows.append((
+        spoken(trait) if place == 0 else '', column.name, _starred(column.margin(trait)),
+        _starred(column.wins(trait), 0.5, True), _starred(column.figure('traits', trait, 'judge', 'delta')),
+      ))  # fmt: skip
+  whole = [['run', *shown, 'neutral log-prob', 'neutral accuracy', 'KL a token', 'time']]
+  for place, column in enumerate(columns):
+    kl, seconds = column.training_kl(), sum(column.seconds().values())
+    whole.append([
+      column.name, *(fields[name][place] for name in shown),
+      _starred(column.figure('neutral', 'log_prob', 'delta')),
+      _starred(column.figure('neutral', 'accuracy', 'delta'), 0.0, True),
+      _NONE if kl is None else words.figure(kl), duration(seconds) if seconds else _NONE,
+    ])  # fmt: skip
+  if len(rows) > 1:
+    lines += ['', *_aligned(rows)]
+  lines += ['', *_aligned(whole)]
+  return '\n'.join(lines)
+
+
+def _starred(value: Estimate | None, reference: float = 0.0, share: bool = False) -> str:
+  if value is None:
+    return _NONE
+  return _cell(value, share, signed=not share).replace('\u00a0', ' ') + (' *' if value.side_of(reference) else '')
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+  widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+  return ['  '.join(f'{cell:<{width}}' for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,120 @@
+"""A batch in parts: loss, metrics and gradient of the whole, in one program; on one device and on eight."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from llama_reference import random_tensors, tiny_config
+
+from charjax.engine.score import FixedShapes, Group
+from charjax.mesh import make_mesh
+from charjax.model.decoder import Runtime
+from charjax.model.weights import make_decoder
+from charjax.stages import policy, preference
+from charjax.training.heads import make_trainable
+from charjax.training.losses import count_pairs
+from charjax.training.step import init_optimizer, make_batch, make_step
+
+CONFIG = tiny_config(vocab_size=60)
+MESSAGES, EACH, DRAWN = 8, 5, 2  # replies to each, of which so many were drawn
+RNG = np.random.default_rng(0)
+
+
+def tokens(low, high):
+  return RNG.integers(8, 60, RNG.integers(low, high)).tolist()
+
+
+PROMPTS = [[1, 2, *tokens(2, 9)] for _ in range(MESSAGES)]
+# Of ranked replies some messages have fewer: one has none, and one has one, which is no pair.
+GROUPS = [
+  Group(prompt, [tokens(2, 7) for _ in range(DRAWN + count)])
+  for prompt, count in zip(PROMPTS, (3, 0, 1, 2, 3, 3, 2, 3), strict=True)
+]
+SHAPES = FixedShapes(PROMPTS, 6)
+WEIGHT = RNG.uniform(0.5, 2, MESSAGES).astype(np.float32)
+
+
+def labels(each, skipped):
+  real = np.array([[skipped + i < len(group.replies) for i in range(each)] for group in GROUPS])
+  return {'real': real, 'weight': WEIGHT}, RNG.uniform(0.1, 0.9, (MESSAGES, each, each)).astype(np.float32)
+
+
+def preferences(loss):
+  more, probabilities = labels(EACH, 0)
+  weights, pairs = count_pairs(more['real'], WEIGHT)
+  whole = SHAPES.shared() | {'weights': weights, 'pairs': pairs}
+  rows = {'rows': SHAPES.rows(GROUPS, EACH), 'probabilities': probabilities, 'trait': np.arange(MESSAGES) % 3}
+  return lambda *args: preference._loss(*args, labels='soft', loss=loss), whole, rows | more
+
+
+def policies():
+  more, preferred = labels(EACH - DRAWN, DRAWN)
+  rows, neutral = SHAPES.rows(GROUPS, EACH), [Group(prompt, [tokens(1, 7)]) for prompt in PROMPTS]
+  width = rows.tokens.shape[1] - 1
+  ranked = {
+    'before': RNG.normal(-4, 1, (MESSAGES, EACH - DRAWN, width)), 'real': more['real'], 'preferred': preferred,
+    'best': np.zeros(MESSAGES, np.int32),
+  }  # fmt: skip
+  drawn = (MESSAGES * DRAWN, width)
+  arrays = {
+    'rows': rows, 'neutral': SHAPES.rows(neutral, 1), 'before': RNG.normal(-4, 0.1, drawn), 'weight': WEIGHT,
+    'advantages': RNG.normal(size=drawn), 'ranked': ranked,
+  }  # fmt: skip
+  names = ('temperature', 'clip', 'neutral_weight', 'ranked_temperature', 'ranked_weight', 'ranked_beta')
+  whole = dict(zip((*names, 'ranked_likelihood'), (0.9, 0.2, 2.0, 1.5, 1.0, 0.2, 0.3), strict=True)) | {
+    'prompts': MESSAGES,
+    'drawn_tokens': sum(len(reply) for group in GROUPS for reply in group.replies[:DRAWN]),
+    'neutral_tokens': sum(len(group.replies[0]) for group in neutral),
+    'ranked_pairs': count_pairs(more['real'], WEIGHT)[1],
+  }
+  whole = {name: np.float32(value) for name, value in whole.items()}
+  return policy._loss, SHAPES.shared() | whole | {'ends': np.array([7, 9])}, arrays
+
+
+TASKS = {
+  'bradley_terry': preferences('bradley_terry'),
+  'plackett_luce': preferences('plackett_luce'),
+  'policy': policies(),
+}
+
+
+def steps(task, microbatches):
+  """Three steps of plain gradient descent: metrics of each, what was trained, and how often the step was compiled."""
+  loss, whole, rows = TASKS[task]
+  decoder = make_decoder(CONFIG, random_tensors(CONFIG), jnp.float32, Runtime(scan_layers=True))
+  trainable = make_trainable(decoder, 0, 0, traits=0 if task == 'policy' else 3)
+  if task != 'policy':
+    w = trainable['head'].w
+    w[...] = jax.device_put(np.random.default_rng(1).normal(size=w.shape).astype(np.float32), w[...].sharding)
+  optimizer = optax.sgd(0.01)
+  state, layout = init_optimizer(optimizer, trainable)
+  step = make_step(loss, optimizer, trainable, layout)
+  history = []
+  for _ in range(3):
+    trainable, state, metrics = step(trainable, state, decoder, make_batch(whole, rows, microbatches))
+    history.append(jax.device_get(metrics))
+  return history, jax.device_get(trainable), step.__wrapped__._cache_size()
+
+
+@pytest.fixture(scope='module')
+def expected():
+  return {task: steps(task, 1) for task in TASKS}
+
+
+# On the second mesh each of two parts has a message for every device that batches are split over.
+@pytest.mark.parametrize(('microbatches', 'shape'), [(4, None), (2, (2, 2, 2))], ids=str)
+@pytest.mark.parametrize('task', TASKS)
+def test_the_parts_of_a_batch_add_up_to_it(expected, task, microbatches, shape):
+  with jax.set_mesh(make_mesh(shape)) if shape else contextlib.nullcontext():
+    history, trained, compiled = steps(task, microbatches)
+  before, whole, _ = expected[task]
+  assert compiled == 1 and before[2]['loss'] < before[0]['loss'] and not before[2]['skipped']
+  for found, wanted in zip(history, before, strict=True):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+      np.testing.assert_allclose(found[name], value, atol=1e-5, rtol=1e-5, err_msg=name)
+  for found, wanted in zip(jax.tree.leaves(trained), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_allclose(found, wanted, atol=1e-5)

@@ -1,0 +1,157 @@
+"""What a run would take on chips that are not there: against the TPU compiler's own figures and closed forms."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip('libtpu', reason='needs the TPU compiler: pip install libtpu')
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from charjax import character as characters
+from charjax import defaults
+from charjax.main import main
+from charjax.mesh import make_mesh
+from charjax.model.config import ModelConfig
+from charjax.plan import chips, estimate, programs
+from charjax.plan.compiled import traffic
+
+V, D, L, N, K, H, F = 1024, 256, 2, 4, 2, 128, 512
+SHAPE = ModelConfig(
+  num_layers=L, embed_dim=D, num_heads=N, num_kv_heads=K, head_dim=H, mlp_dim=F, vocab_size=V, tied_embeddings=False
+)
+MATRICES = 2 * V * D + L * (D * H * (2 * N + 2 * K) + 3 * D * F)
+VECTORS = L * 2 * D + D
+
+
+def small(**changes):
+  config = defaults.get_config()
+  config.mesh = (1, 2, 2)
+  config.replies.update(shown=1, plain=1, opposed=0, max_new_tokens=64)
+  config.preference.update(messages_per_batch=8, microbatches=2)
+  config.policy.update(prompts_per_step=8, replies_per_prompt=2, microbatches=2, batch_size=8, max_new_tokens=64)
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def plan(config, topology='v5e:2x2'):
+  character = characters.load('stoic')
+  return estimate.make(config, character, SHAPE, chips.find(topology))
+
+
+@pytest.fixture(scope='module')
+def found():
+  return plan(small())
+
+
+def test_all_that_lies_on_a_chip_is_counted(found):
+  assert [one.name for one in found.programs] == ['prefill', 'decode', 'scoring', 'policy step', 'preference step']
+  assert found.fits and not found.remedy
+  step, preference = found.programs[3], found.programs[4]
+  # Matrices are split over four chips, vectors lie on each.
+  weights = MATRICES / 4 + VECTORS
+  head = 4 * D
+  assert step.residents['starting weights'] == 2 * weights
+  assert step.residents['policy'] == 4 * weights
+  assert step.residents['Adam moments'] == pytest.approx(8 * weights, abs=64)  # and some numbers
+  assert step.residents['preference model'] == 4 * (weights + head)
+  assert step.residents['trunk'] == 0
+  assert preference.residents['other preference model'] == 4 * (weights + head)
+  # Eight rows of 64 tokens, keys and values in two layers, a row of a half and a head of a half on each chip.
+  cache = 2 * L * 8 * K * H * 64 * 2 / 4 + 2 * 4 * 8 * 64 / 2
+  assert found.programs[1].residents['cache'] == cache
+  blocks = L * (D * H * (2 * N + 2 * K) + 3 * D * F) / 4
+  assert found.programs[1].residents['sampling copy'] == pytest.approx(2 * blocks, rel=0.01)
+
+
+def test_memory_is_what_the_compiler_says(found):
+  with jax.set_mesh(make_mesh((1, 2, 2), chips.find('v5e:2x2').devices)):
+    program = programs.make(small(), characters.load('stoic'), SHAPE, 'tpu')[4]
+    memory = program.function.lower(*program.arguments).compile().memory_analysis()
+    arguments = programs.nbytes(program.arguments)
+  assert memory.argument_size_in_bytes == pytest.approx(arguments, rel=0.02)
+  # The other preference model is no argument, and the starting weights are the trunk.
+  other = found.programs[4].residents['other preference model']
+  assert found.programs[4].total == pytest.approx(
+    memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes + other, rel=0.02,
+  )  # fmt: skip
+
+
+def test_what_has_no_room_does_not_fit_and_has_its_figures():
+  found = plan(small(**{'policy.batch_size': 2**20, 'policy.prompts_per_step': 2**19, 'policy.microbatches': 2**18}))
+  decode = found.programs[1]
+  assert not found.fits and not decode.fits and decode.refused
+  assert decode.total > decode.limit
+  assert decode.name in found.remedy and 'config.policy.batch_size' in found.remedy
+
+
+def test_collectives_are_counted_as_often_as_they_run():
+  mesh = jax.make_mesh((4,), ('x',), devices=chips.find('v5e:2x2').devices, axis_types=(AxisType.Auto,))
+  split, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (('x',), ()))
+
+  def gather(a, _):
+    # Each round needs all of what the round before left split.
+    a = jax.lax.with_sharding_constraint(a * 1.5, split)
+    return jax.lax.with_sharding_constraint(a, whole), None
+
+  a = jax.ShapeDtypeStruct((1024, 512), 'float32', sharding=whole)
+  text = jax.jit(lambda a: jax.lax.scan(gather, a, length=5)[0], out_shardings=whole).lower(a).compile().as_text()
+  assert traffic(text) == 5 * 1024 * 512 * 4 * 3 / 4
+
+
+def test_a_gpu_is_estimated_and_says_so():
+  jax.config.update('jax_platforms', 'cpu')
+  found = plan(small(), 'h100:4')
+  assert found.fits and all(one.sent is None for one in found.programs)
+  assert 'An estimate' in estimate.as_text(found)
+
+
+CONFIG = """
+from charjax import defaults
+
+def get_config():
+  config = defaults.get_config()
+  config.model.shape.update(
+    num_layers=2, embed_dim=256, num_heads=4, num_kv_heads=2, head_dim=128, mlp_dim=512, vocab_size=1024
+  )
+  config.model.path = 'hf://nobody/nothing'
+  config.replies.max_new_tokens = config.policy.max_new_tokens = 32
+  config.policy.prompts_per_step = 4
+  config.policy.batch_size = 8
+  return config
+"""
+
+
+def test_json_holds_figures_alone(tmp_path):
+  (tmp_path / 'config.py').write_text(CONFIG)
+  command = [sys.executable, '-m', 'charjax.main', 'plan', f'--config={tmp_path}/config.py', '--topology=v5e:2x2']
+  environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
+  done = subprocess.run([*command, '--json'], capture_output=True, text=True, env=environment, check=True)
+  told = json.loads(done.stdout)
+  assert told.keys() == {'fits', 'chip_hours', 'programs'}
+  assert told['fits'] is True and told['chip_hours'] > 0 and len(told['programs']) == 5
+  for one in told['programs']:
+    assert one.keys() == {'name', 'bytes_per_chip', 'limit_bytes', 'flops', 'seconds'}
+    assert 0 < one['bytes_per_chip'] < one['limit_bytes'] and one['flops'] > 0 and one['seconds'] > 0
+
+
+@pytest.mark.parametrize(
+  ('name', 'said'),
+  [
+    ('v9:4x4', 'there is no such topology'),
+    ('v5e:3x5', 'knows no such slice'),
+    ('v5e:2x2x2', 'there is no such topology'),
+    ('v5e:32x32', 'there is no such topology'),
+    ('h100:9', 'give the number of GPUs'),
+  ],
+)
+def test_a_wrong_topology_is_one_clear_line(tmp_path, capsys, name, said):
+  (tmp_path / 'config.py').write_text(CONFIG)
+  assert main(['plan', f'--config={tmp_path}/config.py', f'--topology={name}']) == 2
+  out, err = capsys.readouterr()
+  assert not out and err.count('\n') == 1 and f'--topology={name}' in err and said in err
