@@ -50,7 +50,14 @@ def endless(tmp_path_factory) -> str:
 
 @pytest.fixture(scope='module')
 def small_model() -> LanguageModel:
-  settings = {'dtype': 'float32', 'compute_dtype': 'float32', 'scan_layers': True, 'remat': False, 'quantize': ''}
+  settings = {
+    'dtype': 'float32',
+    'compute_dtype': 'float32',
+    'scan_layers': True,
+    'remat': False,
+    'quantize': '',
+    'attention': 'auto',
+  }
   return language_model.build(checkpoint_source.load('random'), _Fields(settings))
 
 
