@@ -81,9 +81,8 @@ def traffic(text: str, repeats: int = 1) -> float:
       channel = re.search(r'channel_id=(\d+)', line)
       own[name][channel[1] if channel else f'line {number}'] = _passed(found[2], _largest(found[1]), _group(line))
     times = 1
-    if ' while(' in line:
-      known = re.search(r'known_trip_count\D*(\d+)', line)
-      times = int(known[1]) if known else repeats
+    if loop := re.search(r' while\(.*condition=%?([\w.\-]+)', line):
+      times = _trips(text, loop[1]) or repeats
     for one, some in _CALLED.findall(line):
       calls[name] += [(called.strip(' %'), times) for called in (one or some).split(',')]
 
@@ -96,6 +95,16 @@ def traffic(text: str, repeats: int = 1) -> float:
     return found
 
   return sum(total(entry).values())
+
+
+def _trips(text: str, condition: str) -> int:
+  """How often a loop with this condition runs, if it counts from 0 to a constant; else 0."""
+  found = re.search(r'^%?' + re.escape(condition) + r' \(.*?^}', text, re.MULTILINE | re.DOTALL)
+  last = re.search(r'ROOT .* compare\(.*?(?:, |%)([\w.\-]+)\), direction=LT', found[0]) if found else None
+  bound = (
+    re.search(r'%?' + re.escape(last[1]) + r' = [su]32\[\]\S* constant\((\d+)\)', found[0]) if found and last else None
+  )
+  return int(bound[1]) if bound else 0
 
 
 def _largest(shapes: str) -> int:
