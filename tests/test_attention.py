@@ -229,7 +229,7 @@ SLOTS = 640  # which no other dimension has
 
 
 @pytest.fixture(scope='module')
-def chips():
+def chips(compiled_anew):
   """Four chips of a TPU, as far as its compiler knows."""
   pytest.importorskip('libtpu', reason='the compiler for TPUs is not installed; the tpu extra has it')
   settings = {

@@ -20,6 +20,8 @@ from charjax.model.config import ModelConfig
 from charjax.plan import chips, estimate, programs
 from charjax.plan.compiled import traffic
 
+pytestmark = pytest.mark.usefixtures('compiled_anew')
+
 V, D, L, N, K, H, F = 1024, 256, 2, 4, 2, 128, 512
 SHAPE = ModelConfig(
   num_layers=L, embed_dim=D, num_heads=N, num_kv_heads=K, head_dim=H, mlp_dim=F, vocab_size=V, tied_embeddings=False
@@ -44,7 +46,7 @@ def plan(config, topology='v5e:2x2'):
 
 
 @pytest.fixture(scope='module')
-def found():
+def found(compiled_anew):
   return plan(small())
 
 
@@ -92,15 +94,15 @@ def test_what_has_no_room_does_not_fit_and_has_its_figures():
 
 def test_collectives_are_counted_as_often_as_they_run():
   mesh = jax.make_mesh((4,), ('x',), devices=chips.find('v5e:2x2').devices, axis_types=(AxisType.Auto,))
-  split, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (('x',), ()))
+  split = NamedSharding(mesh, PartitionSpec('x'))
 
-  def gather(a, _):
-    # Each round needs all of what the round before left split.
-    a = jax.lax.with_sharding_constraint(a * 1.5, split)
-    return jax.lax.with_sharding_constraint(a, whole), None
+  def rounds(w, a):
+    # Each needs all of what the one before left split.
+    return jax.lax.scan(lambda a, _: (jax.lax.with_sharding_constraint(w @ a, split), None), a, length=5)[0]
 
-  a = jax.ShapeDtypeStruct((1024, 512), 'float32', sharding=whole)
-  text = jax.jit(lambda a: jax.lax.scan(gather, a, length=5)[0], out_shardings=whole).lower(a).compile().as_text()
+  a = jax.ShapeDtypeStruct((1024, 512), 'float32', sharding=split)
+  w = jax.ShapeDtypeStruct((1024, 1024), 'float32', sharding=split)
+  text = jax.jit(rounds, out_shardings=split).lower(w, a).compile().as_text()
   assert traffic(text) == 5 * 1024 * 512 * 4 * 3 / 4
 
 
