@@ -95,7 +95,7 @@ class Terminal:
     if key:
       self.type(key)
     # A signal between readline's prompt and its wait for a key is seen with the next one.
-    while self._read(2 if key else 300, key):
+    while self._read(10 if key else 300, key):
       pass
     os.close(self._file)
     return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
