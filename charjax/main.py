@@ -529,7 +529,8 @@ def _devices(config: ml_collections.ConfigDict) -> Iterator[None]:
     backend = jax.default_backend()
   except RuntimeError as error:
     raise UserError(f'no device to run on ({one_line(error)}); is another process using it?') from error
-  if backend != 'cpu':
+  # The compiler of attention's kernels refuses it.
+  if backend != 'cpu' and config.model.attention != 'tpu':
     # Else products of float32 would be rounded to bfloat16 or TF32 there, though the config says float32.
     jax.config.update('jax_default_matmul_precision', 'highest')
   with jax.set_mesh(mesh.make_mesh(config.mesh)):

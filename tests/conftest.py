@@ -33,9 +33,11 @@ def compiled_anew():
   import jax
   from jax.experimental.compilation_cache import compilation_cache
 
+  precision = jax.config.jax_default_matmul_precision  # `charjax plan` sets it for its process
   jax.config.update('jax_enable_compilation_cache', False)
   compilation_cache.reset_cache()
   yield
+  jax.config.update('jax_default_matmul_precision', precision)
   jax.config.update('jax_enable_compilation_cache', True)
   compilation_cache.reset_cache()
 
