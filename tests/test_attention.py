@@ -319,12 +319,8 @@ def test_a_decode_step_gathers_no_cache(kind, request):
       .compile()
     )
   text = program.as_text()
-  # Of one scanned layer: the text before all reads one part of keys, the prompts two and the rows three, once and again
-  # where the layer is computed anew for its gradient.
-  assert calls(program) == {
-    'splash_mha_fwd_segmented_residuals': 12,
-    'splash_mha_dq_segmented_no_residuals': 6,
-    'splash_mha_dkv_segmented_no_residuals': 6,
-  }
+  assert calls(program) == ({'attend_cache': 2} if kind == 'tpu' else {})
   gathered = re.findall(r'= \S+\[([\d,]+)\]\S* all-gather(?:-start)?\(', text)
-  print(gathered)
+  # Keys and values of a token have as many numbers as a head has.
+  found = [set(map(int, shape.split(','))) for shape in gathered]
+  assert not [sizes for sizes in found if LLAMA.head_dim in sizes and sizes & {SLOTS, 320}]
