@@ -529,8 +529,7 @@ def _devices(config: ml_collections.ConfigDict) -> Iterator[None]:
     backend = jax.default_backend()
   except RuntimeError as error:
     raise UserError(f'no device to run on ({one_line(error)}); is another process using it?') from error
-  # The compiler of attention's kernels refuses it.
-  if backend != 'cpu' and config.model.attention != 'tpu':
+  if backend != 'cpu':
     # Else products of float32 would be rounded to bfloat16 or TF32 there, though the config says float32.
     jax.config.update('jax_default_matmul_precision', 'highest')
   with jax.set_mesh(mesh.make_mesh(config.mesh)):

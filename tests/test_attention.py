@@ -228,6 +228,13 @@ LLAMA = ModelConfig(
 SLOTS = 640  # which no other dimension has
 
 
+@pytest.fixture
+def as_on_devices():
+  """What charjax.main asks of products where there is more than a CPU."""
+  with jax.default_matmul_precision('highest'):
+    yield
+
+
 @pytest.fixture(scope='module')
 def chips(compiled_anew):
   """Four chips of a TPU, as far as its compiler knows."""
@@ -267,7 +274,7 @@ def calls(compiled):
   return Counter(re.findall(r'%(\w+?)[.\d]* = [^\n]*custom_call_target="tpu_custom_call"', compiled.as_text()))
 
 
-def test_a_train_step_for_a_tpu(chips):
+def test_a_train_step_for_a_tpu(chips, as_on_devices):
   """Packed replies, each after its own prompt, and what stands before all."""
 
   def loss(trainable, frozen, batch):
@@ -296,7 +303,7 @@ def test_a_train_step_for_a_tpu(chips):
 
 
 @pytest.mark.parametrize('kind', ['xla', 'tpu'])
-def test_a_decode_step_gathers_no_cache(kind, request):
+def test_a_decode_step_gathers_no_cache(kind, request, as_on_devices):
   """On eight devices of the CPU, and on four of a TPU."""
   devices = request.getfixturevalue('chips') if kind == 'tpu' else jax.devices()
 

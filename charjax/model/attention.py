@@ -54,9 +54,9 @@ class Before(NamedTuple):
 def choose(asked: str, platform: str) -> str:
   """What `make_attention` calls that which config.model.attention asks for, on devices of a platform.
 
-  'auto' is 'xla' everywhere. The kernels have not run on a TPU yet, and their compiler refuses bfloat16 operands under
-  the full precision that main asks for float32 products. What cuDNN has takes masks as biases alone, which are not
-  sound yet (https://github.com/jax-ml/jax/issues/28974, https://github.com/pytorch/pytorch/issues/196678).
+  'auto' is 'xla' everywhere. The kernels have not run on a TPU yet. What cuDNN has takes masks as biases alone, which
+  are not sound yet (https://github.com/jax-ml/jax/issues/28974, https://github.com/pytorch/pytorch/issues/196678), and
+  tokamax's kernels for GPUs can be neither run nor compiled where there is none.
 
   Raises:
     UserError: kernels for another platform.

@@ -10,6 +10,7 @@ large products over what stands before several rows.
 Letters: as in charjax.model.attention; N = K G query heads, M = T B / A queries of a group.
 """
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -187,7 +188,8 @@ def _backward(window: int | None, cap: float, saved: Any, grad_bnth: jax.Array) 
 
     def one(q: Any, k: Any, v: Any, ids: Any, out: Any, total: Any, grad: Any, kernel: Any = kernel) -> Any:
       saved = (q, k, v, ids, None, out, total, kernel.dq_mask_info, kernel.dkv_mask_info)
-      return splash._splash_attention_bwd(**kernel.kwargs, res=saved, do=grad)[3:6]
+      with _precision(q.dtype):
+        return splash._splash_attention_bwd(**kernel.kwargs, res=saved, do=grad)[3:6]
 
     q, mix, log_sum, grad = (_to(rows, _by_group(x, groups), 2) for x in (q_bnth, out, total, grad_bnth))
     ids = splash.SegmentIds(_to(rows, q_ids, 1, -1), _to(slots, k_ids, 1))
@@ -206,9 +208,15 @@ def _one_part(window: int | None, cap: float, q_bnth: jax.Array, part: _Part, ow
   kernel, (rows, slots) = _kernel(q_ids.shape[1], k.shape[2], q_bnth.shape[1], own, window, cap)
   ids = splash.SegmentIds(_to(rows, q_ids, 1, -1), _to(slots, k_ids, 1))
   q = _to(rows, _by_group(q_bnth, len(k)), 2)
-  out, (log_sum,) = jax.vmap(kernel)(q, _to(slots, k, 2), _to(slots, v, 2), ids)
+  with _precision(q.dtype):
+    out, (log_sum,) = jax.vmap(kernel)(q, _to(slots, k, 2), _to(slots, v, 2), ids)
   mix, log_sum = (_by_row(x[:, :, : q_ids.shape[1]], q_bnth.shape[2]) for x in (out, log_sum))
   return mix, log_sum
+
+
+def _precision(dtype: Any) -> Any:
+  """Of products in a kernel. What is asked for those of float32 elsewhere, their compiler refuses for bfloat16."""
+  return contextlib.nullcontext() if dtype == jnp.float32 else jax.default_matmul_precision('default')
 
 
 def _kernel(

@@ -101,6 +101,9 @@ def _kernel(
 ) -> None:  # fmt: skip
   """One block of one row; `top`, `total` and `mixed` go from block to block (Milakov and Gimelshein 2018, alg. 3)."""
   row, step = pl.program_id(0), pl.program_id(1)
+  # Whatever is asked for products of float32 elsewhere: the compiler refuses it for bfloat16.
+  precision = None if k.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+  product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 
   @pl.when(step == 0)
   def _() -> None:
@@ -110,7 +113,7 @@ def _kernel(
 
   @pl.when(step < count[row])
   def _() -> None:
-    score = jnp.einsum('kgh,khs->kgs', q[0], k[0], preferred_element_type=jnp.float32) * scale
+    score = product('kgh,khs->kgs', q[0], k[0]) * scale
     if cap:
       score = jnp.tanh(score / cap) * cap
     score = jnp.where(seen[0][None] > 0, score, _MASKED)
@@ -124,7 +127,7 @@ def _kernel(
       # What is read past the last slot may be NaN, which no weight of 0 takes away.
       slot = order[row, step] * values.shape[1] + jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
       values = jnp.where(slot < slots, values, 0)
-    part = jnp.einsum('kgs,ksh->kgh', weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    part = product('kgs,ksh->kgh', weight.astype(values.dtype), values)
     mixed[...] = mixed[...] * shrunk + part
 
   @pl.when(step == pl.num_programs(1) - 1)
