@@ -342,7 +342,7 @@ def _plan(config: ml_collections.ConfigDict, options: dict[str, Any]) -> int:
   from charjax.plan import chips, estimate
 
   jax.config.update('jax_platforms', 'cpu')
-  # A program for chips that are not there comes back from the cache without what it says of itself.
+  # A program for chips that are not there can be put into the cache and not taken out again.
   jax.config.update('jax_enable_compilation_cache', False)
   jax.config.update('jax_default_matmul_precision', 'highest')  # As in _devices.
   topology = chips.find(options['topology'])

@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope='module')
 def compiled_anew():
-  """No program comes from the cache: one for chips that are not there comes back without what it says of itself."""
+  """No program goes through the cache: one for chips that are not there cannot be taken out again."""
   import jax
   from jax.experimental.compilation_cache import compilation_cache
 
