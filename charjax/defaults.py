@@ -102,6 +102,7 @@ def get_config() -> ConfigDict:
   config.preference.measured_messages = 500
 
   config.policy = ConfigDict()
+  config.policy.seed = 0  # added to the run's: another policy from the same messages, replies and rankings
   config.policy.traits = ()  # that are rewarded, of those of the run, all of which are measured; empty: all
   config.policy.lora_rank = 0
   config.policy.lora_targets = ()  # as in the preference model
@@ -109,7 +110,10 @@ def get_config() -> ConfigDict:
   config.policy.steps = 200
   config.policy.prompts_per_step = 64
   config.policy.microbatches = 1  # as in the preference model
-  config.policy.replies_per_prompt = 8
+  config.policy.replies_per_prompt = 8  # that are drawn at each step; 0: none, and ranked or shown ones alone teach
+  # What a drawn token is worth: 'grpo', beside the same place in the group's other replies; 'rloo', as its whole reply
+  # beside the others; 'ppo', beside what a value head expects that is trained along.
+  config.policy.advantages = 'grpo'
   config.policy.batch_size = 512  # replies that are drawn together, of those of a step
   # Of the ranked replies to the same message, preferred among each other: shown, opposed and plain in turn.
   config.policy.ranked_replies = 0
@@ -120,10 +124,15 @@ def get_config() -> ConfigDict:
   config.policy.ranked_beta = 0.1  # of that preference loss; the higher, the sooner a gain is enough
   config.policy.ranked_temperature = 1.0  # of the log-probs in it
   config.policy.ranked_likelihood = 0.0  # weight of the log-prob a token of the best ranked reply to each message
+  # Of the replies that the trait was shown for, to the same message: on them the policy is drawn to the starting model
+  # with the trait before it (context distillation).
+  config.policy.shown_replies = 0
+  config.policy.shown_weight = 1.0  # of the exact KL to it
   config.policy.temperature = 1.0
   config.policy.max_new_tokens = 512
   config.policy.prompt_width = 64
   config.policy.kl = 0.04
+  config.policy.kl_target = 0.0  # nats a token: the weight above is adapted to it as training goes on; 0: it stays
   config.policy.clip = 0.2  # of the ratio to what was drawn from: a guard, since each draw is learned from once
   config.policy.trace = 1.0  # lambda of generalised advantages; below 1 a critic stands in for what is far off
   config.policy.other_traits = 0.0  # what a reply earns by all other traits together, beside 1 by its own

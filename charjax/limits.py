@@ -33,10 +33,11 @@ _LIMITS: dict[str, dict[str, tuple[float, float]]] = {
   },
   'policy': {
     'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'steps': _SIZE, 'prompts_per_step': _SIZE, 'microbatches': _SIZE,
-    'replies_per_prompt': (2, math.inf), 'batch_size': _SIZE, 'ranked_replies': _COUNT, 'ranked_labels': _SHARE,
+    'replies_per_prompt': _COUNT, 'batch_size': _SIZE, 'ranked_replies': _COUNT, 'ranked_labels': _SHARE,
     'ranked_weight': _AMOUNT, 'ranked_beta': _AMOUNT, 'ranked_temperature': _AMOUNT, 'ranked_likelihood': _AMOUNT,
-    'temperature': _AMOUNT, 'max_new_tokens': _SIZE, 'prompt_width': _SIZE, 'kl': _AMOUNT, 'clip': _AMOUNT,
-    'trace': _SHARE, 'other_traits': _AMOUNT, 'neutral_weight': _AMOUNT, 'warmup': _COUNT, 'weight_decay': _AMOUNT,
+    'shown_replies': _COUNT, 'shown_weight': _AMOUNT, 'temperature': _AMOUNT, 'max_new_tokens': _SIZE,
+    'prompt_width': _SIZE, 'kl': _AMOUNT, 'kl_target': _AMOUNT, 'clip': _AMOUNT, 'trace': _SHARE,
+    'other_traits': _AMOUNT, 'neutral_weight': _AMOUNT, 'warmup': _COUNT, 'weight_decay': _AMOUNT,
     'max_gradient': _AMOUNT, 'skipped_steps': _SIZE, 'save_every': _SIZE, 'samples_every': _SIZE,
   },
   'evaluation': {
@@ -57,6 +58,7 @@ CHOICES = {
   'rankings.ranker': ('auto', 'likelihood', 'pairwise', 'pointwise'),
   'preference.labels': ('soft', 'hard'),
   'preference.loss': ('bradley_terry', 'margin', 'plackett_luce'),
+  'policy.advantages': ('grpo', 'rloo', 'ppo'),
 }
 
 
@@ -104,6 +106,26 @@ def check(config: ConfigDict) -> None:
     raise UserError(
       f'config.replies: shown, plain and opposed are {ranked} together; a ranking takes 2 replies to a message or more'
     )
+  if policy.replies_per_prompt == 1 and policy.advantages != 'ppo':
+    raise UserError(
+      'config.policy.replies_per_prompt is 1, and a reply is judged beside the others; set it to 2 or more, to 0 to '
+      "draw none, or config.policy.advantages to 'ppo'"
+    )
+  if not policy.replies_per_prompt + policy.ranked_replies + policy.shown_replies:
+    raise UserError(
+      'config.policy.replies_per_prompt, ranked_replies and shown_replies are all 0, so there is nothing to learn '
+      'from; raise one of them'
+    )
+  if policy.shown_replies > replies.shown:
+    raise UserError(
+      f'config.policy.shown_replies is {policy.shown_replies}, and config.replies.shown is {replies.shown}; lower the '
+      'first or raise the second'
+    )
+  if policy.kl_target and not (policy.kl and policy.replies_per_prompt):
+    raise UserError(
+      f'config.policy.kl_target is {policy.kl_target}, and there is no penalty to adapt to it; raise config.policy.kl '
+      'and replies_per_prompt above 0, or set the target to 0'
+    )
   if policy.ranked_replies == 1 or policy.ranked_replies > ranked:
     raise UserError(
       f'config.policy.ranked_replies is {policy.ranked_replies}, and {ranked} a message are ranked; set it to 0, or '
@@ -118,7 +140,9 @@ def check(config: ConfigDict) -> None:
       f'config.policy.trace is {policy.trace}, whose critic learns from plain replies; set config.replies.plain to 1 '
       'or more, or the trace to 1'
     )
-  if policy.max_new_tokens > replies.max_new_tokens and (policy.trace < 1 or policy.ranked_replies):
+  if policy.max_new_tokens > replies.max_new_tokens and (
+    policy.trace < 1 or policy.ranked_replies or policy.shown_replies
+  ):
     raise UserError(
       f'config.policy.max_new_tokens is {policy.max_new_tokens}, and the ranked replies that the policy learns from '
       f'have at most {replies.max_new_tokens} tokens; lower it, or raise config.replies.max_new_tokens'

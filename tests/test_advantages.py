@@ -53,6 +53,32 @@ def test_token_advantages():
   np.testing.assert_allclose(advantages.token_advantages(alike, jnp.ones((4, 3), bool)), 0, atol=2e-3)
 
 
+def test_a_reply_is_worth_what_it_earns_beyond_the_others():
+  rewards = np.array([1.0, 4.0, -2.0, 0.5])
+  expected = [reward - np.delete(rewards, i).mean() for i, reward in enumerate(rewards)]
+  np.testing.assert_allclose(advantages.leave_one_out(jnp.asarray(rewards)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('trace', [0.0, 0.7, 1.0])
+def test_generalised_advantages_of_a_value_head(trace):
+  rewards, values, _, mask = replies_of_five(4)
+  expected, returns = np.zeros_like(rewards), np.zeros_like(rewards)
+  for i, length in enumerate(mask.sum(1)):
+    ahead = [*values[i, :length], 0.0]
+    for t in range(length):
+      expected[i, t] = sum(trace ** (u - t) * (rewards[i, u] + ahead[u + 1] - ahead[u]) for u in range(t, length))
+      returns[i, t] = expected[i, t] + values[i, t]
+  dirty = [jnp.asarray(np.where(mask, array, np.nan)) for array in (rewards, values)]
+  found = advantages.generalised_advantages(*dirty, jnp.asarray(mask), trace)
+  np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(found[1], returns, rtol=1e-4, atol=1e-5)
+  if trace == 1.0:  # a critic is to expect all that followed
+    np.testing.assert_allclose(found[1][0], np.cumsum(rewards[0][::-1])[::-1], rtol=1e-4)
+  white = np.asarray(advantages.whiten(jnp.asarray(np.where(mask, expected, np.nan)), jnp.asarray(mask)))
+  assert not white[~mask].any()
+  np.testing.assert_allclose([white[mask].mean(), white[mask].std()], [0, 1], atol=1e-3)
+
+
 def test_the_critic_is_the_ridge_regression_of_what_follows():
   rng = np.random.default_rng(3)
   replies, tokens, dim, traits = 7, 5, 3, 2

@@ -66,8 +66,8 @@ def policies():
   drawn = (MESSAGES * DRAWN, width)
   arrays = {
     'rows': partial(SHAPES.rows, GROUPS, EACH, 0), 'neutral': partial(SHAPES.rows, neutral, 1, 0),
-    'before': RNG.normal(-4, 0.1, drawn), 'weight': WEIGHT,
-    'advantages': RNG.normal(size=drawn), 'ranked': ranked,
+    'drawn': {'before': RNG.normal(-4, 0.1, drawn), 'advantages': RNG.normal(size=drawn)}, 'weight': WEIGHT,
+    'ranked': ranked,
     'temperature': np.array([0.9, 0.9, 1.5, 1.5, 1.5] * MESSAGES, np.float32),
     'going_on': np.array([False, False, True, True, True] * MESSAGES),
   }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from ml_collections import ConfigDict
 
 from charjax.character import Character, Trait
 from charjax.engine.batch import compute_prefix
-from charjax.engine.score import FixedShapes, Group, hidden_states, token_log_probs
+from charjax.engine.score import FixedShapes, Group, hidden_states, reply_mask, token_log_probs
 from charjax.files import write_jsonl
-from charjax.model.decoder import Runtime
+from charjax.model.decoder import Runtime, forward
 from charjax.model.weights import make_decoder
 from charjax.stages import policy, rollouts
+from charjax.training.heads import make_trainable
 
 
 class Words:
@@ -117,12 +119,12 @@ def test_advantages_are_among_the_replies_to_one_prompt():
   scores, values = rng.normal(size=(2, 2, 3, 4)).astype(np.float32)
   mask = np.ones((2, 3, 4), bool)
   mask[1, 1, 2:] = False
-  found = np.asarray(rollouts._advantages(scores, values, np.zeros_like(scores), mask, SHARE, 0.9, 0.1))
+  found = np.asarray(rollouts._grpo(scores, values, np.zeros_like(scores), mask, SHARE, 0.9, 0.1))
   np.testing.assert_allclose(found.sum(1), 0, atol=1e-4)
   assert not found[~mask].any()
   # Another prompt's replies, however good, change nothing.
   scores[1] += 100
-  again = np.asarray(rollouts._advantages(scores, values, np.zeros_like(scores), mask, SHARE, 0.9, 0.1))
+  again = np.asarray(rollouts._grpo(scores, values, np.zeros_like(scores), mask, SHARE, 0.9, 0.1))
   np.testing.assert_allclose(again[0], found[0], atol=1e-5)
 
 
@@ -130,7 +132,7 @@ def test_advantages_are_among_the_replies_to_one_prompt():
 def test_of_replies_that_are_as_good_a_token_none_is_better_for_its_length(trace):
   scores, mask = np.full((1, 2, 4), 3.0, np.float32), np.arange(4) < np.array([2, 4])[:, None]
   values = 3.0 * SHARE * np.ones_like(scores)  # a critic that expects just that
-  found = np.asarray(rollouts._advantages(scores, values, np.zeros_like(scores), mask[None], SHARE, trace, 0.1))
+  found = np.asarray(rollouts._grpo(scores, values, np.zeros_like(scores), mask[None], SHARE, trace, 0.1))
   np.testing.assert_allclose(found, 0, atol=1e-3)
 
 
@@ -172,8 +174,8 @@ def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
   drawn = np.asarray(token_log_probs(decoders[0], hidden, rows, 0.7)).reshape(2, 4, -1)[:, 0]
   neutral = shapes.rows([Group(prompts[0], [[9, 10]])], 1)
   batch = shapes.shared() | {
-    'rows': rows, 'neutral': neutral, 'before': drawn,
-    'advantages': np.zeros(drawn.shape, np.float32), 'weight': weight, 'ends': np.array([END]),
+    'rows': rows, 'neutral': neutral, 'drawn': {'before': drawn, 'advantages': np.zeros(drawn.shape, np.float32)},
+    'weight': weight, 'ends': np.array([END]),
     'temperature': np.array([0.7, 2.0, 2.0, 2.0] * 2), 'going_on': np.array([False, True, True, True] * 2),
     'clip': 0.2, 'ranked_weight': 2.0, 'ranked_beta': 0.3, 'ranked_likelihood': 0.0,
     'neutral_weight': 0.0, 'prompts': 2, 'drawn_tokens': 7, 'neutral_tokens': 2, 'ranked_pairs': 4,
@@ -199,9 +201,92 @@ def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
   more, metrics = policy._loss(trained, decoders[0], batch | {'neutral_weight': 3.0})
   assert float(metrics['neutral_kl']) == pytest.approx(kl, rel=1e-3)
   assert float(more - loss) == pytest.approx(3 * kl, rel=1e-3)
+  # With nothing drawn, it is all there is.
+  alone = {key: value for key, value in batch.items() if key != 'drawn'}
+  alone['rows'] = shapes.rows([Group(prompt, some[1:]) for prompt, some in zip(prompts, replies, strict=True)], 3)
+  alone |= {'temperature': np.full(6, 2.0), 'going_on': np.full(6, True)}
+  offline, metrics = policy._loss(trained, decoders[0], alone)
+  assert float(offline) == pytest.approx(float(loss), rel=1e-5) and 'clip_fraction' not in metrics
   # Without ranked replies there is nothing of it.
   del batch['ranked']
   batch['rows'] = shapes.rows([Group(prompt, some[:1]) for prompt, some in zip(prompts, replies, strict=True)], 1)
   batch |= {'temperature': np.array([0.7, 0.7]), 'going_on': np.array([False, False])}
   loss, metrics = policy._loss(trained, decoders[0], batch)
   assert float(loss) == 0 and 'ranked_loss' not in metrics
+
+
+def test_what_was_shown_is_distilled_by_the_exact_divergence_of_the_model_that_saw_it():
+  config = tiny_config(vocab_size=60)
+  start, now = random_tensors(config, seed=0), random_tensors(config, seed=1)
+  decoders = [make_decoder(config, tensors, jnp.float32, Runtime(scan_layers=True)) for tensors in (start, now)]
+  rng = np.random.default_rng(0)
+  prompts = [[1, 2, *rng.integers(8, 60, n).tolist()] for n in (3, 5)]
+  shown = [[1, *rng.integers(8, 60, n).tolist(), *prompt] for n, prompt in zip((9, 14), prompts, strict=True)]
+  # One of them was dropped.
+  replies = [[rng.integers(8, 60, n).tolist() for n in lengths] for lengths in ((4, 6), (3,))]
+  said = [reply for some in replies for reply in some]
+  shapes, shapes_shown = (FixedShapes(some, 12, said) for some in (prompts, shown))
+  rows, teacher = (
+    some.rows([Group(prompt, few) for prompt, few in zip(asked, replies, strict=True)], 2)
+    for some, asked in ((shapes, prompts), (shapes_shown, shown))
+  )
+  batch = shapes.shared() | {f'shown_{name}': value for name, value in shapes_shown.shared().items()}
+  batch |= {
+    'shown': rows, 'teacher': teacher, 'shown_tokens': np.float32(sum(map(len, said))), 'shown_weight': 2.0,
+    'neutral': shapes.rows([Group(prompts[0], [[9, 10]])], 1), 'neutral_tokens': 2.0, 'neutral_weight': 0.0,
+  }  # fmt: skip
+  loss, metrics = policy._loss({'decoder': decoders[1]}, decoders[0], batch)
+  total = 0.0
+  for prompt, before, some in zip(prompts, shown, replies, strict=True):
+    for reply in some:
+      p = numpy_log_probs(config, start, [*before, *reply])[len(before) - 1 : -1]
+      q = numpy_log_probs(config, now, [*prompt, *reply])[len(prompt) - 1 : -1]
+      total += (np.exp(p) * (p - q)).sum()
+  assert float(metrics['shown_kl']) == pytest.approx(total / sum(map(len, said)), rel=1e-3)
+  assert float(loss) == pytest.approx(2 * float(metrics['shown_kl']), rel=1e-5)
+
+
+def test_a_value_head_learns_from_states_that_it_leaves_as_they_are():
+  config = tiny_config(vocab_size=60)
+  decoder = make_decoder(config, random_tensors(config), jnp.float32, Runtime(scan_layers=True))
+  rng = np.random.default_rng(0)
+  prompts, replies = [[1, 2, 9, 8], [1, 2, 11]], [[[20, 21, 22], [30]], [[31, 32], [33, 34, 35, 36]]]
+  shapes = FixedShapes(prompts, 6)
+  rows = shapes.rows([Group(prompt, some) for prompt, some in zip(prompts, replies, strict=True)], 2)
+  trainable = make_trainable(decoder, 0, 0, traits=1)
+  head = rng.normal(size=(1, config.embed_dim)).astype(np.float32)
+  trainable['head'].w[...] = jnp.asarray(head)
+  mask = np.asarray(reply_mask(rows))
+  drawn = {'before': np.zeros(mask.shape, np.float32), 'advantages': np.zeros(mask.shape, np.float32)}
+  drawn['returns'] = rng.normal(size=mask.shape).astype(np.float32)
+  batch = shapes.shared() | {
+    'rows': rows, 'drawn': drawn, 'temperature': np.ones(4, np.float32), 'going_on': np.zeros(4, bool),
+    'ends': np.array([END]), 'clip': 0.2, 'drawn_tokens': 10.0, 'neutral_weight': 0.0, 'neutral_tokens': 2.0,
+    'neutral': shapes.rows([Group(prompts[0], [[9, 10]])], 1),
+  }  # fmt: skip
+  (_, metrics), gradient = jax.value_and_grad(policy._loss, has_aux=True)(trainable, decoder, batch)
+  expected, slope = 0.0, 0.0
+  for number, (prompt, reply) in enumerate((p, r) for p, some in zip(prompts, replies, strict=True) for r in some):
+    text = np.array([[*prompt, *reply]])
+    states = np.asarray(forward(decoder, text, np.arange(text.shape[1])[None])[0][0], np.float64)
+    for place in range(len(reply)):
+      # Of the state that the token is predicted from.
+      error = states[len(prompt) - 1 + place] @ head[0] - drawn['returns'][number, place]
+      expected, slope = expected + error**2 / 2, slope + error * states[len(prompt) - 1 + place]
+  assert float(metrics['value_loss']) == pytest.approx(expected / 10, rel=1e-3)
+  np.testing.assert_allclose(gradient['head'].w[...][0], slope / 10, rtol=1e-3, atol=1e-4)
+  assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient['decoder'])) == 0
+
+
+def test_the_penalty_s_weight_follows_the_divergence_and_a_run_that_goes_on_finds_it_again(tmp_path):
+  config = ConfigDict({'kl': 0.1, 'kl_target': 0.5})
+  told = [0.5, 5.0, 0.0, 0.55, 0.45]
+  weights, found = policy._KLWeights(config, tmp_path), []
+  for step, kl in enumerate(told, 1):
+    found.append(weights.at(step))
+    weights.after(step, kl)
+  # At the target it stays; far from it, it moves by a fiftieth at most; near it, by a tenth of the gap.
+  np.testing.assert_allclose(found, [0.1, 0.1, 0.102, 0.102 * 0.98, 0.102 * 0.98 * 1.01])
+  write_jsonl(tmp_path / 'metrics.jsonl', [{'step': step, 'kl': kl} for step, kl in enumerate(told, 1)])
+  assert policy._KLWeights(config, tmp_path).at(4) == pytest.approx(found[3])
+  assert policy._KLWeights(ConfigDict({'kl': 0.1, 'kl_target': 0.0}), tmp_path).at(4) == 0.1

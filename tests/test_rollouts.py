@@ -32,6 +32,7 @@ ASKED = [
 ]
 HEAD, CRITIC = RNG.normal(size=(2, 32)), RNG.normal(size=(33, 2))
 MEAN = np.array([0.4, -0.3])
+VALUES = RNG.normal(size=(1, 32)) / 8
 
 
 def build(tensors):
@@ -48,11 +49,10 @@ def now():
   return build(NOW)
 
 
-@pytest.fixture(scope='module')
-def rollout(start, now):
+def roll_out(start, now, advantages):
   policy = {
     'replies_per_prompt': EACH, 'prompts_per_step': 3, 'max_new_tokens': LONGEST, 'temperature': TEMPERATURE,
-    'prompt_width': 0, 'kl': KL, 'trace': TRACE, 'batch_size': 512, 'microbatches': 3,
+    'prompt_width': 0, 'trace': TRACE, 'batch_size': 512, 'microbatches': 3, 'advantages': advantages, 'seed': 0,
   }  # fmt: skip
   session = SimpleNamespace(
     config=ConfigDict({'seed': 4, 'policy': policy}), model=SimpleNamespace(decoder=start, eos_ids=ENDS)
@@ -62,7 +62,14 @@ def rollout(start, now):
   numbers = (jnp.asarray(x, jnp.float32) for x in (CRITIC, MEAN))
   judge = Judge(start, lower_layers(start, 1), {'head': head}, *numbers, jnp.array(ENDS))
   shapes = FixedShapes([item['prompt'] for item in ASKED], LONGEST)
-  return rollouts.roll_out(session, shapes, judge, {'decoder': now}, ASKED, STEP)
+  value_head = RewardHead(1, CONFIG.embed_dim)
+  value_head.w[...] = jnp.asarray(VALUES, jnp.float32)
+  return rollouts.roll_out(session, shapes, judge, {'decoder': now, 'head': value_head}, ASKED, STEP, KL)
+
+
+@pytest.fixture(scope='module')
+def rollout(start, now):
+  return roll_out(start, now, 'grpo')
 
 
 def groups(values):
@@ -145,3 +152,38 @@ def test_rewards_and_advantages_stand_at_their_own_reply_s_tokens(rollout, start
     for found, wanted in zip(groups(rollout.advantages)[m], advantages, strict=True):
       np.testing.assert_allclose(found[: len(wanted)], wanted, atol=2e-3)
       assert not found[len(wanted) :].any()
+
+
+def test_a_reply_as_a_whole_is_worth_what_it_earns_beyond_the_others(rollout, start, now):
+  found = roll_out(start, now, 'rloo')
+  np.testing.assert_array_equal(found.rewards, rollout.rewards)
+  earned = rollout.rewards - KL * rollout.log_ratio.sum(1)
+  for m, item in enumerate(ASKED):
+    some = groups(earned)[m]
+    for k, reply in enumerate(groups(found.drawn)[m]):
+      advantages = groups(found.advantages)[m][k]
+      wanted = item['weight'] * (some[k] - np.delete(some, k).mean())
+      np.testing.assert_allclose(advantages[: len(reply.tokens)], wanted, atol=1e-4)
+      assert not advantages[len(reply.tokens) :].any()
+
+
+def test_a_token_is_worth_what_follows_beyond_what_the_value_head_expected(rollout, start, now):
+  found = roll_out(start, now, 'ppo')
+  read = jax.jit(functools.partial(hidden_states, now))
+  surprises, returns = np.zeros_like(found.advantages), np.zeros_like(found.advantages)
+  mask = np.zeros(found.advantages.shape, bool)
+  for number, reply in enumerate(found.drawn):
+    prompt, length = ASKED[number // EACH]['prompt'], len(reply.tokens)
+    states = np.asarray(read(make_rows([Group(prompt, [reply.tokens])], 1, 8, 1 + LONGEST)), np.float64)[0, :length]
+    expected = [*(states @ VALUES[0]), 0.0]
+    earned = -KL * rollout.log_ratio[number, :length].astype(np.float64)
+    earned[-1] += rollout.rewards[number]
+    mask[number, :length] = True
+    for t in reversed(range(length)):
+      later = surprises[number, t + 1] if t + 1 < length else 0.0
+      surprises[number, t] = earned[t] + expected[t + 1] - expected[t] + TRACE * later
+      returns[number, t] = surprises[number, t] + expected[t]
+  np.testing.assert_allclose(found.returns, returns, atol=2e-3)
+  white = np.where(mask, (surprises - surprises[mask].mean()) / surprises[mask].std(), 0.0)
+  weight = np.repeat([item['weight'] for item in ASKED], EACH)[:, None]
+  np.testing.assert_allclose(found.advantages, white * weight, atol=5e-3)

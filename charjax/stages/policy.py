@@ -1,4 +1,5 @@
-"""policy: GRPO, and DPO among ranked replies, on the trait messages, with no trait shown, against the preference model.
+"""policy: trained on the trait messages, with no trait shown, by what the config weighs: reinforcement learning against
+the preference model, preference among ranked replies, distillation of the model that was shown the trait.
 
 Reads messages/, replies/, rankings/ and preference/; writes Orbax checkpoints, metrics.jsonl and samples.jsonl
 (replies drawn as training went on). Replies are drawn by temperature alone, so that their log-probs are those of the
@@ -8,7 +9,7 @@ replies that the starting model gave once.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from charjax.engine.sample import Sampling, end_ids, sample
 from charjax.engine.score import (
   FixedShapes,
   Group,
+  Rows,
   hidden_states,
   over_tokens,
   reply_mask,
@@ -30,15 +32,33 @@ from charjax.engine.score import (
 )
 from charjax.errors import UserError
 from charjax.files import Row, chunks, read_jsonl, write_jsonl, write_text
-from charjax.model.decoder import Decoder, logits
+from charjax.model.decoder import Decoder, Prefix, logits
 from charjax.progress import Progress
-from charjax.stages import messages, prompts
-from charjax.stages.rollouts import Rollout, earnings, judge_ranked, make_judge, ranked_replies, roll_out
+from charjax.stages import messages, prompts, replies
+from charjax.stages.rollouts import (
+  Rollout,
+  earnings,
+  judge_ranked,
+  make_judge,
+  ranked_replies,
+  read_expected,
+  roll_out,
+  seed,
+  shown_replies,
+)
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import Together, batches
 from charjax.training.heads import bind, make_trainable
 from charjax.training.loop import tell_undivided, train
-from charjax.training.losses import bradley_terry, count_pairs, kl_from_logits, policy_gradient, right_pairs
+from charjax.training.losses import (
+  adapt_kl,
+  bradley_terry,
+  count_pairs,
+  kl_from_logits,
+  policy_gradient,
+  right_pairs,
+  value_loss,
+)
 from charjax.training.step import Batch, make_batch, make_optimizer
 from charjax.workdir import Session
 
@@ -50,25 +70,33 @@ def run(session: Session) -> Row:
   asked = _trait_prompts(session)
   neutral = _neutral_replies(session)
   # Drawn replies are to become like those that were ranked best, and are about as long.
-  said = [row['reply'] for row in neutral] + [reply for item in asked for reply in item['ranked'].replies]
+  said = [row['reply'] for row in neutral]
+  said += [reply for item in asked for reply in (*item['ranked'].replies, *item['shown'])]
   shapes = FixedShapes([item['prompt'] for item in (*asked, *neutral)], config.max_new_tokens, said)
+  shapes_shown = FixedShapes([item['shown_prompt'] for item in asked], config.max_new_tokens, said)
 
   judge = make_judge(session, shapes, asked)
   asked = judge_ranked(session, shapes, judge, asked)
   data = Together(
-    asked=batches(asked, config.prompts_per_step, session.config.seed),
+    asked=batches(asked, config.prompts_per_step, seed(session)),
     # At least as many neutral messages as trait messages, so that the rest of the model is held as firmly.
-    neutral=batches(neutral, config.prompts_per_step, session.config.seed + 1),
+    neutral=batches(neutral, config.prompts_per_step, seed(session) + 1),
   )
+  weights = _KLWeights(config, folder)
 
   def next_batch(step: int, now: Row, trainable: Any) -> tuple[Batch, Row]:
-    rollout = roll_out(session, shapes, judge, trainable, now['asked'], step)
-    if step % config.samples_every == 0 or step in (1, config.steps):
-      _save_samples(session, step, now['asked'], rollout)
-    return make_rollout_batch(session, shapes, now['asked'], now['neutral'], rollout), _figures(rollout, config.kl)
+    rollout, figures = None, {}
+    if config.replies_per_prompt:
+      kl_weight = weights.at(step)
+      rollout = roll_out(session, shapes, judge, trainable, now['asked'], step, kl_weight)
+      figures = _figures(rollout, kl_weight)
+      weights.after(step, figures['kl'])
+      if step % config.samples_every == 0 or step in (1, config.steps):
+        _save_samples(session, step, now['asked'], rollout)
+    return make_policy_batch(session, shapes, shapes_shown, now['asked'], now['neutral'], rollout), figures
 
   with (
-    Checkpoints(folder / 'checkpoints', session.config.seed) as checkpoints,
+    Checkpoints(folder / 'checkpoints', seed(session)) as checkpoints,
     Progress('policy', config.steps, 'steps') as bar,
   ):
     trainable = train(
@@ -83,7 +111,7 @@ def run(session: Session) -> Row:
       save_every=config.save_every,
       skipped_steps=config.skipped_steps,
       bar=bar,
-      note=lambda values: f'reward {values["reward"]:.3f}, KL {values["kl"]:.3f} a token',
+      note=_note,
     )
   hosts.first(lambda: _merge_samples(session))
   write_text(folder / 'fingerprint.json', json.dumps({'policy': fingerprint(trainable)}))
@@ -91,54 +119,107 @@ def run(session: Session) -> Row:
   return {'steps': config.steps, 'messages': len(asked), 'neutral': len(neutral), 'traits_rewarded': rewarded}
 
 
-def make_rollout_batch(
-  session: Session, shapes: FixedShapes, asked: Sequence[Row], neutral: Sequence[Row], rollout: Rollout
+class _KLWeights:
+  """The weight of the KL penalty at each step, as it follows from the KL of the steps before."""
+
+  def __init__(self, config: Any, folder: Any):
+    self._config, self._folder, self._next = config, folder, (1, config.kl)
+
+  def at(self, step: int) -> float:
+    first, weight = self._next
+    if self._config.kl_target and step > first:
+      # A run that goes on: what was before is in its metrics.
+      for row in read_jsonl(self._folder / 'metrics.jsonl'):
+        if first <= row['step'] < step:
+          weight = adapt_kl(weight, row['kl'], self._config.kl_target)
+      self._next = step, weight
+    return weight
+
+  def after(self, step: int, kl: float) -> None:
+    if self._config.kl_target:
+      self._next = step + 1, adapt_kl(self._next[1], kl, self._config.kl_target)
+
+
+def _note(values: Mapping[str, float]) -> str:
+  told = {
+    'reward': 'reward {:.3f}', 'kl': 'KL {:.3f} a token', 'ranked_accuracy': '{:.0%} of ranked pairs',
+    'shown_kl': 'KL {:.3f} to the trait shown',
+  }  # fmt: skip
+  return ', '.join(text.format(values[name]) for name, text in told.items() if name in values)
+
+
+def make_policy_batch(
+  session: Session,
+  shapes: FixedShapes,
+  shapes_shown: FixedShapes,
+  asked: Sequence[Row],
+  neutral: Sequence[Row],
+  rollout: Rollout | None,
 ) -> Batch:
   """What the loss of one step takes; to each prompt its drawn replies come first, then its ranked ones."""
-  config, said = session.config.policy, iter(rollout.drawn)
-  drawn, ranked, parts = config.replies_per_prompt, config.ranked_replies, config.microbatches
-  groups = [
-    Group(item['prompt'], [*(next(said).tokens for _ in range(drawn)), *item['ranked'].replies]) for item in asked
-  ]
+  config, said = session.config.policy, iter(rollout.drawn if rollout else ())
+  drawn, ranked, shown, parts = (
+    config.replies_per_prompt,
+    config.ranked_replies,
+    config.shown_replies,
+    config.microbatches,
+  )
   arrays: Row = {
-    'rows': shapes.rows(groups, drawn + ranked, microbatches=parts),
     'neutral': shapes.rows([Group(row['prompt'], [row['reply']]) for row in neutral], 1, microbatches=parts),
-    'before': rollout.before,
-    'advantages': rollout.advantages,
     'weight': np.array([item['weight'] for item in asked], np.float32),
-    # Of each reply.
-    'temperature': np.tile(
-      np.array([config.temperature] * drawn + [config.ranked_temperature] * ranked, np.float32), len(asked)
-    ),
-    'going_on': np.tile([False] * drawn + [True] * ranked, len(asked)),
   }
   whole = shapes.shared() | {
     'ends': end_ids(session.model.eos_ids),
     'prompts': np.float32(len(asked)),
-    'drawn_tokens': np.float32(sum(len(reply.tokens) for reply in rollout.drawn)),
     'neutral_tokens': np.float32(sum(len(row['reply']) for row in neutral)),
   }
+  if drawn + ranked:
+    groups = [
+      Group(item['prompt'], [*(next(said).tokens for _ in range(drawn)), *item['ranked'].replies]) for item in asked
+    ]
+    arrays['rows'] = shapes.rows(groups, drawn + ranked, microbatches=parts)
+    # Of each reply.
+    temperature = np.array([config.temperature] * drawn + [config.ranked_temperature] * ranked, np.float32)
+    arrays |= {
+      'temperature': np.tile(temperature, len(asked)),
+      'going_on': np.tile([False] * drawn + [True] * ranked, len(asked)),
+    }
+  if rollout:
+    arrays['drawn'] = {'before': rollout.before, 'advantages': rollout.advantages}
+    if rollout.returns is not None:
+      arrays['drawn']['returns'] = rollout.returns
+    whole['drawn_tokens'] = np.float32(sum(len(reply.tokens) for reply in rollout.drawn))
+  if shown:
+    pairs = [(shapes, 'prompt', 'shown'), (shapes_shown, 'shown_prompt', 'teacher')]
+    for some, prompt, name in pairs:
+      arrays[name] = some.rows([Group(item[prompt], item['shown']) for item in asked], shown, microbatches=parts)
+    whole['shown_tokens'] = np.float32(max(1, sum(len(reply) for item in asked for reply in item['shown'])))
+    whole |= {f'shown_{name}': value for name, value in shapes_shown.shared().items()}
   if ranked:
     arrays['ranked'] = {key: np.stack([item[key] for item in asked]) for key in ('before', 'real', 'preferred', 'best')}
     _, whole['ranked_pairs'] = count_pairs(arrays['ranked']['real'], arrays['weight'])
   # Backwards through frozen weights costs once more, through trained ones twice.
   times = 2 if config.lora_rank else 3
-  work.count_rows(session.model.decoder.config, arrays['rows'], shapes.cut, times=times, heads=times)
-  work.count_rows(session.model.decoder.config, arrays['neutral'], shapes.cut, times=times + 1, heads=times + 1)
-  names = 'clip', 'neutral_weight', 'ranked_weight', 'ranked_beta', 'ranked_likelihood'
+  passes = {'rows': times, 'neutral': times + 1, 'shown': times, 'teacher': 1}
+  for name, some in passes.items():
+    if name in arrays:
+      cut = (shapes_shown if name == 'teacher' else shapes).cut
+      work.count_rows(session.model.decoder.config, arrays[name], cut, times=some, heads=some)
+  names = 'clip', 'neutral_weight', 'shown_weight', 'ranked_weight', 'ranked_beta', 'ranked_likelihood'
   return make_batch(whole | {name: np.float32(config[name]) for name in names}, arrays, parts)
 
 
-def _figures(rollout: Rollout, kl: float) -> dict[str, float]:
+def _figures(rollout: Rollout, kl_weight: float) -> dict[str, float]:
   """Of the replies that were drawn for this step."""
   tokens = sum(len(reply.tokens) for reply in rollout.drawn)
   return {
     'reward': float(rollout.rewards.mean()),
-    'penalised_reward': float((rollout.rewards - kl * rollout.log_ratio.sum(-1)).mean()),
+    'penalised_reward': float((rollout.rewards - kl_weight * rollout.log_ratio.sum(-1)).mean()),
     'kl': float(rollout.log_ratio.sum() / tokens),
     'length': tokens / len(rollout.drawn),
     'ended': float(np.mean([reply.finish == 'stop' for reply in rollout.drawn])),
     'entropy': float(-rollout.before.sum() / tokens),
+    'kl_weight': kl_weight,
   }
 
 
@@ -152,13 +233,19 @@ def learning(config: Any) -> tuple[Any, Any]:
 def untrained(session: Session, decoder: Decoder) -> Any:
   """What is trained, as it is before the first step."""
   config = session.config.policy
-  return make_trainable(decoder, config.lora_rank, session.config.seed + 10, lora_targets=config.lora_targets)
+  return make_trainable(
+    decoder,
+    config.lora_rank,
+    seed(session) + 10,
+    lora_targets=config.lora_targets,
+    traits=int(config.advantages == 'ppo' and config.replies_per_prompt > 0),  # The value head.
+  )
 
 
 def load(session: Session) -> Any:
   """The trained policy: what training.heads.bind takes."""
   trainable = untrained(session, session.model.decoder)
-  with Checkpoints(session.folder('policy') / 'checkpoints', session.config.seed) as checkpoints:
+  with Checkpoints(session.folder('policy') / 'checkpoints', seed(session)) as checkpoints:
     return checkpoints.load(trainable)
 
 
@@ -174,7 +261,7 @@ def _trait_prompts(session: Session) -> list[Row]:
       'chance, so there is nothing to reward; see preference/report.json, or set '
       'config.policy.keep_unproven_traits=True'
     )
-  ranked = ranked_replies(session)
+  ranked, said = ranked_replies(session), shown_replies(session)
   weight = {trait.id: trait.weight for trait in session.character.traits if trait.id in earns}
   # What counts is how much more one trait does than another: all together pull as hard whatever their weights.
   mean = sum(weight.values()) / len(weight)
@@ -183,6 +270,7 @@ def _trait_prompts(session: Session) -> list[Row]:
       f'policy: the traits that can be rewarded ({", ".join(weight)}) have weight 0; raise one, or set '
       'config.policy.keep_unproven_traits=True'
     )
+  before = {trait.id: replies.shown(session, trait) for trait in session.character.traits}
   return [
     {
       'id': row['id'],
@@ -192,6 +280,8 @@ def _trait_prompts(session: Session) -> list[Row]:
       'weight': weight[row['trait']] / mean,
       'earns': earns[row['trait']],
       'ranked': ranked[row['id']],
+      'shown': said[row['id']],
+      'shown_prompt': session.model.prompt([*before[row['trait']], prompts.user(row['text'])]),
     }
     for row in messages.load(session)
     if row['split'] == 'train' and row['trait'] in earns
@@ -219,32 +309,60 @@ def _neutral_replies(session: Session) -> list[Row]:
 
 
 def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Clipped policy gradient a token, what ranked replies teach, and the exact KL a token on neutral replies."""
+  """What drawn, ranked and shown replies teach, as far as there are any; the exact KL a token on neutral replies."""
   used, adapter = bind(decoder, trainable)
   prefix = (compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter),)
-  rows, neutral, before = batch['rows'], batch['neutral'], batch['before']
+  loss, metrics = jnp.float32(0), {}
+  if 'rows' in batch:
+    loss, metrics = _replies_loss(trainable, decoder, prefix, batch)
+
+  def kl_to(start: jax.Array, rows: Rows) -> jax.Array:
+    """Of the policy from a model whose states these are, summed over the tokens of replies."""
+    hidden = hidden_states(used, rows, adapter=adapter, before=prefix)
+    kl = over_tokens(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), rows, (start, hidden))
+    return jnp.where(reply_mask(rows), kl, 0.0).sum()
+
+  if 'shown' in batch:
+    # Context distillation (Askell et al. 2021, section 2.2), of the whole distribution of each token.
+    start = (compute_prefix(decoder, batch['shown_prefix'], batch['shown_prefix_length']),)
+    taught = kl_to(jax.lax.stop_gradient(hidden_states(decoder, batch['teacher'], before=start)), batch['shown'])
+    taught = taught / batch['shown_tokens']
+    loss, metrics = loss + batch['shown_weight'] * taught, metrics | {'shown_kl': taught}
+  # In this very program: of states that another one rounded, the policy would not be at 0 before its first step.
+  start = (compute_prefix(decoder, batch['prefix'], batch['prefix_length']),)
+  neutral_kl = kl_to(jax.lax.stop_gradient(hidden_states(decoder, batch['neutral'], before=start)), batch['neutral'])
+  neutral_kl = neutral_kl / batch['neutral_tokens']
+  return loss + batch['neutral_weight'] * neutral_kl, metrics | {'neutral_kl': neutral_kl}
+
+
+def _replies_loss(
+  trainable: Any, decoder: Any, prefix: Sequence[Prefix], batch: Row
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The clipped policy gradient a token of drawn replies, and what ranked ones teach."""
+  used, adapter = bind(decoder, trainable)
+  rows, drawn = batch['rows'], batch.get('drawn')
   hidden = hidden_states(used, rows, adapter=adapter, before=prefix)
   every = token_log_probs(used, hidden, rows, batch['temperature'], batch['ends'], batch['going_on'])
-  prompts, each = len(rows.prompts), len(before) // len(rows.prompts)
-  log_probs, mask = (take_replies(array, prompts, slice(each)) for array in (every, reply_mask(rows)))
-  gradient, _, clipped = policy_gradient(log_probs, before, batch['advantages'], mask, batch['clip'])
-  tokens = batch['drawn_tokens']
-  gap = jnp.where(mask, jnp.abs(log_probs - before), 0.0).sum() / tokens
-  loss = gradient / tokens
-  metrics = {'clip_fraction': clipped / tokens, 'logprob_gap': gap}
+  prompts = len(rows.prompts)
+  each = len(drawn['before']) // prompts if drawn else 0
+  loss, metrics = jnp.float32(0), {}
+  if drawn:
+    log_probs, mask = (take_replies(array, prompts, slice(each)) for array in (every, reply_mask(rows)))
+    gradient, _, clipped = policy_gradient(log_probs, drawn['before'], drawn['advantages'], mask, batch['clip'])
+    tokens = batch['drawn_tokens']
+    gap = jnp.where(mask, jnp.abs(log_probs - drawn['before']), 0.0).sum() / tokens
+    loss = gradient / tokens
+    metrics = {'clip_fraction': clipped / tokens, 'logprob_gap': gap}
+    if 'returns' in drawn:
+      expected = take_replies(read_expected(trainable, hidden, rows), prompts, slice(each))
+      error = value_loss(expected, drawn['returns'], mask) / tokens
+      loss, metrics = loss + error, metrics | {'value_loss': error}
   if 'ranked' in batch:
     going_on = reply_mask(rows) & ~jnp.isin(rows.tokens[:, 1:], batch['ends'])
     ranked, going_on = (take_replies(array, prompts, slice(each, None)) for array in (every, going_on))
     taught, more = _ranked_loss(ranked, going_on, batch)
     loss, metrics = loss + taught, metrics | more
-
-  # In this very program: of states that another one rounded, the policy would not be at 0 before its first step.
-  start = (compute_prefix(decoder, batch['prefix'], batch['prefix_length']),)
-  reference = jax.lax.stop_gradient(hidden_states(decoder, neutral, before=start))
-  hidden = hidden_states(used, neutral, adapter=adapter, before=prefix)
-  kl = over_tokens(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), neutral, (reference, hidden))
-  neutral_kl = jnp.where(reply_mask(neutral), kl, 0.0).sum() / batch['neutral_tokens']
-  return loss + batch['neutral_weight'] * neutral_kl, metrics | {'neutral_kl': neutral_kl}
+  return loss, metrics
 
 
 def _ranked_loss(log_probs: jax.Array, mask: jax.Array, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:

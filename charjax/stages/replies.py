@@ -64,14 +64,18 @@ def _work(session: Session, asked: Sequence[Row]) -> Iterator[tuple[str, str, pr
 
   yield 'plain', 'plain', prompts.plain(), items('plain')
   for trait in session.character.traits:
-    whole = config.show == 'character'
-    shown = (
-      prompts.shown_character(session.character, config.examples) if whole else prompts.shown(trait, config.examples)
-    )
-    yield f'{trait.id}-shown', 'shown', shown, items('shown', trait)
+    yield f'{trait.id}-shown', 'shown', shown(session, trait), items('shown', trait)
     for name in trait.opposites:
       before = prompts.opposed(trait, name, config.examples)
       yield f'{trait.id}-opposed-{name}', 'opposed', before, items('opposed', trait, name)
+
+
+def shown(session: Session, trait: Trait) -> prompts.Messages:
+  """What is put before a message to show its trait."""
+  config = session.config.replies
+  if config.show == 'character':
+    return prompts.shown_character(session.character, config.examples)
+  return prompts.shown(trait, config.examples)
 
 
 def _opposite(session: Session, trait: Trait, message: str, k: int) -> str:

@@ -37,11 +37,14 @@ from charjax.progress import Progress
 from charjax.stages import preference, rankings, replies
 from charjax.training.advantages import (
   fit_values,
+  generalised_advantages,
+  leave_one_out,
   read_values,
   to_come,
   token_advantages,
   token_returns,
   value_moments,
+  whiten,
 )
 from charjax.training.heads import bind, read_rewards
 from charjax.training.losses import soft_labels
@@ -88,6 +91,7 @@ class Rollout(NamedTuple):
     log_ratio: [N, R] of policy over starting model.
     advantages: [N, R] of each token.
     rewards: [N] of each reply, by its own trait and, as far as the config says, the others.
+    returns: [N, R] what the policy's value head should have expected before each token; None where it has none.
   """
 
   drawn: list[Reply]
@@ -95,6 +99,7 @@ class Rollout(NamedTuple):
   log_ratio: np.ndarray
   advantages: np.ndarray
   rewards: np.ndarray
+  returns: np.ndarray | None = None
 
 
 def make_judge(session: Session, shapes: FixedShapes, asked: Sequence[Row]) -> Judge:
@@ -221,6 +226,11 @@ def mix_labels(
   return labels_mss, np.where(real_ms, favour_ms, -np.inf).argmax(1)
 
 
+def seed(session: Session) -> int:
+  """Of all that chance decides in training the policy, but not in what it learns from."""
+  return session.config.seed + session.config.policy.seed
+
+
 def drawing(config: Any) -> Sampling:
   """How the policy draws its replies."""
   at_once = min(config.batch_size, config.prompts_per_step * config.replies_per_prompt)
@@ -229,9 +239,9 @@ def drawing(config: Any) -> Sampling:
 
 @no_silent_transfers
 def roll_out(
-  session: Session, shapes: FixedShapes, judge: Judge, trainable: Any, asked: Sequence[Row], step: int
+  session: Session, shapes: FixedShapes, judge: Judge, trainable: Any, asked: Sequence[Row], step: int, kl_weight: float
 ) -> Rollout:
-  """Draws replies to the prompts of a step and judges them."""
+  """Draws replies to the prompts of a step and judges them, where the KL penalty has this weight."""
   config, model = session.config.policy, session.model
   each = config.replies_per_prompt
   used, adapter = bind(model.decoder, trainable)
@@ -239,13 +249,13 @@ def roll_out(
   names = [f'{step}/{item["id"]}/{i}' for i, item in enumerate(group)]
   settings = drawing(config)
   drawn = sample(
-    used, [item['prompt'] for item in group], item_keys(session.config.seed, 'policy', names), model.eos_ids, settings,
+    used, [item['prompt'] for item in group], item_keys(seed(session), 'policy', names), model.eos_ids, settings,
     adapter=adapter, width=config.prompt_width,
   )  # fmt: skip
   said = iter(drawn)
   groups = [Group(item['prompt'], [next(said).tokens for _ in range(each)]) for item in asked]
   rows = shapes.rows(groups, each, microbatches=config.microbatches)
-  temperature, kl, trace = replicate(tuple(np.float32(x) for x in (config.temperature, config.kl, config.trace)))
+  temperature, kl, trace = replicate(tuple(np.float32(x) for x in (config.temperature, kl_weight, config.trace)))
   # In as many parts as the step learns from it: all states of a batch would not fit.
   judged = [
     fetch(
@@ -261,18 +271,32 @@ def roll_out(
   earns = np.array([item['earns'] for item in group], np.float32)
   scores, values = (np.einsum('nrc,nc->nr', array, earns) for array in (scores, values))
   rewards = fetch(_mean_over_tokens(*shard_batch((scores, rows))))
-  grouped = shard_batch(tuple(array.reshape(len(asked), each, -1) for array in (scores, values, log_ratio, mask)))
-  share = replicate(to_come(mask.shape[1], config.max_new_tokens))
-  advantages = fetch(_advantages(*grouped, share, trace, kl)).reshape(mask.shape)
+  returns = None
+  if config.advantages == 'ppo':
+    expected = np.concatenate(
+      [
+        fetch(_expected(model.decoder, trainable, shapes.prefix, shapes.length, shard_batch(part)))
+        for part in parts_of(rows, config.microbatches)
+      ]
+    )
+    advantages, returns = fetch(_ppo(*shard_batch((scores, expected, log_ratio, mask)), trace, kl))
+  else:
+    grouped = shard_batch(tuple(array.reshape(len(asked), each, -1) for array in (scores, values, log_ratio, mask)))
+    if config.advantages == 'rloo':
+      advantages = fetch(_rloo(*grouped, kl))
+    else:
+      share = replicate(to_come(mask.shape[1], config.max_new_tokens))
+      advantages = fetch(_grpo(*grouped, share, trace, kl))
+    advantages = advantages.reshape(mask.shape)
   advantages = advantages * np.array([item['weight'] for item in group], np.float32)[:, None]
-  return Rollout(drawn, before, log_ratio, advantages, rewards)
+  return Rollout(drawn, before, log_ratio, advantages, rewards, returns)
 
 
 _mean_over_tokens = jax.jit(mean_over_tokens)
 
 
 @jax.jit
-def _advantages(
+def _grpo(
   scores: jax.Array, values: jax.Array, log_ratio: jax.Array, mask: jax.Array, share: jax.Array, trace: Any, kl: Any
 ) -> jax.Array:
   """Advantages of each token [M, K, R], among the K replies to each of M prompts."""
@@ -287,6 +311,49 @@ def _advantages(
     return token_advantages(returns, mask)
 
   return jax.vmap(one)(scores, values, log_ratio, mask)
+
+
+@jax.jit
+def _rloo(scores: jax.Array, values: jax.Array, log_ratio: jax.Array, mask: jax.Array, kl: Any) -> jax.Array:
+  """The same, where each reply is worth what it earns as a whole, less the penalty."""
+  del values
+
+  def one(scores: jax.Array, log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
+    tokens = jnp.maximum(mask.sum(1), 1)
+    earned = jnp.where(mask, scores, 0.0).sum(1) / tokens - kl * jnp.where(mask, log_ratio, 0.0).sum(1)
+    return jnp.where(mask, leave_one_out(earned)[:, None], 0.0)
+
+  return jax.vmap(one)(scores, log_ratio, mask)
+
+
+@jax.jit
+def _ppo(
+  scores: jax.Array, expected: jax.Array, log_ratio: jax.Array, mask: jax.Array, trace: Any, kl: Any
+) -> tuple[jax.Array, jax.Array]:
+  """Advantages of tokens beside what the value head expected, over the whole batch, and what it should have, [N, R].
+
+  The reward stands at a reply's last token, the penalty at each (Ouyang et al. 2022).
+  """
+  tokens = jnp.maximum(mask.sum(1), 1)
+  last = jnp.arange(mask.shape[1]) == tokens[:, None] - 1
+  rewards = jnp.where(last, (jnp.where(mask, scores, 0.0).sum(1) / tokens)[:, None], 0.0) - kl * log_ratio
+  advantages, returns = generalised_advantages(rewards, expected, mask, trace)
+  return whiten(advantages, mask), returns
+
+
+@no_silent_transfers
+@jax.jit
+def _expected(decoder: Decoder, trainable: Any, prefix: jax.Array, length: jax.Array, rows: Rows) -> jax.Array:
+  """What the policy's value head expects before each reply token, [N, R]."""
+  used, adapter = bind(decoder, trainable)
+  before = (compute_prefix(used, prefix, length, adapter),)
+  return read_expected(trainable, hidden_states(used, rows, adapter=adapter, before=before), rows)
+
+
+def read_expected(trainable: Any, hidden: jax.Array, rows: Rows) -> jax.Array:
+  """What the value head expects before each reply token, [N, R], of the states that it is predicted from; they are not
+  changed for its sake."""
+  return read_rewards(trainable, jax.lax.stop_gradient(in_rows(hidden, rows))[:, :-1])[..., 0]
 
 
 # ---- what is rewarded, and what was ranked ----
@@ -328,6 +395,13 @@ def ranked_replies(session: Session) -> dict[str, Ranked]:
     ranking = tables.get(message)
     found[message] = Ranked(list(tokens), _ranked_labels(ranking, names) if ranking else None)
   return found
+
+
+def shown_replies(session: Session) -> dict[str, list[list[int]]]:
+  """Up to `shown_replies` replies to each message that its trait was shown for."""
+  most = session.config.policy.shown_replies
+  found = _replies_by_message(session, ('shown',) if most else ())
+  return defaultdict(list, {message: [tokens for _, tokens in some[:most]] for message, some in found.items()})
 
 
 def _ranked_labels(ranking: Row, names: Sequence[str]) -> np.ndarray:

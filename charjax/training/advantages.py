@@ -1,4 +1,4 @@
-"""What each token of a reply is worth: generalised advantages within a group, and the linear critic they lean on.
+"""What each token of a reply is worth, as GRPO, RLOO and PPO tell it, and the linear critic that GRPO may lean on.
 
 Letters: N replies, K replies to one prompt, R reply tokens, C traits, D width.
 """
@@ -61,6 +61,47 @@ def token_advantages(returns_kr: jax.Array, mask_kr: jax.Array, epsilon: float =
   centred = jnp.where(mask_kr, returns_kr - there, 0.0)
   deviation = jnp.sqrt(jnp.square(centred).sum() / jnp.maximum(mask_kr.sum(), 1))
   return centred / (deviation + epsilon)
+
+
+def leave_one_out(rewards_k: jax.Array) -> jax.Array:
+  """Each reward less the mean of the others in its group, [K]: RLOO (Kool et al. 2019; Ahmadian et al. 2024, eq. 8)."""
+  others = (rewards_k.sum() - rewards_k) / jnp.maximum(len(rewards_k) - 1, 1)
+  return rewards_k - others
+
+
+def generalised_advantages(
+  rewards_nr: jax.Array, values_nr: jax.Array, mask_nr: jax.Array, trace: Any
+) -> tuple[jax.Array, jax.Array]:
+  """Advantages of tokens, and what a critic should have expected before each of them, both [N, R].
+
+  Schulman et al. 2016, eq. 16, without discount: sum over u >= t of trace^(u - t) d_u, with d_u = r_u + v_(u+1) - v_u.
+  What should have been expected is the advantage and what was expected together, as PPO takes it (Schulman et al. 2017,
+  section 5).
+
+  Args:
+    rewards_nr: of each token, a penalty included.
+    values_nr: what the critic expected before each token to follow, its own reward included.
+    mask_nr: real reply tokens.
+    trace: from 0 to 1.
+  """
+  values = jnp.where(mask_nr, values_nr, 0.0)
+  ahead = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
+  surprise = jnp.where(mask_nr, rewards_nr + ahead - values, 0.0)
+
+  def back(later: jax.Array, now: jax.Array) -> tuple[jax.Array, jax.Array]:
+    total = now + trace * later
+    return total, total
+
+  _, advantages_rn = jax.lax.scan(back, jnp.zeros(len(surprise)), surprise.T, reverse=True)
+  advantages = jnp.where(mask_nr, advantages_rn.T, 0.0)
+  return advantages, advantages + values
+
+
+def whiten(advantages_nr: jax.Array, mask_nr: jax.Array, epsilon: float = 1e-4) -> jax.Array:
+  """Advantages of a batch with mean 0 and standard deviation 1 over its tokens, [N, R]."""
+  tokens = jnp.maximum(mask_nr.sum(), 1)
+  centred = jnp.where(mask_nr, advantages_nr - jnp.where(mask_nr, advantages_nr, 0.0).sum() / tokens, 0.0)
+  return centred / (jnp.sqrt(jnp.square(centred).sum() / tokens) + epsilon)
 
 
 # ---- the critic ----

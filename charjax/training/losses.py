@@ -154,6 +154,16 @@ def policy_gradient(
   return loss.sum(), mask_br.sum(), (mask_br & (clipped < free)).sum()
 
 
+def value_loss(values_br: jax.Array, returns_br: jax.Array, mask_br: jax.Array) -> jax.Array:
+  """Half the squared error of what a critic expects (Schulman et al. 2017, eq. 9), summed over tokens."""
+  return jnp.where(mask_br, jnp.square(values_br - returns_br), 0.0).sum() / 2
+
+
+def adapt_kl(weight: float, kl: float, target: float) -> float:
+  """The weight of a KL penalty after a step on which the KL was `kl`: Ziegler et al. 2019, section 2.2."""
+  return weight * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
+
+
 def kl_from_logits(reference_nv: jax.Array, policy_nv: jax.Array) -> jax.Array:
   """KL(reference || policy) of each token [N], in nats, summed exactly over the vocabulary."""
   reference = jax.nn.log_softmax(reference_nv.astype(jnp.float32), -1)
