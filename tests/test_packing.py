@@ -48,7 +48,7 @@ def test_real_tokens_stand_end_to_end_and_come_back(parts):
 
 def test_packed_sizes_are_few_and_hold_what_they_are_for():
   rows, width = 16, 40
-  sizes = {tokens: packed_size(tokens, rows, width) for tokens in range(rows * width + 1)}
+  sizes = {tokens: packed_size(tokens, rows, width, 8) for tokens in range(rows * width + 1)}
   assert set(sizes.values()) == {0, 80, 160, 240, 320, 400, 480}
   for tokens, size in sizes.items():
     assert tokens <= size < tokens + 81 if size else tokens > 480
@@ -66,7 +66,8 @@ def test_few_batches_of_a_run_exceed_its_size_and_those_stay_padded():
   for _ in range(50):
     some = [Group(prompts[i], [replies[j] for j in RNG.integers(0, 2000, 4)]) for i in RNG.integers(0, 400, 16)]
     packed.append(shapes.rows(some, 4, microbatches=2))
-  assert {rows.packing and rows.packing.slots.shape for rows in packed} == {(2, 1152)}
+  [size] = {rows.packing and rows.packing.slots.shape[1] for rows in packed}
+  assert size and max(rows.lengths.reshape(2, -1).sum(1).max() for rows in packed) <= size < 0.75 * 32 * 96
   long = shapes.rows([Group(prompts[0], [[1] * 90] * 4)] * 16, 4, microbatches=2)
   assert long.packing is None and long.tokens.shape == packed[0].tokens.shape
 

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_SIZES = 8  # how many different S there may be: each is a program to compile
 _WORTHWHILE = 0.75  # of the padded tokens: to pack more of them would save little
 
 
@@ -30,9 +29,10 @@ class Packing(NamedTuple):
   places: Any
 
 
-def packed_size(tokens: float, rows: int, width: int) -> int:
-  """The S that holds so many tokens of a part of `rows` rows of `width`; 0: padded they take about as long."""
-  step = -(-rows * width // _SIZES)
+def packed_size(tokens: float, rows: int, width: int, sizes: int) -> int:
+  """The S that holds so many tokens of a part of `rows` rows of `width`, one of a few `sizes`, since each is a program
+  to compile; 0: padded they take about as long."""
+  step = -(-rows * width // sizes)
   size = max(1, math.ceil(tokens / step)) * step
   return size if size <= _WORTHWHILE * rows * width else 0
 
