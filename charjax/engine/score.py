@@ -36,8 +36,9 @@ from charjax.model.decoder import Decoder, Prefix, forward, logits
 from charjax.model.packing import Packing, make_packing, pack, packed_size, unpack
 
 _CHUNK = 512  # tokens whose full-vocabulary logits are held at once
-_SIZES = 8  # that batches are packed into: calls differ in what they need
-_SIZES_OF_RUN = 64  # the same where one size is chosen for a whole run
+# How many sizes there are to pack batches into. Calls differ in what they need, and each size is a program to compile:
+# few, unless many batches share it.
+_SIZES, _SIZES_OF_MANY, _MANY = 8, 64, 8
 
 
 class Rows(NamedTuple):
@@ -91,7 +92,7 @@ def pack_alike(batches: Sequence[Rows], parts: int) -> list[Rows]:
 
   def most(lengths: Sequence[np.ndarray], width: int) -> int:
     tokens = max(some.reshape(parts, -1).sum(1).max() for some in lengths)
-    return packed_size(tokens, len(lengths[0]) // parts, width, _SIZES)
+    return packed_size(tokens, len(lengths[0]) // parts, width, _SIZES if len(batches) < _MANY else _SIZES_OF_MANY)
 
   prompt_size = most([rows.prompt_lengths for rows in batches], batches[0].prompts.shape[1])
   size = most([rows.lengths for rows in batches], batches[0].tokens.shape[1])
@@ -141,7 +142,7 @@ class FixedShapes:
 
 def _usual_size(lengths: np.ndarray, rows: int, width: int) -> int:
   """A packed size that hardly any batch exceeds, of rows of such lengths: four standard deviations above their mean."""
-  return packed_size(rows * lengths.mean() + 4 * math.sqrt(rows) * lengths.std(), rows, width, _SIZES_OF_RUN)
+  return packed_size(rows * lengths.mean() + 4 * math.sqrt(rows) * lengths.std(), rows, width, _SIZES_OF_MANY)
 
 
 def parts_of(rows: Rows, count: int) -> list[Rows]:
