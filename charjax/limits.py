@@ -5,7 +5,7 @@ import math
 from ml_collections import ConfigDict
 
 from charjax.errors import UserError
-from charjax.model.config import PROJECTIONS, ModelConfig
+from charjax.model.config import ATTENTION, PROJECTIONS, ModelConfig
 
 # The least and the most that a number may be.
 _COUNT, _SIZE, _AMOUNT, _SHARE = (0, math.inf), (1, math.inf), (0.0, math.inf), (0.0, 1.0)
@@ -52,6 +52,7 @@ CHOICES = {
   'model.dtype': ('float32', 'bfloat16'),
   'model.compute_dtype': ('float32', 'bfloat16'),
   'model.quantize': ('', 'int8', 'int4'),
+  'model.attention': ATTENTION,
   'replies.show': ('trait', 'character'),
   'rankings.ranker': ('auto', 'likelihood', 'pairwise', 'pointwise'),
   'preference.labels': ('soft', 'hard'),

@@ -342,6 +342,8 @@ def _plan(config: ml_collections.ConfigDict, options: dict[str, Any]) -> int:
   from charjax.plan import chips, estimate
 
   jax.config.update('jax_platforms', 'cpu')
+  # A program for chips that are not there comes back from the cache without what it says of itself.
+  jax.config.update('jax_enable_compilation_cache', False)
   jax.config.update('jax_default_matmul_precision', 'highest')  # As in _devices.
   topology = chips.find(options['topology'])
   if topology.devices is None:
@@ -527,7 +529,8 @@ def _devices(config: ml_collections.ConfigDict) -> Iterator[None]:
     backend = jax.default_backend()
   except RuntimeError as error:
     raise UserError(f'no device to run on ({one_line(error)}); is another process using it?') from error
-  if backend != 'cpu':
+  # The compiler of attention's kernels refuses it.
+  if backend != 'cpu' and config.model.attention != 'tpu':
     # Else products of float32 would be rounded to bfloat16 or TF32 there, though the config says float32.
     jax.config.update('jax_default_matmul_precision', 'highest')
   with jax.set_mesh(mesh.make_mesh(config.mesh)):

@@ -75,7 +75,8 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
   if math.prod(sizes) != count:
     raise UserError(f'config.mesh {tuple(shape)} does not fit the {count} devices here; use e.g. (1, -1, 1)')
   automatic = (AxisType.Auto,) * len(AXES)
-  slices = len({device.slice_index for device in devices}) if devices[0].platform == 'tpu' else 1
+  # Chips that are only compiled for say of no slice.
+  slices = len({getattr(device, 'slice_index', 0) for device in devices}) if devices[0].platform == 'tpu' else 1
   if slices == 1:
     return jax.make_mesh(sizes, AXES, axis_types=automatic, devices=devices)
   data, fsdp, tensor = sizes

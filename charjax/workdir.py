@@ -137,7 +137,7 @@ def flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 # Fields that say how a result is reached and not what it is: one who changes them keeps what was made.
-_HOW = re.compile(r'model\.(remat|scan_layers|shape\..*)|\w+\.(save_every|skipped_steps|microbatches)')
+_HOW = re.compile(r'model\.(attention|remat|scan_layers|shape\..*)|\w+\.(save_every|skipped_steps|microbatches)')
 
 
 def relevant_config(stage: Stage, session: Session) -> dict[str, Any]:

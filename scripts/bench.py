@@ -91,7 +91,11 @@ class Worker:
       )  # fmt: skip
     job = {'task': task, 'data': data, 'setting': setting, 'model': model, 'threads': _THREADS.value}
     self._write(json.dumps(job))
-    self.warm = self.ask('warm_up')
+    try:
+      self.warm = self.ask('warm_up')
+    except BaseException:
+      self.end()
+      raise
 
   def _write(self, line: str) -> None:
     with contextlib.suppress(BrokenPipeError):  # What it died of is found when its answer is read.

@@ -27,6 +27,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   items.sort(key=lambda item: places.get(item.path.name, len(_FIRST)))
 
 
+@pytest.fixture(scope='module')
+def compiled_anew():
+  """No program comes from the cache: one for chips that are not there comes back without what it says of itself."""
+  import jax
+  from jax.experimental.compilation_cache import compilation_cache
+
+  precision = jax.config.jax_default_matmul_precision  # `charjax plan` sets it for its process
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()
+  yield
+  jax.config.update('jax_default_matmul_precision', precision)
+  jax.config.update('jax_enable_compilation_cache', True)
+  compilation_cache.reset_cache()
+
+
 @pytest.fixture(scope='session')
 def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
   """The folder of a finished run of configs/smoke.py, not to be changed, and what it printed."""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -79,6 +80,7 @@ with interrupts.raising(), interrupts.leaving_within(0.5, hosts.exit_now):
 def test_a_process_is_left_in_time_whatever_it_is_at():
   process = subprocess.Popen([sys.executable, '-c', _BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   assert process.stdout is not None and process.stdout.readline() == 'at it\n'
+  time.sleep(1)  # It has said so, and only then begins: until it has, Python hears of a signal.
   process.terminate()
   _, told = process.communicate(timeout=30)
   assert process.returncode == 143 and told.startswith('charjax: not done 0.5 s after SIGTERM')

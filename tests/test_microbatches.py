@@ -10,7 +10,7 @@ import pytest
 from llama_reference import random_tensors, tiny_config
 
 from charjax.engine.score import FixedShapes, Group
-from charjax.mesh import make_mesh
+from charjax.mesh import lay_out, make_mesh
 from charjax.model.decoder import Runtime
 from charjax.model.weights import make_decoder
 from charjax.stages import policy, preference
@@ -88,7 +88,8 @@ def steps(task, microbatches):
   trainable = make_trainable(decoder, 0, 0, traits=0 if task == 'policy' else 3)
   if task != 'policy':
     w = trainable['head'].w
-    w[...] = jax.device_put(np.random.default_rng(1).normal(size=w.shape).astype(np.float32), w[...].sharding)
+    w[...] = np.random.default_rng(1).normal(size=w.shape).astype(np.float32)
+    trainable = lay_out(trainable)
   optimizer = optax.sgd(0.01)
   state, layout = init_optimizer(optimizer, trainable)
   step = make_step(loss, optimizer, trainable, layout)

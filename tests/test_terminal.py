@@ -50,7 +50,14 @@ def endless(tmp_path_factory) -> str:
 
 @pytest.fixture(scope='module')
 def small_model() -> LanguageModel:
-  settings = {'dtype': 'float32', 'compute_dtype': 'float32', 'scan_layers': True, 'remat': False, 'quantize': ''}
+  settings = {
+    'dtype': 'float32',
+    'compute_dtype': 'float32',
+    'scan_layers': True,
+    'remat': False,
+    'quantize': '',
+    'attention': 'auto',
+  }
   return language_model.build(checkpoint_source.load('random'), _Fields(settings))
 
 
@@ -88,7 +95,7 @@ class Terminal:
     if key:
       self.type(key)
     # A signal between readline's prompt and its wait for a key is seen with the next one.
-    while self._read(2 if key else 300, key):
+    while self._read(10 if key else 300, key):
       pass
     os.close(self._file)
     return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from charjax.errors import UserError
+
 _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) stays finite
 
 
@@ -19,6 +21,10 @@ _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) sta
 # window), as [B, T, K, G, H] float32: each query attends to the last `window` tokens of its text, itself included;
 # None: to all.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Sequence[tuple[jax.Array, jax.Array]], Any], jax.Array]
+
+
+# What queries see: of their row's own keys [B, T, S], and of each part before it [A, P] or, by query, [A, B/A, T, P].
+Masks = tuple[jax.Array, list[jax.Array]]
 
 
 class Places(NamedTuple):
@@ -45,29 +51,61 @@ class Before(NamedTuple):
   read: jax.Array | None
 
 
+def choose(asked: str, platform: str) -> str:
+  """What `make_attention` calls that which config.model.attention asks for, on devices of a platform.
+
+  'auto' is 'xla' everywhere. The kernels have not run on a TPU yet, and their compiler refuses bfloat16 operands under
+  the full precision that main asks for float32 products. What cuDNN has takes masks as biases alone, which are not
+  sound yet (https://github.com/jax-ml/jax/issues/28974, https://github.com/pytorch/pytorch/issues/196678).
+
+  Raises:
+    UserError: kernels for another platform.
+  """
+  if asked == 'tpu' and platform != 'tpu':
+    raise UserError(f"config.model.attention is 'tpu', and the devices are of platform {platform}; leave it 'auto'")
+  return 'xla' if asked == 'auto' else asked
+
+
 def make_attention(
-  queries: Places, keys: Places, before: Sequence[Before], *, scale: float = 0.0, cap: float = 0.0
+  kind: str,
+  queries: Places,
+  cached: Places | None,
+  before: Sequence[Before],
+  *,
+  scale: float = 0.0,
+  cap: float = 0.0,
+  windows: Sequence[int] = (),
 ) -> Attend:
   """softmax(q k / sqrt(H)) v, over the keys that each query sees of its row's own and of those before it together.
 
   Args:
+    kind: how it is computed: 'xla', by matrix products with masks, anywhere; or 'tpu', by kernels for that.
     queries: [B, T].
-    keys: [B, S] the row's own.
+    cached: [B, S] the row's own keys where they are those of a cache; None: the queries' tokens are the keys.
     before: what stands before the rows.
     scale: scores are q k times it; 0: 1 / sqrt(H).
     cap: scores are bounded by it; 0: not at all.
+    windows: those that will be asked for; 0 stands for none.
   """
+  keys = queries if cached is None else cached
 
-  def masks(window: Any = None) -> tuple[jax.Array, list[jax.Array]]:
+  def make_masks(window: Any = None) -> Masks:
     return sees(queries, keys, window), [_sees_before(queries, some, window) for some in before]
 
-  whole = masks()
+  whole = make_masks()
 
-  def attend(q_btkgh: jax.Array, k_bksh: jax.Array, v_bksh: jax.Array, shared: Any, window: Any) -> jax.Array:
-    own, seen = whole if window is None else masks(window)
-    return _attention(q_btkgh, k_bksh, v_bksh, own, list(zip(shared, seen, strict=True)), scale, cap)
+  def masks(window: Any) -> Masks:
+    return whole if window is None else make_masks(window)
 
-  return attend
+  def attend(q_btkgh: jax.Array, k_bkhs: jax.Array, v_bksh: jax.Array, shared: Any, window: Any) -> jax.Array:
+    own, seen = masks(window)
+    return _over_all(q_btkgh, k_bkhs, v_bksh, own, list(zip(shared, seen, strict=True)), scale, cap)
+
+  if kind == 'xla':
+    return attend
+  from charjax.model import attention_tpu  # Pallas takes a while to import.
+
+  return attention_tpu.with_kernels(attend, masks, queries, cached, before, scale=scale, cap=cap, windows=windows)
 
 
 def sees(queries: Places, keys: Places, window: Any = None) -> jax.Array:
@@ -97,7 +135,7 @@ def softcap(x: jax.Array, bound: float) -> jax.Array:
   return jnp.tanh(x / bound) * bound if bound else x
 
 
-def _attention(
+def _over_all(
   q_btkgh: jax.Array,
   k_bkhs: jax.Array,
   v_bksh: jax.Array,
@@ -106,34 +144,57 @@ def _attention(
   scale: float,
   cap: float,
 ) -> jax.Array:
-  """The form for XLA: over the row's own keys where `mask_bts`, and over shared keys and values with their masks.
+  """The form for XLA: over the row's own keys where `mask_bts`, and over what is shared."""
+  scale, f32 = scale or q_btkgh.shape[-1] ** -0.5, jnp.float32
+  # Scores are kept in the order in which the products come out: transposing them would cost as much as the products.
+  score = jnp.einsum('btkgh,bkhs->bktgs', q_btkgh, k_bkhs, preferred_element_type=f32) * scale
+  score = jnp.where(mask_bts[:, None, :, None], softcap(score, cap), _MASKED)
 
-  Shared keys are read once for all rows of their group: a few large matrix products instead of B small ones. Keys lie
-  with their tokens last: products with them as they otherwise come take a CPU three times as long.
+  def own(top_bktg: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weight = jnp.exp(score - top_bktg[..., None])
+    total = weight.sum(-1)
+    return total, jnp.einsum('bktgs,bksh->bktgh', weight.astype(v_bksh.dtype), v_bksh, preferred_element_type=f32)
+
+  return with_shared(q_btkgh, score.max(-1), own, shared, scale, cap)
+
+
+def with_shared(
+  q_btkgh: jax.Array,
+  top_bktg: jax.Array,
+  own: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+  shared: Sequence[tuple[tuple[jax.Array, jax.Array], jax.Array]],
+  scale: float,
+  cap: float,
+) -> jax.Array:
+  """One softmax over a row's own keys and over shared ones, which are read once for all rows of their group: a few
+  large matrix products instead of B small ones. Keys lie with their tokens last: products with them as they otherwise
+  come take a CPU three times as long.
+
+  Args:
+    q_btkgh: queries.
+    top_bktg: about the largest score of the row's own keys.
+    own: of a number [B, K, T, G] that is taken from each score: the sum of their exponentials over the row's own keys,
+      and of the values by them [B, K, T, G, H].
+    shared: keys and values, and which of them are seen.
+    scale, cap: of the scores.
   """
   b, t, k, g, h = q_btkgh.shape
-  scale, f32 = scale or h**-0.5, jnp.float32
-  # Scores are kept in the order in which the products come out: transposing them would cost as much as the products.
-  own = jnp.einsum('btkgh,bkhs->bktgs', q_btkgh, k_bkhs, preferred_element_type=f32) * scale
-  own = jnp.where(mask_bts[:, None, :, None], softcap(own, cap), _MASKED)
-  top = own.max(-1)
+  f32, top = jnp.float32, top_bktg
   scores = []
   for (k_akhp, _), mask in shared:
     groups = len(k_akhp)
     grouped = q_btkgh.reshape(groups, b // groups, t, k, g, h)
-    before = jnp.einsum('abtkgh,akhp->akbtgp', grouped, k_akhp, preferred_element_type=f32) * scale
+    score = jnp.einsum('abtkgh,akhp->akbtgp', grouped, k_akhp, preferred_element_type=f32) * scale
     # As [A, K, B / A, T, G, P].
     seen = mask[:, None, None, None, None] if mask.ndim == 2 else mask[:, None, :, :, None]
-    before = jnp.where(seen, softcap(before, cap), _MASKED)
-    scores.append(before)
-    top = jnp.maximum(top, _by_row(before.max(-1)))
+    score = jnp.where(seen, softcap(score, cap), _MASKED)
+    scores.append(score)
+    top = jnp.maximum(top, _by_row(score.max(-1)))
   # The maximum only guards against overflow: the result does not depend on it.
   top = jax.lax.stop_gradient(top)
-  own = jnp.exp(own - top[..., None])
-  total = own.sum(-1)
-  out = jnp.einsum('bktgs,bksh->bktgh', own.astype(v_bksh.dtype), v_bksh, preferred_element_type=f32)
-  for ((_, v_akph), _), before in zip(shared, scores, strict=True):
-    weight = jnp.exp(before - _by_group(top, len(v_akph))[..., None])
+  total, out = own(top)
+  for ((_, v_akph), _), score in zip(shared, scores, strict=True):
+    weight = jnp.exp(score - _by_group(top, len(v_akph))[..., None])
     total += _by_row(weight.sum(-1))
     mixed = jnp.einsum('akbtgp,akph->akbtgh', weight.astype(v_akph.dtype), v_akph, preferred_element_type=f32)
     out += _by_row(mixed)

@@ -55,6 +55,7 @@ class Runtime:
     compute_dtype: operands of matrix products; they always accumulate in float32.
     attention_dtype: operands of attention and the cache. XLA's CPU backend has no batched bfloat16 product
       that accumulates in float32, so there it is float32.
+    attention: how attention is computed, see charjax.model.attention.make_attention.
     scan_layers: one compiled layer, scanned (compiles several times faster), or all unrolled. Decoding with a cache
       is always unrolled: a scan would copy the cache at every token.
     remat: recompute each layer in the backward pass instead of keeping its activations.
@@ -64,6 +65,7 @@ class Runtime:
 
   compute_dtype: Any = jnp.float32
   attention_dtype: Any = jnp.float32
+  attention: str = 'xla'
   scan_layers: bool = False
   remat: bool = False
   quantize: str = ''
@@ -293,12 +295,14 @@ def forward(
   if c.rope_layers:
     tables.append((jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][1])))
   queries = Places(positions_bt, jnp.ones_like(positions_bt) if texts_bt is None else texts_bt)
-  keys = queries
+  cached = None
   if cache is not None:
     put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache_index, axis=1)
-    keys = jax.tree.map(put, cache.places, queries)
+    cached = jax.tree.map(put, cache.places, queries)
   places = [Before(prefix.places, prefix.read) for prefix in before]
-  attend = make_attention(queries, keys, places, scale=c.query_scale, cap=c.attention_softcap)
+  attend = make_attention(
+    runtime.attention, queries, cached, places, scale=c.query_scale, cap=c.attention_softcap, windows=c.windows
+  )
 
   def linear(x: jax.Array, name: str, layer: Any, lora: Any, in_axes: int = 1) -> jax.Array:
     weight = layer[name]
@@ -388,7 +392,7 @@ def forward(
   hidden: Any = norm(x, decoder.final_norm[...])
   if tap is not None:
     hidden = norm(tapped[0], decoder.final_norm[...]), hidden
-  return hidden, KV(k, v) if cache is None else Cache(KV(k, v), keys)
+  return hidden, KV(k, v) if cached is None else Cache(KV(k, v), cached)
 
 
 def _stack_kinds(kinds: Sequence[LayerKind]) -> LayerKind:

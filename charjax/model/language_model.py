@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from charjax import mesh
 from charjax.errors import UserError
+from charjax.model.attention import choose
 from charjax.model.chat import ChatTemplate, encode_prompt, encode_reply
 from charjax.model.checkpoint_source import Checkpoint
 from charjax.model.config import ModelConfig
@@ -49,7 +50,7 @@ def build(checkpoint: Checkpoint, config: Any) -> LanguageModel:
   """Puts a checkpoint on the current mesh as `config.model` says.
 
   Raises:
-    UserError: an unknown dtype, or tensors that do not fit.
+    UserError: an unknown dtype, attention that this platform has not, or tensors that do not fit.
   """
   for field in ('dtype', 'compute_dtype'):
     if config[field] not in _DTYPES:
@@ -65,6 +66,7 @@ def make_runtime(config: Any, platform: str) -> Runtime:
   return Runtime(
     compute_dtype=compute,
     attention_dtype=jnp.float32 if platform == 'cpu' else compute,
+    attention=choose(config.attention, platform),
     scan_layers=config.scan_layers,
     remat=config.remat,
     quantize=config.quantize,

@@ -1,6 +1,7 @@
 """What the compiler says of a program for devices that are not there: memory, or that it is too little, and traffic."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections import defaultdict
@@ -45,11 +46,11 @@ def _read_refusal(text: str) -> tuple[int, int]:
   """Bytes of arguments and of all else, of the compiler's message that it found no room."""
 
   def figure(pattern: str) -> int:
-    found = re.search(pattern + r'\s+([\d.]+)([KMGT]?)', text)
+    found = re.search(pattern + r'\W+([\d.]+)([KMGT]?)', text)
     return int(float(found[1]) * _UNITS[found[2]]) if found else 0
 
   arguments = figure('arguments')
-  return arguments, max(figure(r'Used') - arguments, figure('program'))
+  return arguments, max(figure('HLO temporaries'), figure('Used') - arguments, figure('program'))
 
 
 # ---- collectives ----
@@ -58,7 +59,7 @@ _SHAPE = re.compile(r'\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]')
 _COLLECTIVE = re.compile(
   r'= (\(.*?\)|\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all)(-start)?\('
 )
-_CALLED = re.compile(r'(?:calls|to_apply|condition|body|branch_computations)=\{?(%?[\w.\-]+(?:, ?%?[\w.\-]+)*)\}?')
+_CALLED = re.compile(r'(?:calls|to_apply|condition|body)=(%?[\w.\-]+)|branch_computations=\{([^}]*)\}')
 
 
 def traffic(text: str, repeats: int = 1) -> float:
@@ -67,27 +68,43 @@ def traffic(text: str, repeats: int = 1) -> float:
   Of n devices that take part, (n - 1) / n of what is gathered, or of what is scattered, passes each, and twice as much
   of what is reduced for all (Thakur et al. 2005, rings).
   """
-  own: dict[str, float] = defaultdict(float)
+  own: dict[str, dict[str, float]] = defaultdict(dict)
   calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
   name = entry = ''
-  for line in text.splitlines():
+  for number, line in enumerate(text.splitlines()):
     if head := re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{$', line):
       name = head[2]
       entry = name if head[1] else entry
       continue
     if found := _COLLECTIVE.search(line):
-      own[name] += _passed(found[2], _largest(found[1]), _group(line))
+      # One that goes on beside other work stands in each piece of that work, always with the number of its channel.
+      channel = re.search(r'channel_id=(\d+)', line)
+      own[name][channel[1] if channel else f'line {number}'] = _passed(found[2], _largest(found[1]), _group(line))
     times = 1
-    if ' while(' in line:
-      known = re.search(r'known_trip_count\D*(\d+)', line)
-      times = int(known[1]) if known else repeats
-    for some in _CALLED.findall(line):
-      calls[name] += [(one.strip(' %'), times) for one in some.split(',')]
+    if loop := re.search(r' while\(.*condition=%?([\w.\-]+)', line):
+      times = _trips(text, loop[1]) or repeats
+    for one, some in _CALLED.findall(line):
+      calls[name] += [(called.strip(' %'), times) for called in (one or some).split(',')]
 
-  def total(name: str) -> float:
-    return own[name] + sum(times * total(called) for called, times in calls[name])
+  @functools.cache
+  def total(name: str) -> dict[str, float]:
+    found = dict(own[name])
+    for called, times in calls[name]:
+      for channel, size in total(called).items():
+        found[channel] = max(found.get(channel, 0.0), times * size)
+    return found
 
-  return total(entry)
+  return sum(total(entry).values())
+
+
+def _trips(text: str, condition: str) -> int:
+  """How often a loop with this condition runs, if it counts from 0 to a constant; else 0."""
+  found = re.search(r'^%?' + re.escape(condition) + r' \(.*?^}', text, re.MULTILINE | re.DOTALL)
+  last = re.search(r'ROOT .* compare\(.*?(?:, |%)([\w.\-]+)\), direction=LT', found[0]) if found else None
+  bound = (
+    re.search(r'%?' + re.escape(last[1]) + r' = [su]32\[\]\S* constant\((\d+)\)', found[0]) if found and last else None
+  )
+  return int(bound[1]) if bound else 0
 
 
 def _largest(shapes: str) -> int:
@@ -102,6 +119,9 @@ def _largest(shapes: str) -> int:
 
 def _group(line: str) -> int:
   """How many devices take part."""
+  if found := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
   if found := re.search(r'replica_groups=\[\d+,(\d+)\]', line):
     return int(found[1])
   if found := re.search(r'replica_groups=\{\{([\d,]*)\}', line):

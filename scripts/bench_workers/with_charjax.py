@@ -1,6 +1,5 @@
 """The tasks of bench.py as charjax's stages do them, from functions of its engine and its training."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,9 +22,10 @@ from charjax.stages import preference
 from charjax.training.advantages import token_advantages, token_returns
 from charjax.training.heads import bind, make_trainable, read_rewards, reply_states
 from charjax.training.losses import policy_gradient
-from charjax.training.step import init_optimizer, make_optimizer, make_step
+from charjax.training.step import init_optimizer, make_batch, make_optimizer, make_step
 
-_NO_EOS = (-1,)
+_NO_EOS = ()
+_STEPS = 10**6  # of the schedule, which so stays where it begins
 
 
 def _load(job: dict[str, Any]) -> LanguageModel:
@@ -91,15 +91,20 @@ class Reward:
   def __init__(self, job: dict[str, Any]):
     model, self._data, self._step = _load(job), job['data'], 0
     rows = self._data['train']
+    self._each = max(len(row['replies']) for row in rows)
+    self._config = defaults.get_config().preference
+    self._config.messages_per_batch = self._data['prompts_a_step']
+    self._config.microbatches = job['setting'].get('microbatches', 1)
+    self._config.learning_rate, self._config.warmup = self._data['learning_rate'], 0
+    self._config.labels, self._config.weight_decay = 'hard', 0.0
     self._lower = lower_layers(model.decoder, model.decoder.config.num_layers)
     self._shapes = FixedShapes([row['prompt'] for row in rows], max(len(r) for row in rows for r in row['replies']))
-    optimizer = make_optimizer(self._data['learning_rate'], 0, 10**6, 0.0, 1.0)
     self._trainable = make_trainable(self._lower, 0, 0, traits=1)
     # Peers begin with a head of random numbers.
     head = self._trainable['head'].w
     head[...] = jax.device_put(np.random.default_rng(0).normal(0, 0.02, head.shape).astype('f'), head[...].sharding)
+    loss, optimizer = preference.learning(self._config, _STEPS)
     self._state, layout = init_optimizer(optimizer, self._trainable)
-    loss = functools.partial(preference._loss, labels='hard', loss='bradley_terry')
     self._learn = make_step(loss, optimizer, self._trainable, layout)
 
   def warm_up(self) -> dict[str, Any]:
@@ -107,16 +112,13 @@ class Reward:
     return self.go()
 
   def go(self) -> dict[str, Any]:
-    size = self._data['prompts_a_step']
+    size, each = self._data['prompts_a_step'], self._each
     some = _part(self._data['train'], self._step, size)
     self._step += 1
-    each = max(len(row['replies']) for row in some)
-    groups = [Group(row['prompt'], row['replies']) for row in some]
     # The first of two replies is the better one.
     order = np.triu(np.ones((each, each), np.float32), 1) + np.eye(each, dtype=np.float32) / 2
     examples = [row | {'probabilities': order, 'trait': 0, 'weight': 1.0} for row in some]
-    arrays = {'rows': self._shapes.rows(groups, each, size)} | preference._labels(examples, size, each)
-    batch = self._shapes.shared() | shard_batch(arrays)
+    batch = preference.make_examples_batch(self._config, self._lower, self._shapes, examples, each)
     self._trainable, self._state, values = self._learn(self._trainable, self._state, self._lower, batch)
     jax.block_until_ready((self._trainable, values))
     return {'done': size, 'loss': float(jax.device_get(values['loss']))}
@@ -139,8 +141,8 @@ def _policy_loss(trainable: Any, decoder: Decoder, batch: Any) -> tuple[jax.Arra
   hidden = hidden_states(used, batch['rows'], adapter=adapter, before=prefix)
   log_probs = token_log_probs(used, hidden, batch['rows'], 1.0)
   mask = reply_mask(batch['rows'])
-  gradient, tokens, _ = policy_gradient(log_probs, batch['before'], batch['advantages'], mask, 0.2)
-  return gradient / tokens, {}
+  gradient, _, _ = policy_gradient(log_probs, batch['before'], batch['advantages'], mask, 0.2)
+  return gradient / batch['drawn_tokens'], {}
 
 
 @jax.jit
@@ -156,9 +158,10 @@ class Policy:
 
   def __init__(self, job: dict[str, Any]):
     model, self._data, self._step, self._rows = _load(job), job['data'], 0, job['setting']['rows']
+    self._microbatches = job['setting'].get('microbatches', 1)
     self._decoder = model.decoder
     self._shapes = FixedShapes(self._data['prompts'], self._data['max_new_tokens'])
-    optimizer = make_optimizer(self._data['learning_rate'], 0, 10**6, 0.0, 1.0)
+    optimizer = make_optimizer(self._data['learning_rate'], 0, _STEPS, 0.0, 1.0)
     self._trainable = make_trainable(model.decoder, 0, 0)
     self._state, layout = init_optimizer(optimizer, self._trainable)
     self._learn = make_step(_policy_loss, optimizer, self._trainable, layout)
@@ -184,10 +187,12 @@ class Policy:
     rewards = np.array([np.mean(np.array(one) % 2 == 0) for one in tokens], np.float32)
     grouped = shard_batch(tuple(array.reshape(size, each, *array.shape[1:]) for array in (rewards, log_ratio, mask)))
     advantages = jax.device_get(_advantages(*grouped)).reshape(mask.shape)
-    batch = self._shapes.shared() | shard_batch({'rows': rows, 'before': before, 'advantages': advantages})
+    count = sum(map(len, tokens))
+    whole = self._shapes.shared() | {'drawn_tokens': np.float32(count)}
+    arrays = {'rows': rows, 'before': before, 'advantages': advantages}
+    batch = make_batch(whole, arrays, self._microbatches)
     self._trainable, self._state, values = self._learn(self._trainable, self._state, self._decoder, batch)
     jax.block_until_ready((self._trainable, values))
-    count = sum(map(len, tokens))
     return {'done': 1, 'tokens': count, 'entropy': float(-before.sum() / count), 'kl': float(log_ratio.sum() / count)}
 
 
