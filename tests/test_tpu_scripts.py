@@ -176,7 +176,7 @@ def test_babysit_gives_up_what_starting_again_does_not_mend(cloud, ends, code, s
     ('create --spot=yes', 'create.sh: --spot takes no value'),
     ('create --zone=', 'create.sh: --zone= has no value; write --zone=VALUE'),
     ('create --zone=uswest', 'create.sh: --zone=uswest: no zone, which is called as us-west4-a is'),
-    ('create --name=My_TPU', 'create.sh: --name=My_TPU: give small letters, digits and hyphens, at most 50'),
+    ('create --name=My_TPU', 'create.sh: --name=My_TPU: give small letters, digits and hyphens, at most 40'),
     ('create --accelerator=h100-8', 'create.sh: --accelerator=h100-8: give v4-N, v5litepod-N, v5p-N or v6e-N, such as'),
     ('create --accelerator=v5p-7', 'create.sh: --accelerator=v5p-7: N counts cores, two a chip; give an even one'),
     ('create --price=cheap', 'create.sh: --price=cheap: give US dollars a chip-hour, as 1.20'),

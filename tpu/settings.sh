@@ -48,7 +48,7 @@ parse() {
     esac
     shift
   done
-  [[ $name =~ ^[a-z]([-a-z0-9]{0,48}[a-z0-9])?$ ]] || fail "--name=$name: give small letters, digits and hyphens, at most 50"
+  [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || fail "--name=$name: give small letters, digits and hyphens, at most 40"
   [[ -n $zone ]] || fail 'where is it? give --zone=us-west4-a, say, or set TPU_ZONE'
   [[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "--zone=$zone: no zone, which is called as us-west4-a is"
   [[ $accelerator =~ ^(v4|v5litepod|v5p|v6e)-([1-9][0-9]{0,4})$ ]] ||
