@@ -23,7 +23,7 @@ export XLA_FLAGS='--xla_backend_optimization_level=0 --xla_llvm_disable_expensiv
 
 smoke() {
   tpu/babysit.sh --name="$1" --spot --every=1 --delete -- run --config=configs/smoke.py --workdir="$folder/$1" \
-    '--config.mesh=(-1,1,1)' --config.faults.lost_seconds=10
+    '--config.mesh=(-1,1,1)'
 }
 
 # What is in a run, without times; as in verify_resume.sh.

@@ -59,7 +59,7 @@ class Cloud:
   def run(self, script: str, *flags: str, **more: str) -> tuple[int, str, str]:
     process = self.start(script, *flags, **more)
     try:
-      out, told = process.communicate(timeout=60)
+      out, told = process.communicate(timeout=600)
     finally:
       if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
@@ -95,6 +95,7 @@ def cloud(tmp_path):
     made.run('delete')
 
 
+LAST = 'ssh tail --lines=3 charjax-run/log'
 START = 'ssh charjax/tpu/worker.sh start run --config=configs/smoke.py --workdir=/shared/it\\ is --config.seed=3'
 
 
@@ -130,10 +131,10 @@ def test_by_hand(cloud):
 
 def test_babysit_starts_again_what_was_cut_off(cloud):
   process = cloud.babysit('75 kill 143 0', '--delete')
-  _, told = process.communicate(timeout=60)
+  _, told = process.communicate(timeout=600)
   assert process.returncode == 0, told
   assert cloud.asked()[:3] == ['create', 'scp', cloud.asked()[2]]
-  assert cloud.asked()[3:] == [START] * 4 + ['delete'] and told.count(COST) == 1
+  assert cloud.asked()[3:] == [START, LAST] * 3 + [START, 'delete'] and told.count(COST) == 1
 
 
 def test_babysit_makes_a_preempted_slice_anew_and_may_be_cut_off_itself(cloud):
@@ -146,7 +147,7 @@ def test_babysit_makes_a_preempted_slice_anew_and_may_be_cut_off_itself(cloud):
   time.sleep(1)
   assert process.poll() is None and cloud.asked().count('create') == 1 and cloud.starts() == 1
   cloud.gcloud('stand-in', 'preempt', 'charjax')
-  _, told = process.communicate(timeout=60)
+  _, told = process.communicate(timeout=600)
   assert process.returncode == 0, told
   assert [line.split()[0] for line in cloud.asked()] == [
     'create', 'scp', 'ssh', 'ssh', 'delete', 'create', 'scp', 'ssh', 'ssh'
@@ -163,7 +164,7 @@ def test_babysit_makes_a_preempted_slice_anew_and_may_be_cut_off_itself(cloud):
 )
 def test_babysit_gives_up_what_starting_again_does_not_mend(cloud, ends, code, starts, said):
   process = cloud.babysit(ends)
-  _, told = process.communicate(timeout=60)
+  _, told = process.communicate(timeout=600)
   assert (process.returncode, cloud.starts()) == (code, starts), told
   assert said in told and told.index(said) < told.rindex(COST)  # what it is left at
   assert cloud.asked().count('create') == 1 and 'delete' not in cloud.asked()

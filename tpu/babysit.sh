@@ -67,6 +67,9 @@ over() {
   exit "$1"
 }
 
+# Process 0 tells why a run ended.
+last_words() { on 0 'tail --lines=3 charjax-run/log' >&2 2>/dev/null || true; }
+
 remove() { gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet || true; }
 
 failures=0 unreachable=0 started=
@@ -99,6 +102,7 @@ while true; do
     unset) if "$tpu/setup.sh"; then start; else cut_off; fi ;;
     new) start ;;
     again)
+      last_words
       cut_off
       start
       ;;
@@ -108,7 +112,10 @@ while true; do
       ((unreachable < 10)) || { unreachable=0; cut_off; remove; }
       ;;
     'done') over 0 'the run is done' ;;
-    [0-9]*) on 0 'tail --lines=3 charjax-run/log' >&2 || true; over "$state" "the run ended with $state" ;;
+    [0-9]*)
+      last_words
+      over "$state" "the run ended with $state"
+      ;;
     *) ;; # running, or on its way
   esac
   sleep "$every"

@@ -27,7 +27,7 @@ case ${1:-} in
       trap : TERM  # This shell outlives a SIGTERM to all, and tells how charjax took it.
       .venv/bin/python -m charjax.main "$@" && code=0 || code=$?
       echo "$code" >"$run/exit"
-    ) >"$run/log" 2>&1 </dev/null &
+    ) >>"$run/log" 2>&1 </dev/null &
     ;;
   *) echo "worker.sh: give start or state" >&2; exit 2 ;;
 esac
