@@ -155,10 +155,22 @@ def test_babysit_makes_a_preempted_slice_anew_and_may_be_cut_off_itself(cloud):
   assert 'the run is done' in told and told.count(COST) == 2  # it was left, and costs
 
 
+# The last: no worker can be reached.
+@pytest.mark.parametrize('state', ['FAILED', 'SUSPENDED', 'ACTIVE'])
+def test_babysit_asks_anew_where_a_slice_cannot_be_used(cloud, state):
+  assert cloud.run('create')[0] == 0
+  cloud.gcloud('stand-in', 'state', 'charjax', state)
+  process = cloud.babysit('0')
+  _, told = process.communicate(timeout=600)
+  assert process.returncode == 0, told
+  assert [line.split()[0] for line in cloud.asked()] == ['create', 'delete', 'create', 'scp', 'ssh', 'ssh']
+
+
 @pytest.mark.parametrize(
   ('ends', 'code', 'starts', 'said'),
   [
-    ('75 2', 2, 2, 'the run ended with 2'),
+    ('1 75 2', 2, 3, 'the run ended with 2'),
+    ('1 1', 1, 2, 'the run ended with 1, for the second time'),
     ('75 ' * 9, 75, 5, 'five starts in a row'),
   ],
 )

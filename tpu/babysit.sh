@@ -3,7 +3,8 @@
 # was taken away or a worker was lost. tpu/babysit.sh [flags] -- run --config=... --workdir=...
 # Flags are those of create.sh and setup.sh; --every=60 seconds it looks; --delete: the slice, when the run is over.
 # It can be stopped and started again at any time, and may run anywhere. Exits with 0 when the run is done, 2 when it
-# ended by a mistake, 75 when five starts in a row did not last ten minutes, and else as the run did.
+# ended by a mistake, 1 when it ended by an error for the second time, 75 when five starts in a row did not last ten
+# minutes, and else as the run did.
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 every=60 delete=
 parse 'accelerator spot runtime price install every delete' "$@"
@@ -16,6 +17,8 @@ export TPU_NAME=$name TPU_ZONE=$zone TPU_PROJECT=$project TPU_ACCELERATOR=$accel
 [[ $price_note != you* ]] || export TPU_PRICE=$price
 cost
 export TPU_TOLD=1
+exec </dev/null # Nobody is there to be asked.
+export CLOUDSDK_CORE_DISABLE_PROMPTS=1
 
 if [[ -n $dry_run ]]; then
   for step in create setup; do "$tpu/$step.sh"; done
@@ -72,7 +75,7 @@ last_words() { on 0 'tail --lines=3 charjax-run/log' >&2 2>/dev/null || true; }
 
 remove() { gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet || true; }
 
-failures=0 unreachable=0 started=
+failures=0 unreachable=0 started='' erred=''
 # A start that was cut off: five in a row that did not last are enough.
 cut_off() {
   if [[ -z $started ]] || ((SECONDS - started < 600)); then failures=$((failures + 1)); else failures=0; fi
@@ -112,11 +115,20 @@ while true; do
       ((unreachable < 10)) || { unreachable=0; cut_off; remove; }
       ;;
     'done') over 0 'the run is done' ;;
+    1)
+      # An error that nobody foresaw, such as one of the network: it may not come again.
+      last_words
+      [[ -z $erred ]] || over 1 'the run ended with 1, for the second time'
+      erred=1
+      cut_off
+      start
+      ;;
     [0-9]*)
       last_words
       over "$state" "the run ended with $state"
       ;;
-    *) ;; # running, or on its way
+    running) started=${started:-$SECONDS} ;;
+    *) ;; # on its way
   esac
   sleep "$every"
 done
