@@ -39,8 +39,11 @@ LOST = 75  # the exit code of those that lost one, or hung: start again (EX_TEMP
 
 
 class _Process:
-  """What this process knows: the client of JAX's coordination service, once joined; where it is, and since when."""
+  """What this process knows: its number, of how many; the client of JAX's coordination service, once joined; where it
+  is, and since when."""
 
+  index: int = 0
+  count: int = 1
   client: Any = None
   where: tuple[str, float] = ('the start', time.monotonic())
   turns: Counter[str]  # how often each of its threads was in `first`
@@ -59,9 +62,18 @@ _process, _thread = _Process(), _Thread()
 
 
 def is_first_process() -> bool:
-  """True in the one process that prints and writes. Does not import JAX: without it there is only one."""
-  jax = sys.modules.get('jax')
-  return jax is None or jax.process_index() == 0
+  """True in the one process that prints and writes."""
+  return _process.index == 0
+
+
+def index() -> int:
+  """The number of this process."""
+  return _process.index
+
+
+def count() -> int:
+  """How many processes were joined."""
+  return _process.count
 
 
 def client() -> Any:
@@ -93,7 +105,7 @@ def join(address: str = '', count: int | None = None, index: int | None = None) 
   index = _number('JAX_PROCESS_ID') if index is None else index
   launched = _launched()
   named = bool(address) or count is not None or index is not None
-  if not named and not launched:
+  if count == 1 or not (named or launched):
     return False
   if named and not launched and (not address or count is None or index is None):
     raise UserError(f'one of many processes, as it seems, but not all is said; {_HOW}')
@@ -116,23 +128,23 @@ def join(address: str = '', count: int | None = None, index: int | None = None) 
   interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would not hear of it before all are there.
   try:
     jax.distributed.initialize(address or None, count, index, initialization_timeout=round(_JOINING) + 60)
-    count = jax.process_count()
   except ValueError as error:
     if not named:  # A TPU that belongs to no pod.
       return False
     raise UserError(f'the processes cannot be joined ({one_line(error)}); {_HOW}') from error
-  except RuntimeError as error:
-    raise UserError(
-      f'the processes cannot be joined at {address or "the coordinator"} ({one_line(error)}); is its port in use?'
-    ) from error
+  except Exception as error:  # Also of what asks the launcher.
+    remedy = 'is its port in use?' if named else 'if there is but this one, give --processes=1'
+    where = address or 'the coordinator'
+    raise UserError(f'the processes cannot be joined at {where} ({one_line(error)}); {remedy}') from error
   finally:
     alone.cancel()
     signal.signal(signal.SIGINT, interrupt)
-  if count == 1:
+  # JAX shows it to nobody, and its own helpers for many hosts lead through the devices, which wait for ever.
+  joined = distributed.global_state
+  if joined.num_processes == 1:
     jax.distributed.shutdown()
     return False
-  # JAX shows it to nobody, and its own helpers for many hosts lead through the devices, which wait for ever.
-  _process.client = distributed.global_state.client
+  _process.index, _process.count, _process.client = joined.process_id, joined.num_processes, joined.client
   return True
 
 
@@ -237,9 +249,7 @@ def no_answer_yet() -> Iterator[None]:
 def tell(name: str, value: Any) -> None:
   """Tells all processes something; what was told before under this name is forgotten."""
   if _process.client is not None:
-    import jax
-
-    _process.client.key_value_set(f'charjax/told/{name}/{jax.process_index()}', json.dumps(value), True)
+    _process.client.key_value_set(f'charjax/told/{name}/{_process.index}', json.dumps(value), True)
 
 
 def told(name: str) -> Any:
@@ -271,19 +281,17 @@ def check_alike(values: Mapping[str, Any]) -> None:
       if ours.get(name) != theirs.get(name):
         raise UserError(
           f'{name} is {_short(ours.get(name))} in process 0 and {_short(theirs.get(name))} in process {number}; start '
-          'all processes from the same files, with the same command and the same version'
+          'all from the same files, with the same command and version, or with --processes=1 if they are no one run'
         )
 
 
 def _gather(name: str, value: str) -> list[str]:
   """The values of all processes, in process 0; it has them when any returns."""
-  import jax
-
-  _process.client.key_value_set(f'charjax/{name}/{jax.process_index()}', value)
+  _process.client.key_value_set(f'charjax/{name}/{_process.index}', value)
   found: list[str] = []
 
   def collect() -> None:
-    found.extend(wait(f'charjax/{name}/{i}') for i in range(jax.process_count()))
+    found.extend(wait(f'charjax/{name}/{i}') for i in range(_process.count))
 
   first(collect)
   return found

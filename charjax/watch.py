@@ -73,11 +73,9 @@ def finish() -> None:
 
 class _Watch:
   def __init__(self) -> None:
-    import jax
-
     self.lost_seconds, self.stuck_seconds = 60.0, 1200.0
     self._over = False
-    self._client, self._index, self._count = hosts.client(), jax.process_index(), jax.process_count()
+    self._client, self._index, self._count = hosts.client(), hosts.index(), hosts.count()
     self._main = threading.main_thread().ident
     self._trace = ''
     now = time.monotonic()

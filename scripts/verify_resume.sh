@@ -44,7 +44,7 @@ while ((killed < kills)); do
     fi
     wait "$process" 2>/dev/null || true
     killed=$((killed + 1))
-    echo "$killed/$kills: killed after $milliseconds ms; done: $(cd "$workdir" 2>/dev/null && ls -d -- */stage.json 2>/dev/null | wc -l) stages" >&2
+    echo "$killed/$kills: killed after $milliseconds ms; done: $(find "$workdir" -maxdepth 2 -name stage.json 2>/dev/null | wc -l) stages" >&2
   done
   run "$workdir" >"$folder/log" 2>&1 || { cat "$folder/log" >&2; exit 1; }
   contents "$workdir" >"$folder/found"

@@ -25,12 +25,15 @@ contents() {
 
 "${sweep[@]}" --workdir="$folder/alone" --launch="$folder/commands.txt" >/dev/null
 while read -r _ command; do
+  started=$(date +%s%N)
   # The words of these commands are quoted where they must be.
   eval "\"\${charjax[@]}\" $command" >"$folder/log" 2>&1 </dev/null || { cat "$folder/log" >&2; exit 1; }
+  run=$((($(date +%s%N) - started) / 1000000))
 done <"$folder/commands.txt"
 
 for ((killed = 1; killed <= kills; killed++)); do
-  milliseconds=$((3000 + RANDOM % 15000))
+  # From before any work to about the end of a trial.
+  milliseconds=$((run / 4 + RANDOM % run))
   "${sweep[@]}" --workdir="$folder/swept" >"$folder/log" 2>&1 &
   process=$!
   sleep "$(printf '%d.%03d' $((milliseconds / 1000)) $((milliseconds % 1000)))"

@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# Sees a run to its end: asks for the slice if there is none, sets it up, starts the run, and does so again when the slice
+# was taken away or a worker was lost. tpu/babysit.sh [flags] -- run --config=... --workdir=...
+# Flags are those of create.sh and setup.sh; --every=60 seconds it looks; --delete: the slice, when the run is over.
+# It can be stopped and started again at any time, and may run anywhere. Exits with 0 when the run is done, 2 when it
+# ended by a mistake, 1 when it ended by an error for the second time, 75 when five starts in a row did not last ten
+# minutes, and else as the run did.
+source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
+every=60 delete=
+parse 'accelerator spot runtime price install every delete' "$@"
+source "$tpu/command.sh"
+[[ $every =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--every=$every: give seconds"
+
+# For the scripts that it calls.
+export TPU_NAME=$name TPU_ZONE=$zone TPU_PROJECT=$project TPU_ACCELERATOR=$accelerator TPU_SPOT=$spot \
+  TPU_RUNTIME=$runtime TPU_INSTALL=$install TPU_DRY_RUN=$dry_run
+[[ $price_note != you* ]] || export TPU_PRICE=$price
+cost
+export TPU_TOLD=1
+exec </dev/null # Nobody is there to be asked.
+export CLOUDSDK_CORE_DISABLE_PROMPTS=1
+
+if [[ -n $dry_run ]]; then
+  for step in create setup; do "$tpu/$step.sh"; done
+  "$tpu/run.sh" -- "${rest[@]}"
+  on all 'charjax/tpu/worker.sh state'
+  exit
+fi
+
+errors=$(mktemp)
+trap 'rm -f "$errors"' EXIT
+
+say() { echo "$(date +%H:%M:%S) $*" >&2; }
+
+# The state of the queued resource, or: absent, unknown.
+slice() {
+  if gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>"$errors"; then
+    return
+  elif grep -q NOT_FOUND "$errors"; then
+    echo absent
+  else
+    cat "$errors" >&2
+    echo unknown
+  fi
+}
+
+# Of the run on all workers: running, done, again (cut off), new, unset (no code there), unreachable, or an exit code.
+run() {
+  local found states
+  found=$(on all 'if [ -e charjax/tpu/worker.sh ]; then charjax/tpu/worker.sh state; else echo charjax-state unset; fi' \
+    2>/dev/null) || { echo unreachable; return; }
+  states=$(sed -n 's/^charjax-state //p' <<<"$found" | sort -u)
+  case " ${states//$'\n'/ } " in
+    '  ') echo unreachable ;;
+    *' running '*) echo running ;;
+    *' unset '*) echo unset ;;
+    ' none ') echo new ;;
+    ' 0 ') echo 'done' ;;
+    *' 2 '*) echo 2 ;;
+    # Lost or stuck; SIGTERM, SIGABRT of JAX, SIGKILL; a machine that began anew.
+    *' 75 '* | *' 143 '* | *' 134 '* | *' 137 '* | *' lost '* | *' none '*) echo again ;;
+    *) tail -n 1 <<<"$states" ;;
+  esac
+}
+
+# Ends with a code and a reason.
+over() {
+  say "$2"
+  if [[ -n $delete ]]; then "$tpu/delete.sh"; else TPU_TOLD='' cost; fi
+  exit "$1"
+}
+
+# Process 0 tells why a run ended.
+last_words() { on 0 'tail --lines=3 charjax-run/log' >&2 2>/dev/null || true; }
+
+remove() { gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet || true; }
+
+failures=0 unreachable=0 started='' erred=''
+# A start that was cut off: five in a row that did not last are enough.
+cut_off() {
+  if [[ -z $started ]] || ((SECONDS - started < 600)); then failures=$((failures + 1)); else failures=0; fi
+  started=
+  ((failures < 5)) || over 75 'five starts in a row did not last ten minutes; logs.sh --worker=all tells why'
+}
+
+start() {
+  started=$SECONDS before=
+  "$tpu/run.sh" -- "${rest[@]}" || say 'it did not start on all workers'
+}
+
+say 'watching; this script can be stopped and started again'
+before=
+while true; do
+  state=$(slice)
+  [[ $state != ACTIVE ]] || state=$(run)
+  [[ $state == "$before" ]] || say "$name: $state"
+  before=$state
+  [[ $state == unreachable ]] || unreachable=0
+  case $state in
+    absent) "$tpu/create.sh" || say 'it could not be asked for' ;;
+    SUSPENDED | FAILED)
+      cut_off
+      remove
+      ;;
+    unset) if "$tpu/setup.sh"; then start; else cut_off; fi ;;
+    new) start ;;
+    again)
+      last_words
+      cut_off
+      start
+      ;;
+    unreachable)
+      # For a while after a start, or when the slice is just being taken away.
+      unreachable=$((unreachable + 1))
+      ((unreachable < 10)) || { unreachable=0; cut_off; remove; }
+      ;;
+    'done') over 0 'the run is done' ;;
+    1)
+      # An error that nobody foresaw, such as one of the network: it may not come again.
+      last_words
+      [[ -z $erred ]] || over 1 'the run ended with 1, for the second time'
+      erred=1
+      cut_off
+      start
+      ;;
+    [0-9]*)
+      last_words
+      over "$state" "the run ended with $state"
+      ;;
+    running) started=${started:-$SECONDS} ;;
+    *) ;; # on its way
+  esac
+  sleep "$every"
+done

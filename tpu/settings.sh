@@ -1,0 +1,96 @@
+# shellcheck disable=SC2034  # What is not used here is used there.
+# Sourced by the scripts beside it: what they share. Each setting is a flag, or a variable of the environment.
+set -euo pipefail
+tpu=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+name=${TPU_NAME:-charjax}                # of the slice, and of the request for it
+zone=${TPU_ZONE:-}                       # where it is: us-west4-a
+project=${TPU_PROJECT:-}                 # who pays; gcloud's own if empty
+accelerator=${TPU_ACCELERATOR:-v5litepod-16}
+spot=${TPU_SPOT:-}                       # cheaper, and may be taken away at any time
+runtime=${TPU_RUNTIME:-}                 # the machines' image; that of the accelerator if empty
+price=${TPU_PRICE:-}                     # US dollars a chip-hour; the list's, as below, if empty
+install=${TPU_INSTALL:-./tpu/install.sh} # run on each worker in the checkout, once it is there
+dry_run=${TPU_DRY_RUN:-}                 # print the commands that would be given
+rest=()                                  # what stands behind --
+
+fail() {
+  echo "${0##*/}: $1" >&2
+  exit 2
+}
+
+# parse "FLAGS" "$@": sets the variables of the flags that were given, and checks those above.
+parse() {
+  local known=" name zone project dry_run $1 " key
+  shift
+  while (($#)); do
+    if [[ $1 == -- ]]; then
+      rest=("${@:2}")
+      break
+    fi
+    if [[ $1 == --help || $1 == -h ]]; then
+      sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+      echo "Flags:$(tr ' ' '\n' <<<"$known" | sed -n 's/^./ --&/p' | tr -d '\n')"
+      exit 0
+    fi
+    key=${1#--}
+    key=${key%%=*}
+    [[ $1 == --* && $known == *" $key "* ]] || fail "there is no flag $1; --help lists those there are"
+    case $key in
+      spot | dry_run | delete | follow)
+        [[ $1 != *=* ]] || fail "--$key takes no value"
+        printf -v "$key" 1
+        ;;
+      *)
+        [[ $1 == *=?* ]] || fail "$1 has no value; write --$key=VALUE"
+        printf -v "$key" %s "${1#*=}"
+        ;;
+    esac
+    shift
+  done
+  [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || fail "--name=$name: give small letters, digits and hyphens, at most 40"
+  [[ -n $zone ]] || fail 'where is it? give --zone=us-west4-a, say, or set TPU_ZONE'
+  [[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "--zone=$zone: no zone, which is called as us-west4-a is"
+  [[ $accelerator =~ ^(v4|v5litepod|v5p|v6e)-([1-9][0-9]{0,4})$ ]] ||
+    fail "--accelerator=$accelerator: give v4-N, v5litepod-N, v5p-N or v6e-N, such as v5litepod-16"
+  # Of v4 and v5p the N counts cores, two a chip. On demand in US regions, as cloud.google.com/tpu/pricing was quoted in 2025.
+  local list image cores=1
+  case $accelerator in
+    v4-*) cores=2 list=3.22 image=tpu-ubuntu2204-base ;;
+    v5litepod-*) list=1.20 image=v2-alpha-tpuv5-lite ;;
+    v5p-*) cores=2 list=4.20 image=v2-alpha-tpuv5 ;;
+    v6e-*) list=2.70 image=v2-alpha-tpuv6e ;;
+  esac
+  ((BASH_REMATCH[2] % cores == 0)) || fail "--accelerator=$accelerator: N counts cores, two a chip; give an even one"
+  chips=$((BASH_REMATCH[2] / cores)) runtime=${runtime:-$image}
+  price_note='you said' && [[ -n $price ]] || price_note='a list price of 2025, on demand in US regions'
+  price=${price:-$list}
+  [[ $price =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--price=$price: give US dollars a chip-hour, as 1.20"
+  [[ -n $dry_run ]] || command -v gcloud >/dev/null || fail 'gcloud is not there; see cloud.google.com/sdk/docs/install'
+  where=(--zone="$zone")
+  [[ -z $project ]] || where+=(--project="$project")
+}
+
+# What it costs for as long as it is there, whether it works or not.
+cost() {
+  [[ -z ${TPU_TOLD:-} ]] || return 0
+  LC_ALL=C awk -v chips="$chips" -v price="$price" -v what="$accelerator" -v note="$price_note" 'BEGIN {
+    printf "%s, %d chips: about $%.2f an hour, $%.0f a day, until tpu/delete.sh, at $%s a chip-hour (%s)\n",
+      what, chips, chips * price, 24 * chips * price, price, note }' >&2
+  [[ $price_note == you* ]] || echo "prices change, and spot costs less: see cloud.google.com/tpu/pricing, and give --price=" >&2
+}
+
+# Does it, or says what it would do.
+try() {
+  if [[ -n $dry_run ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+# on WORKERS COMMAND: a command line on each of the workers ('all', or a number), at once.
+on() {
+  try gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker="$1" --command="$2"
+}
