@@ -15,7 +15,7 @@ from test_report import Page
 from charjax.errors import UserError
 from charjax.main import main
 from charjax.report import compare, differences
-from charjax.report.columns import head_to_head, margin_apart, read_columns
+from charjax.report.columns import head_to_head, margin_apart, read_columns, seed_of
 from charjax.stages import statistics
 
 WEAK, STRONG = dict.fromkeys(TRAITS, 0.01), dict.fromkeys(TRAITS, 0.2)
@@ -128,6 +128,10 @@ def test_seeds_are_pooled(tmp_path):
   assert found.high - found.mean == pytest.approx(4.3027 * np.std(means, ddof=1) / np.sqrt(3), rel=1e-4)
   assert differences.fields([pooled, other]) == {'seed': ['0 / 1 / 2', '0'], 'policy.kl': ['0.04', '0.5']}
   assert 'Student\u2019s t over the seeds' in page_of(folders, tmp_path)[1]
+  # Another policy from the same data is another seed, too.
+  folders[3] = epath.Path(write_run(tmp_path / 'kl=0.1,again', settings={'policy': {'seed': 7}}))
+  [pooled] = read_columns(folders)
+  assert [seed_of(run) for run in pooled.runs] == ['0', '1', '2', '0+7']
 
 
 def test_traits_that_differ_stand_each_for_itself(tmp_path):

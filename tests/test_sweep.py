@@ -77,7 +77,7 @@ def test_a_killed_sweep_goes_on_and_a_failed_trial_stops_no_other(smoke_run, tmp
 
 @pytest.mark.parametrize(
   ('name', 'trials', 'shared'),
-  [('kl', 4, 4), ('learning_rate', 4, 4), ('ranker', 3, 2), ('k', 4, 1), ('crosstalk', 3, 4)],
+  [('kl', 4, 4), ('learning_rate', 4, 4), ('ranker', 3, 2), ('k', 4, 1), ('crosstalk', 3, 4), ('methods', 18, 4)],
 )
 def test_what_the_shipped_sweeps_share(tmp_path, monkeypatch, name, trials, shared):
   found = []

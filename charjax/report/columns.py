@@ -14,6 +14,7 @@ from charjax.report.read import STAGES, Estimate, Run, estimate, finite, read_ru
 from charjax.stages import statistics
 from charjax.workdir import fingerprint
 
+_SEEDS = 'seed', 'policy.seed'
 # Measured on what the character's file or the neutral one says, which another seed leaves as it is.
 _SAME_ITEMS = ('margin', 'log_prob', 'accuracy')
 _LAST = 0.1  # share of the steps whose KL is told
@@ -104,7 +105,7 @@ def read_columns(folders: Sequence[epath.Path]) -> list[Column]:
     alike[_but_for_seed(run)].append(place)
   columns = []
   for places in alike.values():
-    seeds = [runs[place].config.get('seed') for place in places]
+    seeds = [seed_of(runs[place]) for place in places]
     if len(set(seeds)) < len(seeds):  # The same run twice is no second measurement.
       columns += [Column(names[str(folders[place])], [runs[place]], [folders[place]]) for place in places]
       continue
@@ -125,9 +126,15 @@ def settings(run: Run) -> dict[str, Any]:
   return flat(defaults.get_config().to_dict(), '') | flat(section(run.config, 'config'), '')
 
 
+def seed_of(run: Run) -> str:
+  """The seed, and what the policy adds to it."""
+  found = settings(run)
+  return '+'.join(str(found[name]) for name in _SEEDS if found[name] or name == 'seed')
+
+
 def _but_for_seed(run: Run) -> str:
   """What is alike in runs that are pooled: all settings but the seed, the character, and that they are evaluated."""
-  fields = {name: value for name, value in settings(run).items() if name not in ('seed', 'character.path')}
+  fields = {name: value for name, value in settings(run).items() if name not in (*_SEEDS, 'character.path')}
   return fingerprint([fields, run.character, run.traits, list(section(run.summary, 'traits'))])
 
 

@@ -14,7 +14,7 @@ from charjax.errors import UserError
 from charjax.files import write_text
 from charjax.progress import duration
 from charjax.report import differences, document, figures, words
-from charjax.report.columns import Column, head_to_head, margin_apart, mean_apart, read_columns, settings
+from charjax.report.columns import Column, head_to_head, margin_apart, mean_apart, read_columns, seed_of, settings
 from charjax.report.crosstalk import crosstalk
 from charjax.report.differences import Change
 from charjax.report.figures import Figure, Table
@@ -367,7 +367,7 @@ def _runs(columns: Sequence[Column], output: epath.Path) -> list[tuple[str, str,
     for run, folder in zip(column.runs, column.folders, strict=True):
       page = folder / 'report' / 'index.html'
       link = os.path.relpath(page, output.parent) if '://' not in f'{page}{output}' and page.exists() else ''
-      found.append((str(folder), str(run.config.get('seed', _NONE)), link))
+      found.append((str(folder), seed_of(run), link))
   return found
 
 

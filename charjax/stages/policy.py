@@ -158,12 +158,8 @@ def make_policy_batch(
 ) -> Batch:
   """What the loss of one step takes; to each prompt its drawn replies come first, then its ranked ones."""
   config, said = session.config.policy, iter(rollout.drawn if rollout else ())
-  drawn, ranked, shown, parts = (
-    config.replies_per_prompt,
-    config.ranked_replies,
-    config.shown_replies,
-    config.microbatches,
-  )
+  drawn, ranked, shown = config.replies_per_prompt, config.ranked_replies, config.shown_replies
+  parts = config.microbatches
   arrays: Row = {
     'neutral': shapes.rows([Group(row['prompt'], [row['reply']]) for row in neutral], 1, microbatches=parts),
     'weight': np.array([item['weight'] for item in asked], np.float32),
@@ -201,10 +197,10 @@ def make_policy_batch(
   # Backwards through frozen weights costs once more, through trained ones twice.
   times = 2 if config.lora_rank else 3
   passes = {'rows': times, 'neutral': times + 1, 'shown': times, 'teacher': 1}
-  for name, some in passes.items():
+  for name, count in passes.items():
     if name in arrays:
       cut = (shapes_shown if name == 'teacher' else shapes).cut
-      work.count_rows(session.model.decoder.config, arrays[name], cut, times=some, heads=some)
+      work.count_rows(session.model.decoder.config, arrays[name], cut, times=count, heads=count)
   names = 'clip', 'neutral_weight', 'shown_weight', 'ranked_weight', 'ranked_beta', 'ranked_likelihood'
   return make_batch(whole | {name: np.float32(config[name]) for name in names}, arrays, parts)
 
@@ -297,7 +293,7 @@ def _neutral_replies(session: Session) -> list[Row]:
     asked = [model.prompt(prompts.alone(item['text'])) for item in items]
     keys = item_keys(session.config.seed, 'policy/neutral', [item['id'] for item in items])
     settings = Sampling(
-      config.max_new_tokens, config.temperature, batch_size=config.prompts_per_step * config.replies_per_prompt
+      config.max_new_tokens, config.temperature, batch_size=config.prompts_per_step * max(1, config.replies_per_prompt)
     )
     drawn = sample(model.decoder, asked, keys, model.eos_ids, settings, width=config.prompt_width)
     return [{'prompt': p, 'reply': reply.tokens} for p, reply in zip(asked, drawn, strict=True)]
@@ -312,7 +308,7 @@ def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str
   """What drawn, ranked and shown replies teach, as far as there are any; the exact KL a token on neutral replies."""
   used, adapter = bind(decoder, trainable)
   prefix = (compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter),)
-  loss, metrics = jnp.float32(0), {}
+  loss, metrics = jnp.float32(0), dict[str, jax.Array]()
   if 'rows' in batch:
     loss, metrics = _replies_loss(trainable, decoder, prefix, batch)
 
@@ -345,7 +341,7 @@ def _replies_loss(
   every = token_log_probs(used, hidden, rows, batch['temperature'], batch['ends'], batch['going_on'])
   prompts = len(rows.prompts)
   each = len(drawn['before']) // prompts if drawn else 0
-  loss, metrics = jnp.float32(0), {}
+  loss, metrics = jnp.float32(0), dict[str, jax.Array]()
   if drawn:
     log_probs, mask = (take_replies(array, prompts, slice(each)) for array in (every, reply_mask(rows)))
     gradient, _, clipped = policy_gradient(log_probs, drawn['before'], drawn['advantages'], mask, batch['clip'])
