@@ -1,8 +1,10 @@
 """The report: it says what the files say, shows untrusted text as text, and stands without anything else."""
 
 import base64
+import csv
 import hashlib
 import html
+import io
 import json
 import re
 import types
@@ -10,10 +12,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from markupsafe import Markup
 from report_run import HOSTILE, SECOND, write_run
 
 from charjax.errors import UserError
-from charjax.report import plots, words
+from charjax.report import figures, plots, words
 from charjax.report.read import Estimate, estimate
 from charjax.report.replies import exchanges, typical
 from charjax.stages import report
@@ -87,7 +90,7 @@ def page(folder) -> str:
 def test_well_formed(page):
   parsed = Page(page)
   assert len(parsed.ids) == len(set(parsed.ids))
-  targets = {(attrs.get('href') or '')[1:] for tag, attrs in parsed.tags if tag == 'a'}
+  targets = {(attrs.get('href') or '')[1:] for tag, attrs in parsed.tags if tag == 'a' and 'download' not in attrs}
   assert targets <= set(parsed.ids)
 
 
@@ -135,7 +138,7 @@ def test_self_contained_and_locked_down(page):
   parsed = Page(page)
   for tag, attrs in parsed.tags:
     assert not {'src', 'srcset', 'data', 'action', 'poster', 'xlink:href'} & set(attrs), tag
-    assert (attrs.get('href') or '#').startswith('#')
+    assert (attrs.get('href') or '#').startswith('data:text/csv;' if 'download' in attrs else '#')
   style, script = parsed.styles[0], parsed.scripts[-1]
   assert 'url(' not in style and '@import' not in style and '//' not in style
   assert 'http' not in script and 'fetch' not in script and 'innerHTML' not in script
@@ -178,6 +181,34 @@ def test_shown_numbers_equal_the_files(page, folder):
   reward = tables['Reward, preference-model score'][1:]
   assert (reward[0][0], reward[-1][0]) == ('0', str(metrics[-1]['step']))
   assert number(reward[-1][1]) == pytest.approx(metrics[-1]['reward'], abs=5.1e-4)
+
+
+def test_every_plot_can_be_downloaded_as_it_is_drawn(page, folder):
+  parsed = Page(page)
+  plots_drawn = [tag for tag, attrs in parsed.tags if tag == 'svg' and 'plot' in (attrs.get('class') or '')]
+  files = {attrs['download']: attrs['href'] for tag, attrs in parsed.tags if tag == 'a' and 'download' in attrs}
+  assert len([tag for tag, attrs in parsed.tags if 'download' in attrs]) == len(plots_drawn) > 10
+
+  def rows(name: str) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(base64.b64decode(files[name].split(',')[1]).decode())))
+
+  summary = json.loads((folder / 'evaluation' / 'summary.json').read_text())
+  found = rows('margin-on-kept-pairs-trained-base.csv')
+  assert found[0] == ['trait', 'mean', 'low', 'high', 'n']
+  for (name, *numbers), (trait, metrics) in zip(found[1:], summary['traits'].items(), strict=True):
+    delta = metrics['margin']['delta']
+    assert name == words.spoken(trait) and [float(n) for n in numbers] == [
+      delta[k] for k in ('mean', 'low', 'high', 'n')
+    ]
+  metrics = [json.loads(line) for line in (folder / 'policy' / 'metrics.jsonl').read_text().splitlines()]
+  assert [float(row[1]) for row in rows('reward.csv')[1:]] == [row['reward'] for row in metrics]
+
+
+def test_what_a_spreadsheet_would_compute_is_text():
+  table = figures.Table(('', 'x'), [('=1+1', '\u22120.5'), ('@SUM(A1)', '2'), ('-2+3', '<script>')])
+  figure = figures.Figure('A: "b"/c', '', Markup(''), table)
+  text = base64.b64decode(figure.download.split(',')[1]).decode()
+  assert text.splitlines() == [',x', "'=1+1,\u22120.5", "'@SUM(A1),2", "'-2+3,<script>"] and figure.file == 'a-b-c.csv'
 
 
 def test_says_what_the_intervals_carry(page):

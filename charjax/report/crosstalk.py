@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from charjax.report import plots, words
 from charjax.report.columns import Column, head_to_head, margin_apart
-from charjax.report.figures import Figure, Table
+from charjax.report.figures import Figure, Table, estimate_rows
 from charjax.report.read import Estimate
 from charjax.report.words import MINUS, spoken
 
@@ -105,7 +105,11 @@ def _figure(
   ]  # fmt: skip
   said = '; '.join(f'{row[0]} {kind}: ' + ', '.join(map(' '.join, zip(columns, row[1:], strict=True))) for row in table)
   svg = plots.heat_map(rows, columns, cells, (kind, 'measured on'), f'{title}, {unit}. {said}')
-  return Figure(title, f'{unit}; rows: the trait {kind}', Markup(svg), Table((kind, *columns), table))
+  data = estimate_rows(
+    (kind, 'measured on'),
+    [((spoken(trait), spoken(name)), line.get(name)) for trait, line in matrix.items() for name in names],
+  )
+  return Figure(title, f'{unit}; rows: the trait {kind}', Markup(svg), Table((kind, *columns), table), data=data)
 
 
 def _short_interval(value: Estimate, share: bool) -> str:

@@ -1,6 +1,10 @@
 """Figures of the report: a plot, its title and unit, and the table of the same numbers behind it."""
 
+import base64
+import csv
 import dataclasses
+import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +18,7 @@ from charjax.report.words import CONDITION_NAMES, MINUS, Measure, figure, interv
 _TABLE_STEPS = 12
 _MOST_POINTS = 400
 _ESTIMATE_HEAD = ('mean', '95% from', 'to', 'n')
+_FORMULA = re.compile(r'[=+\-@\t\r]')  # what a spreadsheet would compute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +29,45 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
+  """A plot and what stands behind it.
+
+  Attributes:
+    data: what is drawn, not rounded, with a head; empty where the table says it all.
+  """
+
   title: str
   unit: str
   svg: Markup
   table: Table
   note: str = ''
+  data: Sequence[Sequence[Any]] = ()
+
+  @property
+  def download(self) -> str:
+    """The data as the address of a CSV file."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    for row in self.data or [self.table.head, *self.table.rows]:
+      writer.writerow([_csv_cell(value) for value in row])
+    return 'data:text/csv;charset=utf-8;base64,' + base64.b64encode(text.getvalue().encode()).decode()
+
+  @property
+  def file(self) -> str:
+    """What that file is called."""
+    return '-'.join(re.findall(r'[a-z0-9]+', self.title.lower()))[:60] + '.csv'
+
+
+def _csv_cell(value: Any) -> Any:
+  """Numbers as they are; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+  if not isinstance(value, str):
+    return value
+  return f"'{value}" if _FORMULA.match(value) else value
+
+
+def estimate_rows(kind: Sequence[str], values: Iterable[tuple[Sequence[Any], Estimate | None]]) -> list[Sequence[Any]]:
+  """A figure's data: estimates as they are, each after what names it, under a head."""
+  rows = [(*names, *((v.mean, v.low, v.high, v.n) if v else (None,) * 4)) for names, v in values]
+  return [(*kind, 'mean', 'low', 'high', 'n'), *rows]
 
 
 def estimates(metric: Any) -> dict[str, Estimate | None]:
@@ -59,7 +98,10 @@ def conditions(measure: Measure, metric: Any) -> Figure | None:
     label = f'trained {MINUS} base' + (', points' if measure.share else '')
     mean, low, high, n = (cell.rstrip('%') for cell in _cells(delta, measure.share))
     cells.append((label, mean, low, high, n))
-  return Figure(measure.title, measure.unit, Markup(svg), Table(('', *_ESTIMATE_HEAD), cells), note)
+  data = [((CONDITION_NAMES[name],), value) for name, value in rows.items()]
+  data += [((f'trained {MINUS} base',), delta)] if delta else []
+  table = Table(('', *_ESTIMATE_HEAD), cells)
+  return Figure(measure.title, measure.unit, Markup(svg), table, note, estimate_rows(('condition',), data))
 
 
 def by_trait(
@@ -96,7 +138,8 @@ def by_name(
     rows, unit, _describe(title, values, share), reference=reference, tick=percent if share else plain
   )
   cells = [(name, *_cells(value, share)) for name, value in values.items()]
-  return Figure(title, unit, Markup(svg), Table((kind, *_ESTIMATE_HEAD), cells), note)
+  data = estimate_rows((kind,), [((name,), value) for name, value in values.items()])
+  return Figure(title, unit, Markup(svg), Table((kind, *_ESTIMATE_HEAD), cells), note, data)
 
 
 def against(
@@ -110,7 +153,9 @@ def against(
   said = '; '.join(f'{name} {figure(x)}, {figure(y.mean, signed=True)}' for name, (x, y) in values.items())
   svg = plots.scatter(points, x_axis, y_axis, f'{title}: {said}')
   cells = [(name, figure(x), *_cells(y, False)) for name, (x, y) in values.items()]
-  return Figure(title, f'{y_axis} against {x_axis}', Markup(svg), Table(('run', x_axis, *_ESTIMATE_HEAD), cells), note)
+  data = estimate_rows(('run', x_axis), [((name, x), y) for name, (x, y) in values.items()])
+  table = Table(('run', x_axis, *_ESTIMATE_HEAD), cells)
+  return Figure(title, f'{y_axis} against {x_axis}', Markup(svg), table, note, data)
 
 
 def paired(
@@ -136,7 +181,10 @@ def paired(
     cells += [(spoken(trait), name, *_cells(values.get(trait), True)) for name, _, values in series]
   said = [_describe(f'{title}, {name}', {spoken(t): found.get(t) for t in names}, True) for name, _, found in series]
   svg = plots.whiskers(rows, unit, '. '.join(said), reference=0.5, limits=(0.0, 1.0), tick=percent)
-  return Figure(title, unit, Markup(svg), Table(('trait', '', *_ESTIMATE_HEAD), cells), note)
+  data = estimate_rows(
+    ('trait', 'series'), [((spoken(trait), name), values.get(trait)) for trait in names for name, _, values in series]
+  )
+  return Figure(title, unit, Markup(svg), Table(('trait', '', *_ESTIMATE_HEAD), cells), note, data)
 
 
 def curve(title: str, unit: str, rows: Sequence[Mapping[str, Any]], key: str, split: str = '') -> Figure | None:
@@ -158,7 +206,8 @@ def curve(title: str, unit: str, rows: Sequence[Mapping[str, Any]], key: str, sp
     last.append(f'{name}: {ends}' if name else ends)
   svg = plots.lines(drawn, 'training step', unit, f'{title}, {unit}. ' + '; '.join(last))
   head = (*(['model'] if split else []), 'step', unit)
-  return Figure(title, unit, Markup(svg), Table(head, cells))
+  data = [head, *((*([name] if split else []), x, y) for name, points in series.items() for x, y in points)]
+  return Figure(title, unit, Markup(svg), Table(head, cells), data=data)
 
 
 def durations(title: str, seconds: Mapping[str, float]) -> Figure | None:
