@@ -80,13 +80,13 @@ def write_run(
     _json(folder / name / 'stage.json', record)
   asked = _messages(messages)
   _jsonl(folder / 'messages' / 'messages.jsonl', asked)
-  _jsonl(folder / 'replies' / 'replies.jsonl', [
-    {'id': f'r{i}', 'message': row['id'], 'condition': ('shown', 'plain', 'opposed')[i % 3],
-     'text': 'A reply.', 'tokens': 40, 'logprob': -60.0, 'finish': 'length' if i % 5 == 0 else 'stop'}
-    for i, row in enumerate(asked)
-  ])  # fmt: skip
+  drawn = _replies(asked)
+  _jsonl(folder / 'replies' / 'replies.jsonl', drawn)
+  ranked = _rankings(drawn)
+  _jsonl(folder / 'rankings' / 'rankings.jsonl', ranked)
   _json(folder / 'rankings' / 'audit.json', _audit(rng))
-  _json(folder / 'preference' / 'report.json', _preference(rng))
+  learned = {name: [row['message'] for row in ranked[place::2]] for place, name in enumerate(('train', 'judge'))}
+  _json(folder / 'preference' / 'report.json', _preference(rng) | {'learned_from': learned})
   _jsonl(folder / 'preference' / 'metrics.jsonl', [
     {'model': model, 'step': step, 'loss': 0.68 - 0.2 * step / 40 + rng.gauss(0, 0.03),
      'accuracy': 0.55 + 0.2 * step / 40 + rng.gauss(0, 0.04)}
@@ -117,6 +117,27 @@ def _messages(count: int) -> list[dict[str, Any]]:
   ]
   rows[1]['text'] = f'What about {HOSTILE}?'
   return rows
+
+
+def _replies(asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Three to each training message of a trait; some quote a reply after training."""
+  texts = (_AFTER[0], _BEFORE[1], HOSTILE, _AFTER[2], _BEFORE[0])
+  return [
+    {'id': f'{row["id"]}/{condition}/0', 'message': row['id'], 'condition': condition, 'text': texts[(i + k) % 5],
+     'tokens': 40, 'logprob': -60.0, 'finish': 'length' if (i + k) % 5 == 0 else 'stop'}
+    for i, row in enumerate(asked) if row['trait'] and row['split'] == 'train'
+    for k, condition in enumerate(('shown', 'plain', 'opposed'))
+  ]  # fmt: skip
+
+
+def _rankings(drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The second reply to each message is the best, and the third the worst."""
+  table = [[0.5, 0.3, 0.8], [0.7, 0.5, 0.9], [0.2, 0.1, 0.5]]
+  return [
+    {'message': some[0]['message'], 'replies': [row['id'] for row in some], 'scores': [0.1, 0.4, -0.6],
+     'probabilities': table, 'ranker': 'likelihood'}
+    for some in (drawn[i : i + 3] for i in range(0, len(drawn), 3))
+  ]  # fmt: skip
 
 
 def _evaluation_replies(rng: random.Random, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -228,7 +228,7 @@ def test_says_what_the_rankings_of_sampled_replies_followed(page):
 def test_the_first_reply_to_every_message_stands_in_the_page(page, folder):
   rows = [json.loads(line) for line in (folder / 'evaluation' / 'replies.jsonl').read_text().splitlines()]
   section = page[page.index('<section id="replies">') :]
-  section = section[: section.index('<section id="probes">')]
+  section = section[: section.index('<section id="provenance">')]
   assert section.count('class="reply ') == sum(row['sample'] == 0 for row in rows) < len(rows)
   assert SECOND not in page
 

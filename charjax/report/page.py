@@ -9,6 +9,7 @@ from etils import epath
 from charjax.report import document, figures, panels, words
 from charjax.report.figures import Figure, Table
 from charjax.report.people import People, people
+from charjax.report.provenance import provenance
 from charjax.report.read import Estimate, Run, estimate, finite, listed, read_run, section
 from charjax.report.replies import Exchange, exchanges, samples_over_time, typical
 from charjax.review import verdicts
@@ -52,6 +53,7 @@ def render(workdir: epath.PathLike) -> str:
     traits=_traits(run, groups),
     people=judged,
     groups=groups,
+    provenance=provenance(run, {group.trait: group.exchanges for group in groups}),
     side_effects=panels.conditions(section(run.summary, 'side_effects')),
     neutral=panels.conditions(section(run.summary, 'neutral')),
     probes=panels.probes(run),

@@ -50,6 +50,7 @@ class Run:
   stages: Mapping[str, Mapping[str, Any]]
   messages: list[dict[str, Any]]
   replies: list[dict[str, Any]]
+  rankings: list[dict[str, Any]]
   audit: Mapping[str, Any]
   preference: Mapping[str, Any]
   preference_metrics: list[dict[str, Any]]
@@ -91,6 +92,7 @@ def read_run(workdir: epath.PathLike) -> Run:
     stages={name: stage for name, stage in stages.items() if stage},
     messages=_lines(root / 'messages' / 'messages.jsonl'),
     replies=_lines(root / 'replies' / 'replies.jsonl'),
+    rankings=_lines(root / 'rankings' / 'rankings.jsonl'),
     audit=_object(root / 'rankings' / 'audit.json'),
     preference=_object(root / 'preference' / 'report.json'),
     preference_metrics=_lines(root / 'preference' / 'metrics.jsonl'),
