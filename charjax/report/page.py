@@ -60,6 +60,7 @@ def render(workdir: epath.PathLike) -> str:
     ranker=panels.ranker(run),
     preference=panels.preference(run),
     policy_panel=panels.policy(run),
+    over_optimisation=panels.over_optimisation(run),
     samples=samples_over_time(run),
     made=panels.made(run),
     settings=panels.settings(run),

@@ -1,11 +1,14 @@
 """Panels of the report: what a stage measured or counted, as figures, remarks and a table under one heading."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from charjax.report import figures, words
+from markupsafe import Markup
+
+from charjax.report import figures, plots, words
 from charjax.report.figures import Figure, Table
 from charjax.report.read import CONDITIONS, STAGES, Estimate, Run, estimate, finite, listed, section
 
@@ -217,6 +220,54 @@ def policy(run: Run) -> Panel:
   keys = [key for key in _POLICY_CURVES if key in found] + [key for key in found if key not in _POLICY_CURVES]
   named = {key: _POLICY_CURVES.get(key, (words.measure(key).title, 'as in the file')) for key in keys}
   return Panel(figures.present(figures.curve(*named[key], run.policy_metrics, key) for key in keys))
+
+
+def over_optimisation(run: Run) -> Panel:
+  """What the model trained against and the held-out judge say of the same replies, over the square root of KL."""
+  points = []
+  for row in listed(run.summary, 'over_optimisation'):
+    step, kl, *gains = (
+      finite(section({'': row}, '').get('step')),
+      *(estimate(section({'': row}, '').get(key)) for key in ('kl', 'reward', 'judge', 'gap')),
+    )
+    if step is not None and kl is not None and None not in gains:
+      points.append((int(step), math.sqrt(max(kl.mean, 0.0)), *gains))
+  if not points:
+    return Panel([])
+  last = len(points) - 1
+  names = {'train': 'model trained against', 'judge': 'held-out judge'}
+  series = [
+    plots.Trail(name, [
+      (point[1], plots.Mark(point[place].mean, point[place].low, point[place].high, look,
+                            f'{words.difference(point[place])} at step {point[0]}'))
+      for point in points
+    ], last)
+    for place, (look, name) in enumerate(names.items(), start=2)
+  ]  # fmt: skip
+  x, y = 'square root of KL, nats a reply', 'gain, in spreads of the score'
+  said = '; '.join(
+    f'step {step}: KL {words.figure(root**2)}, {words.difference(reward)} and {words.difference(judge)}'
+    for step, root, reward, judge, _ in points
+  )
+  title = 'Reward and held-out judge, as the policy moves away'
+  svg = plots.trails(series, x, y, f'{title}: {said}')
+  rows = [
+    (str(step), words.figure(root**2), words.figure(root), *(words.difference(value) for value in values),
+     str(values[0].n or ''))
+    for step, root, *values in points
+  ]  # fmt: skip
+  head = ('step', 'KL', 'square root', *names.values(), 'the first less the second', 'messages')
+  data = [
+    ('step', 'root_kl', *(f'{key}_{end}' for key in ('reward', 'judge', 'gap') for end in ('mean', 'low', 'high')))
+  ]
+  data += [(step, root, *(end for v in values for end in (v.mean, v.low, v.high))) for step, root, *values in points]
+  gap = points[last][4]
+  more = {1: 'more than', 0: 'about as much as', -1: 'less than'}[gap.side_of(0.0)]
+  note = (
+    f'At the ring, where the policy was kept (drawn before its last step, {points[last][0]}), the model trained '
+    f'against credits it with {more} the held-out judge does: {words.difference(gap)} spreads.'
+  )
+  return Panel([Figure(title, f'{y}, over the {x}', Markup(svg), Table(head, rows), note, data)])
 
 
 def made(run: Run) -> Panel:

@@ -67,7 +67,7 @@ STAGES: tuple[Stage, ...] = (
   ),
   _stage(
     'evaluation',
-    reads=('messages', 'preference', 'policy'),
+    reads=('messages', 'replies', 'preference', 'policy'),
     products=('summary.json', 'replies.jsonl'),
     files=('evaluation.probes', 'evaluation.neutral'),
   ),
