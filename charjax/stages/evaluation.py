@@ -28,6 +28,7 @@ from charjax.mesh import fetch, replicate
 from charjax.model.decoder import Prefix, logits
 from charjax.progress import Progress
 from charjax.stages import messages, over_optimisation, policy, preference, prompts
+from charjax.stages.habits import PRAISE
 from charjax.stages.statistics import comparisons, interval, share
 from charjax.training.heads import bind, read_rewards, reply_states
 from charjax.training.losses import kl_from_logits
@@ -35,12 +36,6 @@ from charjax.workdir import Session, fingerprint
 
 CONDITIONS = ('base', 'prompted', 'prompted_examples', 'trained')
 _WINS = {'win_rate': 'base', 'win_rate_vs_prompted': 'prompted'}  # whose replies are to be beaten
-
-_PRAISE = re.compile(
-  r'\b(great|excellent|wonderful|amazing|fantastic|brilliant|fascinating|good) (question|point|idea|thought|choice)\b'
-  r'|\b(you are|you\'re) (so |very |absolutely )?(right|amazing|wonderful|brilliant|talented|smart)\b',
-  re.IGNORECASE,
-)
 
 
 def run(session: Session) -> Row:
@@ -414,7 +409,7 @@ _SIDE_EFFECTS: dict[str, Callable[[Row], float]] = {
   'length': lambda row: row['tokens'],
   'cut_off': lambda row: row['finish'] == 'length',
   'exclamation_marks': lambda row: row['text'].count('!'),
-  'praise': lambda row: bool(_PRAISE.search(row['text'])),
+  'praise': lambda row: bool(PRAISE.search(row['text'])),
   'closing_questions': lambda row: row['text'].rstrip().endswith('?'),
   'distinct_2': lambda row: _distinct(row['text'], 2),
 }
