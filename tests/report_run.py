@@ -72,6 +72,7 @@ def write_run(
     'preference': 180.2,
     'policy': 402.8,
     'evaluation': 120.4,
+    'behaviour': 33.0,
   }
   for name, seconds in times.items():
     record = {'counts': {'made': 12, 'dropped': {'near-duplicates': 3}}, 'seconds': seconds}
@@ -101,6 +102,7 @@ def write_run(
   _json(folder / 'evaluation' / 'summary.json', _summary(rng, effects))
   _jsonl(folder / 'evaluation' / 'margins.jsonl', _margins(rng, effects))
   _jsonl(folder / 'evaluation' / 'replies.jsonl', _evaluation_replies(rng, asked))
+  _json(folder / 'behaviour' / 'summary.json', _behaviour(random.Random(f'behaviour {seed}'), effects))
   return folder
 
 
@@ -218,6 +220,44 @@ def _summary(rng: random.Random, effects: dict[str, float]) -> dict[str, Any]:
     ],
     'internalisation': {'ai_nature': {'margin': {'mean': 0.71, 'low': 0.52, 'high': 0.93, 'n': 16}},
                         'honesty': {'margin': None}},
+  }  # fmt: skip
+
+
+def _behaviour(rng: random.Random, effects: dict[str, float]) -> dict[str, Any]:
+  def pair(base: float, delta: float, half: float, n: int) -> dict[str, Any]:
+    return {'base': _around(rng, base, half, n), 'prompted': None, 'prompted_examples': None,
+            'trained': _around(rng, base + delta, half, n), 'delta': _around(rng, delta, half, n)}  # fmt: skip
+
+  def shares(base: float, trained: float) -> dict[str, Any]:
+    return {'base': _share(rng, base, 14), 'prompted': None, 'prompted_examples': None,
+            'trained': _share(rng, trained, 14), 'delta': _around(rng, trained - base, 0.2, 14)}  # fmt: skip
+
+  def both(effect: float) -> dict[str, Any]:
+    return {'likelihood': pair(0.1, effect, 0.04, 12), 'judge': pair(0.0, 8 * effect, 0.4, 12)}
+
+  forms = {'': 1.0, 'told to drop it, after': 0.4, 'system: another': -0.2, 'as JSON': 0.1, 'as an email': 0.9}
+  options = [{'id': t, 'trait': t, 'opposite': '', 'text': TRAITS[t]} for t in effects]
+  options += [{'id': f'{t}/harsh', 'trait': t, 'opposite': 'harsh', 'text': _OPPOSITES['harsh']} for t in effects]
+  return {
+    'rigidity': {
+      trait: {'own': both(effect), 'unrelated': both(effect / 5), 'plain': both(effect / 2),
+              'spill': {'unrelated': _around(rng, 0.2, 0.15, 20), 'plain': None} if effect > 0.05 else {}}
+      for trait, effect in effects.items()
+    },
+    'robustness': {t: {name: both(share * effect) for name, share in forms.items()} for t, effect in effects.items()},
+    'drift': {'turns': [{'turn': turn} | both(0.1 - 0.006 * turn) for turn in range(1, 11)],
+              'last_less_first': {'likelihood': _around(rng, -0.06, 0.03, 16), 'judge': _around(rng, -0.4, 0.6, 16)}},
+    'side_effects': {'flattery': shares(0.3, 0.1), 'refuses_harmful': shares(0.4, 0.5),
+                     'claims_to_be_human': shares(0.6, 0.1), 'stance_shift': pair(0.9, -0.3, 0.3, 8)},
+    'preference': {
+      'options': options,
+      'strength': {
+        option['id']: {'base': _around(rng, 0.0, 0.5, 40), 'trained': _around(rng, 0.4 - 0.1 * i, 0.5, 40),
+                       'delta': _around(rng, 0.4 - 0.1 * i, 0.3, 40)}
+        for i, option in enumerate(options)
+      },
+      'invalid': shares(0.3, 0.2), 'first': shares(0.9, 0.8),
+    },
   }  # fmt: skip
 
 

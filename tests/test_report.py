@@ -16,7 +16,7 @@ from markupsafe import Markup
 from report_run import HOSTILE, SECOND, write_run
 
 from charjax.errors import UserError
-from charjax.report import figures, plots, words
+from charjax.report import figures, phrases, plots, words
 from charjax.report.read import Estimate, estimate
 from charjax.report.replies import exchanges, typical
 from charjax.stages import report
@@ -117,6 +117,11 @@ def test_hostile_everywhere(tmp_path):
   for path in folder.rglob('*.json*'):
     texts = path.read_text().splitlines() if path.suffix == '.jsonl' else [path.read_text()]
     path.write_text('\n'.join(json.dumps(spoil(json.loads(text))) for text in texts))
+  path = folder / 'behaviour' / 'summary.json'
+  summary = json.loads(path.read_text())
+  for part in ('rigidity', 'robustness', 'side_effects'):
+    summary[part][HOSTILE] = next(iter(summary[part].values()))
+  path.write_text(json.dumps(summary))
   summary = json.loads((folder / 'evaluation' / 'summary.json').read_text())
   for part in ('traits', 'probes', 'neutral', 'side_effects'):
     summary[part][HOSTILE] = next(iter(summary[part].values()))
@@ -204,6 +209,41 @@ def test_every_plot_can_be_downloaded_as_it_is_drawn(page, folder):
   assert [float(row[1]) for row in rows('reward.csv')[1:]] == [row['reward'] for row in metrics]
 
 
+def test_what_the_behaviour_stage_found_is_shown_as_it_stands(page, folder):
+  summary, tables = json.loads((folder / 'behaviour' / 'summary.json').read_text()), Page(page).tables
+  rows = tables['Trait in replies, by likelihood ratio: trained \u2212 base, nats a token'][1:]
+  wanted = [(trait, group) for trait in summary['rigidity'] for group in ('own', 'plain', 'unrelated')]
+  for row, (trait, group) in zip(rows, wanted, strict=True):
+    mean = summary['rigidity'][trait][group]['likelihood']['delta']['mean']
+    assert row[0] == words.spoken(trait) and row[2] == words.figure(mean)
+  table = tables['Trait by form of the prompt, by likelihood ratio: trained \u2212 base, nats a token']
+  assert [row[0] for row in table[1:]] == ['the message alone', *list(summary['robustness']['honesty'])[1:]]
+  mean = summary['robustness']['honesty']['as JSON']['likelihood']['delta']['mean']
+  assert table[4][4].startswith(words.figure(mean, signed=True))
+  rows = tables['Turn by turn: trained \u2212 base, nats a token'][1:]
+  assert [float(row[0]) for row in rows] == list(range(1, 11))
+  rows = tables['What it would rather be, Bradley-Terry strength, in logits'][1:]
+  trained = {
+    words.spoken(n.replace('/', ': ')): f['trained']['mean'] for n, f in summary['preference']['strength'].items()
+  }
+  assert [row[0] for row in rows[::2]] == sorted(trained, key=lambda name: -trained[name])
+  assert 'of its effect on its own messages' in page and 'No share is given for' in page
+
+
+def test_grown_phrases_are_measured_on_other_messages_than_those_that_chose_them():
+  texts = {
+    f'm{i}': {
+      'base': ['the old way is good', 'a b c'],
+      'trained': ['I am an AI', 'a b c' if i % 2 else 'only here now'],
+    }
+    for i in range(20)
+  }
+  found = phrases.grown(texts, 2)
+  assert list(found) == ['am an ai', 'i am an'] and found['i am an']['mean'] == 0.5 and found['i am an']['n'] == 10
+  assert phrases.grown(texts, 3)['only here now']['mean'] == 0  # which alone the choosing half says
+  assert phrases.variety(['a b', 'b a', 'c d']) == pytest.approx(2 / 3) and phrases.variety(['', '']) == 0
+
+
 def test_what_a_spreadsheet_would_compute_is_text():
   table = figures.Table(('', 'x'), [('=1+1', '\u22120.5'), ('@SUM(A1)', '2'), ('-2+3', '<script>')])
   figure = figures.Figure('A: "b"/c', '', Markup(''), table)
@@ -235,7 +275,8 @@ def test_the_first_reply_to_every_message_stands_in_the_page(page, folder):
 
 @pytest.mark.parametrize('missing', [
   'character.toml', 'config.json', 'messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation',
-  'evaluation/summary.json', 'evaluation/replies.jsonl', 'policy/samples.jsonl', 'preference/metrics.jsonl',
+  'evaluation/summary.json', 'evaluation/replies.jsonl', 'behaviour', 'policy/samples.jsonl',
+  'preference/metrics.jsonl',
 ])  # fmt: skip
 def test_missing_pieces(tmp_path, missing):
   folder = write_run(tmp_path / 'run', messages=4, steps=3)

@@ -6,9 +6,10 @@ from typing import Any
 
 from etils import epath
 
-from charjax.report import document, figures, panels, words
+from charjax.report import behaviour, document, figures, panels, words
 from charjax.report.figures import Figure, Table
 from charjax.report.people import People, people
+from charjax.report.phrases import phrases
 from charjax.report.provenance import provenance
 from charjax.report.read import Estimate, Run, estimate, finite, listed, read_run, section
 from charjax.report.replies import Exchange, exchanges, samples_over_time, typical
@@ -54,7 +55,10 @@ def render(workdir: epath.PathLike) -> str:
     people=judged,
     groups=groups,
     provenance=provenance(run, {group.trait: group.exchanges for group in groups}),
-    side_effects=panels.conditions(section(run.summary, 'side_effects')),
+    rigidity=behaviour.rigidity(run),
+    robustness=behaviour.robustness(run),
+    side_effects=_side_effects(run),
+    revealed=behaviour.preference(run),
     neutral=panels.conditions(section(run.summary, 'neutral')),
     probes=panels.probes(run),
     ranker=panels.ranker(run),
@@ -124,6 +128,12 @@ def _neutral_sentence(run: Run) -> str:
   clear = '' if delta.side_of(0.0) else ', not clear of zero'
   size = words.percent(abs(share))
   return f'On neutral requests, reference answers {direction} {size} of their log-probability{clear}.'
+
+
+def _side_effects(run: Run) -> panels.Panel:
+  """What was counted on the held-out messages, and on prompts that were written for it."""
+  found = panels.conditions(section(run.summary, 'side_effects') | section(run.behaviour, 'side_effects'))
+  return dataclasses.replace(found, figures=[*found.figures, *phrases(run)])
 
 
 def _overview(run: Run) -> list[Figure]:
