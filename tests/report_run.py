@@ -235,7 +235,7 @@ def _behaviour(rng: random.Random, effects: dict[str, float]) -> dict[str, Any]:
   def both(effect: float) -> dict[str, Any]:
     return {'likelihood': pair(0.1, effect, 0.04, 12), 'judge': pair(0.0, 8 * effect, 0.4, 12)}
 
-  forms = {'': 1.0, 'told to drop it, after': 0.4, 'system: another': -0.2, 'as JSON': 0.1, 'as an email': 0.9}
+  forms = {'': 1.0, 'drop it, after': 0.4, 'another character': -0.2, 'as JSON': 0.1, 'as an email': 0.9}
   options = [{'id': t, 'trait': t, 'opposite': '', 'text': TRAITS[t]} for t in effects]
   options += [{'id': f'{t}/harsh', 'trait': t, 'opposite': 'harsh', 'text': _OPPOSITES['harsh']} for t in effects]
   return {

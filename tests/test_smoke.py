@@ -16,7 +16,7 @@ from smoke import ROOT, command, environment, run
 
 from charjax import limits
 
-STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation', 'report')
+STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation', 'behaviour', 'report')
 # All that two runs of the same config must have in common to the byte; the report shows times.
 PRODUCTS = (
   'messages/messages.jsonl',

@@ -54,10 +54,10 @@ def rigidity(run: Run) -> Panel:
 
 
 def robustness(run: Run) -> Panel:
-  """Each trait under other forms of the prompt, and turn by turn."""
+  """Each trait under other forms of the prompt."""
   found = section(run.behaviour, 'robustness')
   names = list(dict.fromkeys(name for forms in found.values() for name in section(forms)))
-  drawn, notes = [], []
+  drawn = []
   for measure, title, unit in (
     ('likelihood', 'Trait by form of the prompt, by likelihood ratio', _RATIO),
     ('judge', 'The same by the held-out judge', 'spreads of its score'),
@@ -67,6 +67,12 @@ def robustness(run: Run) -> Panel:
       for name in names
     }
     drawn.append(figures.heat_map(f'{title}: trained {MINUS} base', unit, ('form', 'trait'), matrix))
+  return Panel(figures.present(drawn))
+
+
+def drift(run: Run) -> Panel:
+  """All traits together, turn by turn."""
+  drawn, notes = [], []
   turns = [row for row in listed(section(run.behaviour, 'drift'), 'turns') if isinstance(row, Mapping)]
   for measure, unit in (('likelihood', _RATIO), ('judge', 'spreads of its score')):
     values = {int(turn): _delta(row, measure) for row in turns if (turn := finite(row.get('turn'))) is not None}

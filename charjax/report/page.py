@@ -57,6 +57,7 @@ def render(workdir: epath.PathLike) -> str:
     provenance=provenance(run, {group.trait: group.exchanges for group in groups}),
     rigidity=behaviour.rigidity(run),
     robustness=behaviour.robustness(run),
+    drift=behaviour.drift(run),
     side_effects=_side_effects(run),
     revealed=behaviour.preference(run),
     neutral=panels.conditions(section(run.summary, 'neutral')),

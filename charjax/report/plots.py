@@ -61,7 +61,7 @@ def whiskers(
   ends = [end for mark in marks for end in (mark.mean, mark.low, mark.high) if end is not None]
   low, high, ticks = _axis(limits or (), ends if limits is None else (), reference)
   across = _scale(low, high, left + 6, right - 8)
-  height = _ROW + 7.0 * (max((len(row.marks) for row in rows), default=1) > 1)
+  height = _ROW + 7.0 * max(0, max((len(row.marks) for row in rows), default=1) - 1)
   bottom = 6 + height * len(rows)
   parts = [_vertical(across(value), 4, bottom, 'grid') + _tick(across(value), bottom + 16, tick(value))
            for value in ticks]  # fmt: skip
