@@ -30,12 +30,19 @@ def page(folder, tmp_path_factory) -> Iterator[Browser]:
     assert not page.problems
 
 
+def pointed(page: Browser, selector: str) -> None:
+  page.evaluate(
+    f'document.querySelector({json.dumps(selector)}).scrollIntoView({{block: "center", behavior: "instant"}})'
+  )
+  page.click(selector)
+
+
 def test_links_unfold_a_ranking_and_lead_back_to_a_reply_that_a_filter_hid(page):
   shown = 'document.querySelector("#{}").checkVisibility({{contentVisibilityAuto: true}})'
   link = page.evaluate('document.querySelector("#reply-0 .links a").hash').removeprefix('#')
   assert not page.evaluate(f'document.getElementById("{link}").open')
   page.evaluate('document.querySelector("#reply-0 details:has(.links)").open = true')
-  page.click('#reply-0 .links a')
+  pointed(page, '#reply-0 .links a')
   page.wait(f'document.getElementById("{link}").open')
   page.evaluate('document.querySelectorAll("#replies .filter a")[2].click()')
   assert not page.evaluate(shown.format('reply-0'))
@@ -49,7 +56,7 @@ def test_a_plot_s_data_arrives_as_a_file(page, folder, tmp_path):
   page.call('Browser.setDownloadBehavior', behavior='allow', downloadPath=str(tmp_path))
   page.evaluate('document.querySelector("#answer details").open = true')
   name = page.evaluate('document.querySelector("#answer a.download").download')
-  page.click('#answer a.download')
+  pointed(page, '#answer a.download')
   end = time.monotonic() + 60
   while not (tmp_path / name).exists():
     assert time.monotonic() < end
