@@ -42,7 +42,7 @@ from charjax.stages.habits import HABITS
 from charjax.stages.rankers import Answer, Settings, evidence, treat_length
 from charjax.stages.statistics import interval, share
 from charjax.training.heads import bind, read_rewards, reply_states
-from charjax.workdir import Session
+from charjax.workdir import Session, fingerprint
 
 MODELS = ('base', 'trained')
 _FILES = epath.Path(__file__).parent.parent / 'behaviour'
@@ -98,9 +98,10 @@ def _asked(session: Session) -> list[Row]:
   found: list[Row] = []
 
   def add(group: str, name: str, trait: str | None, message: str, before: prompts.Messages, said: str) -> None:
-    number = len(found)
-    found.append({'id': f'{group}/{name}/{number}', 'set': group, 'name': name, 'trait': trait, 'message': message,
-                  'prompt': [*before, prompts.user(said)]})  # fmt: skip
+    prompt = [*before, prompts.user(said)]
+    # Named by what is asked: its draws stay what they are when a set or a number of prompts changes.
+    found.append({'id': f'{group}/{name}/{trait or ""}/{fingerprint(prompt)[:16]}', 'set': group, 'name': name,
+                  'trait': trait, 'message': message, 'prompt': prompt})  # fmt: skip
 
   if 'rigidity' in config.sets:
     for row in read('unrelated')[: config.prompts]:
