@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
   config.seed = 0
   # Data, fsdp, tensor; -1 takes the devices that are left. Over fsdp the weights are split, and the batches too.
   config.mesh = (1, -1, 1)
+  config.profile = False  # a trace of a few batches of each stage, for xprof, in its folder `profile`
 
   config.model = ConfigDict()
   # Or a .gguf file, a Hugging Face directory, hf://org/name, or the folder of a run, for the policy that it trained.

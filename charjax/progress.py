@@ -13,6 +13,7 @@ from typing import Any, Self
 from etils import epath
 
 from charjax import hosts, interrupts
+from charjax import trace as tracing
 from charjax.hosts import is_first_process
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -46,6 +47,7 @@ class Progress:
     from charjax.engine import work
 
     self._work, self._before = work, work.done()
+    self._trace, self._last_work = tracing.Trace(), self._before
     self._stop_telling = work.tell_of_compilation(self._compiling)
     self._bar: Any = None
     if is_first_process() and sys.stderr.isatty():
@@ -68,6 +70,8 @@ class Progress:
       KeyboardInterrupt: an interrupt came while they were made, and was dropped.
     """
     interrupts.check()
+    last, self._last_work = self._last_work, self._work.done()
+    self._trace.advance(self._last_work.since(last))
     self._done += count
     hosts.at(f'{self._name}, {self._done + self._skipped} of {self._total} {self._unit}')
     note = ', '.join(filter(None, [self._speed(), note]))
@@ -113,6 +117,7 @@ class Progress:
     self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
   ) -> None:
     self._stop_telling()
+    self._trace.stop()
     if self._bar is not None:
       self._bar.close()
     elif self._printed and error is None and self._last_count != self._done:

@@ -22,7 +22,7 @@ import ml_collections
 from etils import epath
 
 import charjax
-from charjax import hosts, interrupts
+from charjax import hosts, interrupts, trace
 from charjax.errors import UserError
 from charjax.files import Row, read_jsonl, write_text
 from charjax.hosts import is_first_process
@@ -385,7 +385,8 @@ def _perform(stage: Stage, session: Session) -> None:
   from charjax.engine import work
 
   start, before = time.monotonic(), work.done()
-  counts = stage.run(session)
+  with trace.into(session.folder(stage.name) / 'profile' if session.config.profile else None):
+    counts = stage.run(session)
   seconds, done = time.monotonic() - start, work.done().since(before)
   made: Row = {
     'counts': counts,

@@ -23,7 +23,7 @@ from charjax.engine.score import Group, make_rows, reply_log_probs, reply_mask
 from charjax.errors import UserError
 from charjax.model import checkpoint_source
 from charjax.model.config import PROJECTIONS
-from charjax.model.decoder import Decoder, Runtime, forward, logits, lower_layers, make_cache, matmul
+from charjax.model.decoder import Decoder, Runtime, Widened, forward, logits, lower_layers, make_cache, matmul
 from charjax.model.lora import Adapter, merge
 from charjax.model.weights import make_decoder
 from charjax.training.heads import make_trainable
@@ -362,6 +362,24 @@ def test_a_bfloat16_product_accumulates_in_float32_and_keeps_the_dtypes_of_gradi
   assert out.dtype == jnp.float32 and (np.asarray(out) == 4096).all()
   grad_x, grad_weight = pull(jnp.ones_like(out))
   assert (grad_x.dtype, grad_weight.dtype) == (jnp.float32, jnp.bfloat16)
+
+
+@pytest.mark.parametrize('axis', [0, 1])
+def test_a_product_of_rounded_operands_is_that_of_bfloat16_whatever_it_is_computed_in(axis):
+  rng = np.random.default_rng(0)
+  x, out = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 3, 40), (2, 3, 7)))
+  weight = jnp.asarray(rng.normal(size=(40, 7) if axis == 0 else (7, 40)), jnp.float32)
+  # Under jit, where XLA takes what conversions it likes for none.
+  pull = jax.jit(
+    lambda x, weight, dtype: jax.vjp(lambda *a: matmul(*a, dtype, axis), x, weight)[1](out), static_argnums=2
+  )
+  product = jax.jit(lambda x, weight, dtype: matmul(x, weight, dtype, axis), static_argnums=2)
+  for weights in (weight, weight.astype(jnp.bfloat16)):
+    narrow, wide = ((product(x, weights, t), *pull(x, weights, t)) for t in (jnp.bfloat16, Widened(jnp.bfloat16)))
+    for a, b in zip(narrow, wide, strict=True):
+      assert a.dtype == b.dtype
+      np.testing.assert_allclose(np.float32(a), np.float32(b), atol=1e-5, rtol=1e-5 if a.dtype == jnp.float32 else 1e-2)
+  assert np.abs(narrow[0] - product(x, weight, jnp.float32)).max() > 1e-3  # no more than they agree
 
 
 # ---- weights in ----

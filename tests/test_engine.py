@@ -151,7 +151,9 @@ def test_the_batches_of_a_training_run_have_one_shape_and_groups_of_replies_in_o
   assert rows.prompt_lengths.tolist() == [1, 0, 0] and rows.prompts[0, 0] == 3
   assert rows.tokens[4, :5].tolist() == [4, 14, 14, 14, 14] and rows.tokens[5, :2].tolist() == [5, 20]
   again = shapes.rows([Group(prompts[1], [[7]])], each=5, count=3)
-  assert [array.shape for array in again] == [array.shape for array in rows]
+  assert [array.shape for array in again[:4]] == [array.shape for array in rows[:4]]
+  # Where it is not told how long replies are, they may all be long.
+  assert rows.packing is again.packing is None
   values = pad_values([np.arange(1.0, n) for n in rows.lengths], rows.tokens.shape[1] - 1)
   assert ((values > 0) == reply_mask(rows)).all()
   np.testing.assert_allclose(mean_over_tokens(values, rows)[:7], [0, 1, 1.5, 2, 2.5, 1, 1.5])

@@ -1,6 +1,7 @@
 """A batch in parts: loss, metrics and gradient of the whole, in one program; on one device and on eight."""
 
 import contextlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ GROUPS = [
   Group(prompt, [tokens(2, 7) for _ in range(DRAWN + count)])
   for prompt, count in zip(PROMPTS, (3, 0, 1, 2, 3, 3, 2, 3), strict=True)
 ]
-SHAPES = FixedShapes(PROMPTS, 6)
+SHAPES = FixedShapes(PROMPTS, 14, [[1] * 6])  # with room to pack all batches
 WEIGHT = RNG.uniform(0.5, 2, MESSAGES).astype(np.float32)
 
 
@@ -46,25 +47,36 @@ def preferences(loss):
   more, probabilities = labels(EACH, 0)
   weights, pairs = count_pairs(more['real'], WEIGHT)
   whole = SHAPES.shared() | {'weights': weights, 'pairs': pairs}
-  rows = {'rows': SHAPES.rows(GROUPS, EACH), 'probabilities': probabilities, 'trait': np.arange(MESSAGES) % 3}
+  rows = {
+    'rows': partial(SHAPES.rows, GROUPS, EACH, 0),
+    'probabilities': probabilities,
+    'trait': np.arange(MESSAGES) % 3,
+  }
   return lambda *args: preference._loss(*args, labels='soft', loss=loss), whole, rows | more
 
 
 def policies():
   more, preferred = labels(EACH - DRAWN, DRAWN)
-  rows, neutral = SHAPES.rows(GROUPS, EACH), [Group(prompt, [tokens(1, 7)]) for prompt in PROMPTS]
-  width = rows.tokens.shape[1] - 1
+  neutral = [Group(prompt, [tokens(1, 7)]) for prompt in PROMPTS]
+  width = SHAPES.rows(GROUPS, EACH).tokens.shape[1] - 1
   ranked = {
     'before': RNG.normal(-4, 1, (MESSAGES, EACH - DRAWN, width)), 'real': more['real'], 'preferred': preferred,
     'best': np.zeros(MESSAGES, np.int32),
   }  # fmt: skip
   drawn = (MESSAGES * DRAWN, width)
   arrays = {
-    'rows': rows, 'neutral': SHAPES.rows(neutral, 1), 'before': RNG.normal(-4, 0.1, drawn), 'weight': WEIGHT,
+    'rows': partial(SHAPES.rows, GROUPS, EACH, 0), 'neutral': partial(SHAPES.rows, neutral, 1, 0),
+    'before': RNG.normal(-4, 0.1, drawn), 'weight': WEIGHT,
     'advantages': RNG.normal(size=drawn), 'ranked': ranked,
+    'temperature': np.array([0.9, 0.9, 1.5, 1.5, 1.5] * MESSAGES, np.float32),
+    'going_on': np.array([False, False, True, True, True] * MESSAGES),
   }  # fmt: skip
-  names = ('temperature', 'clip', 'neutral_weight', 'ranked_temperature', 'ranked_weight', 'ranked_beta')
-  whole = dict(zip((*names, 'ranked_likelihood'), (0.9, 0.2, 2.0, 1.5, 1.0, 0.2, 0.3), strict=True)) | {
+  whole = {
+    'clip': 0.2,
+    'neutral_weight': 2.0,
+    'ranked_weight': 1.0,
+    'ranked_beta': 0.2,
+    'ranked_likelihood': 0.3,
     'prompts': MESSAGES,
     'drawn_tokens': sum(len(reply) for group in GROUPS for reply in group.replies[:DRAWN]),
     'neutral_tokens': sum(len(group.replies[0]) for group in neutral),
@@ -84,6 +96,9 @@ TASKS = {
 def steps(task, microbatches):
   """Three steps of plain gradient descent: metrics of each, what was trained, and how often the step was compiled."""
   loss, whole, rows = TASKS[task]
+  # Packed, as the parts of a batch are.
+  rows = {name: value(microbatches) if callable(value) else value for name, value in rows.items()}
+  assert rows['rows'].packing is not None
   decoder = make_decoder(CONFIG, random_tensors(CONFIG), jnp.float32, Runtime(scan_layers=True))
   trainable = make_trainable(decoder, 0, 0, traits=0 if task == 'policy' else 3)
   if task != 'policy':

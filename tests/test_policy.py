@@ -173,8 +173,9 @@ def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
   neutral = shapes.rows([Group(prompts[0], [[9, 10]])], 1)
   batch = shapes.shared() | {
     'rows': rows, 'neutral': neutral, 'before': drawn,
-    'advantages': np.zeros(drawn.shape, np.float32), 'weight': weight, 'ends': np.array([END]), 'temperature': 0.7,
-    'clip': 0.2, 'ranked_temperature': 2.0, 'ranked_weight': 2.0, 'ranked_beta': 0.3, 'ranked_likelihood': 0.0,
+    'advantages': np.zeros(drawn.shape, np.float32), 'weight': weight, 'ends': np.array([END]),
+    'temperature': np.array([0.7, 2.0, 2.0, 2.0] * 2), 'going_on': np.array([False, True, True, True] * 2),
+    'clip': 0.2, 'ranked_weight': 2.0, 'ranked_beta': 0.3, 'ranked_likelihood': 0.0,
     'neutral_weight': 0.0, 'prompts': 2, 'drawn_tokens': 7, 'neutral_tokens': 2, 'ranked_pairs': 4,
     'ranked': {
       'before': before[:, 1:], 'real': np.array([[True] * 3, [True, True, False]]), 'preferred': preferred,
@@ -201,5 +202,6 @@ def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
   # Without ranked replies there is nothing of it.
   del batch['ranked']
   batch['rows'] = shapes.rows([Group(prompt, some[:1]) for prompt, some in zip(prompts, replies, strict=True)], 1)
+  batch |= {'temperature': np.array([0.7, 0.7]), 'going_on': np.array([False, False])}
   loss, metrics = policy._loss(trained, decoders[0], batch)
   assert float(loss) == 0 and 'ranked_loss' not in metrics

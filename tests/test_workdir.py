@@ -30,6 +30,7 @@ def make_session(path: pathlib.Path, **changes) -> Session:
   config = ml_collections.ConfigDict(
     {
       'seed': 0,
+      'profile': False,
       'first': {'count': 3},
       'second': {'steps': 30},
       'evaluation': {'probes': ''},
@@ -344,6 +345,6 @@ def test_a_weight_concerns_those_that_learn_by_it_and_how_a_result_is_reached_co
     return {name for name, values in told(*arguments, **changes).items() if values != told()[name]}
 
   assert changed(2.0) == {'preference', 'policy', 'report'}
-  assert changed(**{'model.remat': False, 'policy.save_every': 7, 'policy.microbatches': 4}) == set()
+  assert changed(**{'model.remat': False, 'policy.save_every': 7, 'policy.microbatches': 4, 'profile': True}) == set()
   assert changed(**{'rankings.label_high': 0.9}) == {'rankings', 'policy'}
   assert changed(**{'model.compute_dtype': 'float32'}) == {stage.name for stage in STAGES}

@@ -15,6 +15,7 @@ from charjax.engine import work
 from charjax.mesh import replicate
 from charjax.model.attention import Places
 from charjax.model.decoder import Decoder, Prefix, forward
+from charjax.model.packing import Packing
 
 Tokens = Sequence[int]
 
@@ -67,7 +68,12 @@ def in_groups(places: Mapping[tuple[int, ...], list[int]], each: int) -> list[tu
 
 
 def compute_prefix(
-  decoder: Decoder, tokens_ap: jax.Array, lengths_a: jax.Array, adapter: Any = None, before: Sequence[Prefix] = ()
+  decoder: Decoder,
+  tokens_ap: jax.Array,
+  lengths_a: jax.Array,
+  adapter: Any = None,
+  before: Sequence[Prefix] = (),
+  packing: Packing | None = None,
 ) -> Prefix:
   """Runs texts that stand before rows through the model; inside a loss, gradients flow through them.
 
@@ -77,11 +83,12 @@ def compute_prefix(
     lengths_a: how many of each text's tokens are real.
     adapter: a LoRA adapter, or None.
     before: what stands before all of these texts.
+    packing: of the texts, outside attention.
   """
   slots = jnp.arange(tokens_ap.shape[1])
   positions = jnp.broadcast_to(length_before(before) + slots, tokens_ap.shape)
   texts = (slots < lengths_a[:, None]).astype(jnp.int32)
-  _, kv = forward(decoder, tokens_ap, positions, texts, adapter=adapter, before=before)
+  _, kv = forward(decoder, tokens_ap, positions, texts, adapter=adapter, before=before, packing=packing)
   return Prefix(kv, Places(positions, texts))
 
 

@@ -1,11 +1,13 @@
 """Scoring: log-probs of replies that are already written, and their hidden states.
 
-A prompt goes through the model once for all replies to it, as what all prompts begin with does for all prompts.
+A prompt goes through the model once for all replies to it, as what all prompts begin with does for all prompts. Where
+lengths differ, padding goes through its attention alone (charjax.model.packing).
 
 Letters: M prompts, P prompt tokens, K replies to a prompt, N = M K replies, T tokens of a row, R = T - 1 reply tokens,
 D width, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,8 +33,12 @@ from charjax.engine.batch import (
 )
 from charjax.mesh import batch_parts, constrain, fetch, no_silent_transfers, replicate, shard_batch
 from charjax.model.decoder import Decoder, Prefix, forward, logits
+from charjax.model.packing import Packing, make_packing, pack, packed_size, unpack
 
 _CHUNK = 512  # tokens whose full-vocabulary logits are held at once
+# How many sizes there are to pack batches into. Calls differ in what they need, and each size is a program to compile:
+# few, unless many batches share it.
+_SIZES, _SIZES_OF_MANY, _MANY = 8, 64, 8
 
 
 class Rows(NamedTuple):
@@ -43,12 +49,16 @@ class Rows(NamedTuple):
     prompt_lengths: [M] how many of them are real.
     tokens: [N, T] the prompt's last token, from which a reply's first is predicted, then the reply.
     lengths: [N] how many of them are real; 0 where there is no reply.
+    prompt_packing: of the prompts, where that is worth it.
+    packing: of the replies, where that is worth it.
   """
 
   prompts: Any
   prompt_lengths: Any
   tokens: Any
   lengths: Any
+  prompt_packing: Packing | None = None
+  packing: Packing | None = None
 
 
 class Group(NamedTuple):
@@ -69,8 +79,29 @@ def make_rows(groups: Sequence[Group], each: int, prompt_width: int, width: int,
   return Rows(prompts, real.sum(-1).astype(np.int32), tokens, said.sum(-1).astype(np.int32))
 
 
+def pack_rows(rows: Rows, prompt_size: int, size: int, parts: int) -> Rows:
+  """Rows of the host, which are computed in so many parts, packed where their tokens fit into these sizes."""
+  return rows._replace(
+    prompt_packing=make_packing(rows.prompt_lengths, rows.prompts.shape[1], prompt_size, parts),
+    packing=make_packing(rows.lengths, rows.tokens.shape[1], size, parts),
+  )
+
+
+def pack_alike(batches: Sequence[Rows], parts: int) -> list[Rows]:
+  """Batches of one shape, each computed in so many parts, packed into one size."""
+
+  def most(lengths: Sequence[np.ndarray], width: int) -> int:
+    tokens = max(some.reshape(parts, -1).sum(1).max() for some in lengths)
+    return packed_size(tokens, len(lengths[0]) // parts, width, _SIZES if len(batches) < _MANY else _SIZES_OF_MANY)
+
+  prompt_size = most([rows.prompt_lengths for rows in batches], batches[0].prompts.shape[1])
+  size = most([rows.lengths for rows in batches], batches[0].tokens.shape[1])
+  return [pack_rows(rows, prompt_size, size, parts) for rows in batches]
+
+
 class FixedShapes:
-  """Shapes that all batches of a training run share, so that each of its programs is compiled once.
+  """Shapes that all batches of a training run share, so that each of its programs is compiled once: once more where the
+  tokens of a batch are so many more than usual that they are left padded.
 
   Attributes:
     cut: how many tokens all prompts begin with.
@@ -78,28 +109,47 @@ class FixedShapes:
     length: [1] how many of them are real; on the devices.
   """
 
-  def __init__(self, prompts: Sequence[Tokens], longest_reply: int):
-    """Args: prompts, all that will come; longest_reply, in tokens."""
+  def __init__(self, prompts: Sequence[Tokens], longest_reply: int, replies: Sequence[Tokens] = ()):
+    """Args: prompts, all that will come; longest_reply, in tokens; replies, of lengths as will come."""
     self.cut = common_prefix(prompts)
     self._prompt_width = bucket(max(map(len, prompts)) - self.cut - 1, PROMPT_STEP)
     self._width = bucket(1 + longest_reply, REPLY_STEP)
+    self._prompt_lengths = np.array([len(prompt) - self.cut - 1 for prompt in prompts])
+    self._lengths = np.array([1 + len(reply) for reply in replies] or [self._width])
     prefix, _ = pad([prompts[0][: self.cut]], max(1, self.cut))
     self.prefix, self.length = replicate((prefix, np.array([self.cut], np.int32)))
 
-  def rows(self, groups: Sequence[Group], each: int, count: int = 0) -> Rows:
-    """Groups of up to `each` replies, without the prefix, as host arrays, with empty groups up to `count`."""
+  def rows(self, groups: Sequence[Group], each: int, count: int = 0, microbatches: int = 1) -> Rows:
+    """Groups of up to `each` replies, without the prefix, as host arrays, with empty groups up to `count`; for a batch
+    that goes through the model in so many `microbatches`."""
     rest = [Group(prompt[self.cut :], replies) for prompt, replies in groups]
-    return make_rows(rest, each, self._prompt_width, self._width, count)
+    rows = make_rows(rest, each, self._prompt_width, self._width, count)
+    parts = microbatches * batch_parts()
+    if len(rows.prompts) % parts:  # Where the devices do not divide a batch, each computes all of it.
+      parts = microbatches
+    prompts = len(rows.prompts) // parts
+    return pack_rows(
+      rows,
+      _usual_size(self._prompt_lengths, prompts, self._prompt_width),
+      _usual_size(self._lengths, prompts * each, self._width),
+      parts,
+    )
 
   def shared(self) -> dict[str, Any]:
     """What every batch carries beside its rows."""
     return {'prefix': self.prefix, 'prefix_length': self.length}
 
 
+def _usual_size(lengths: np.ndarray, rows: int, width: int) -> int:
+  """A packed size that hardly any batch exceeds, of rows of such lengths: four standard deviations above their mean."""
+  return packed_size(rows * lengths.mean() + 4 * math.sqrt(rows) * lengths.std(), rows, width, _SIZES_OF_MANY)
+
+
 def parts_of(rows: Rows, count: int) -> list[Rows]:
   """Rows of the host in `count` parts of as many prompts, which it must divide."""
-  cut = [np.split(array, count) for array in rows]
-  return [Rows(*arrays) for arrays in zip(*cut, strict=True)]
+  leaves, structure = jax.tree.flatten(rows)
+  cut = zip(*(np.split(array, count) for array in leaves), strict=True)
+  return [jax.tree.unflatten(structure, arrays) for arrays in cut]
 
 
 def reply_mask(rows: Rows) -> Any:
@@ -123,16 +173,22 @@ def pad_values(values: Sequence[Any], width: int) -> np.ndarray:
 def hidden_states(
   decoder: Decoder, rows: Rows, *, adapter: Any = None, before: Sequence[Prefix] = (), tap: int | None = None
 ) -> Any:
-  """Final hidden states [N, T, D], each token attending to what stands before, to its prompt and to its own reply.
+  """Final hidden states [N, T, D], each token attending to what stands before, to its prompt and to its own reply;
+  packed where the rows are, as the functions below take them.
 
   With `tap` a pair, as `model.decoder.forward` gives it.
   """
-  asked = compute_prefix(decoder, rows.prompts, rows.prompt_lengths, adapter, before)
+  asked = compute_prefix(decoder, rows.prompts, rows.prompt_lengths, adapter, before, rows.prompt_packing)
   before = (*before, asked)
   count, width = rows.tokens.shape
   slots = jnp.arange(width)
   positions = length_before(before, count) + slots
-  return forward(decoder, rows.tokens, positions, adapter=adapter, before=before, tap=tap)[0]
+  return forward(decoder, rows.tokens, positions, adapter=adapter, before=before, tap=tap, packing=rows.packing)[0]
+
+
+def in_rows(hidden: jax.Array, rows: Rows) -> jax.Array:
+  """Hidden states by reply, [N, T, D]; in the padding anything."""
+  return hidden if rows.packing is None else unpack(hidden, rows.packing)
 
 
 def over_chunks(function: Callable[..., Any], *arrays: jax.Array) -> Any:
@@ -144,7 +200,11 @@ def over_chunks(function: Callable[..., Any], *arrays: jax.Array) -> Any:
   count = lead[0] * lead[1]
   chunk = min(_CHUNK, count)
   flat = [a.reshape(count, *a.shape[2:]) for a in arrays]
-  flat = [jnp.pad(a, ((0, -count % chunk), *[(0, 0)] * (a.ndim - 1))).reshape(-1, chunk, *a.shape[1:]) for a in flat]
+  # What fills the last chunk is computed like a token: ones are fit for it, where a temperature of 0 would not be.
+  ends = [((0, -count % chunk), *[(0, 0)] * (a.ndim - 1)) for a in flat]
+  flat = [
+    jnp.pad(a, end, constant_values=1).reshape(-1, chunk, *a.shape[1:]) for a, end in zip(flat, ends, strict=True)
+  ]
   # Every device takes its part of each chunk. Left as they were, split by rows, each device would gather all chunks
   # and compute all logits.
   flat = [constrain(a, None, 'batch', *(None,) * (a.ndim - 2)) for a in flat]
@@ -152,27 +212,42 @@ def over_chunks(function: Callable[..., Any], *arrays: jax.Array) -> Any:
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count].reshape(*lead, *x.shape[2:]), out)
 
 
+def over_tokens(function: Callable[..., Any], rows: Rows, hidden: Sequence[jax.Array], *arrays: jax.Array) -> Any:
+  """Maps `function` over the tokens of replies as `over_chunks` does: of the states that each is predicted from, of
+  each model in `hidden`, and of its values in `arrays` [N, R]; the result [N, R, ...] is anything in the padding."""
+  if rows.packing is None:
+    return over_chunks(function, *(states[:, :-1] for states in hidden), *arrays)
+  packed = [pack(jnp.pad(array, ((0, 0), (0, 1)), constant_values=1), rows.packing) for array in arrays]
+  return unpack(over_chunks(function, *hidden, *packed), rows.packing)[:, :-1]
+
+
 def token_log_probs(
-  decoder: Decoder, hidden_ntd: jax.Array, rows: Rows, temperature: Any, barred: Any = None
+  decoder: Decoder, hidden: jax.Array, rows: Rows, temperature: Any, barred: Any = None, going_on: Any = True
 ) -> jax.Array:
   """log softmax(logits / temperature) of the tokens of replies, [N, R] float32; 0 in the padding.
 
   Args:
     decoder: the weights.
-    hidden_ntd: final hidden states of `rows`.
+    hidden: final hidden states of `rows`.
     rows: prompts and replies.
-    temperature: of the distribution.
+    temperature: of the distribution; or of that of each reply [N].
     barred: ids that cannot be drawn, their probability shared by all others.
+    going_on: whether those ids are barred; or in which replies [N].
   """
 
-  def one(hidden_nd: jax.Array, ids_n: jax.Array) -> jax.Array:
-    scaled = logits(decoder, hidden_nd) / temperature
+  def by_token(values: Any) -> jax.Array:
+    return jnp.broadcast_to(jnp.reshape(values, (-1, 1)), (len(rows.tokens), rows.tokens.shape[1] - 1))
+
+  def one(hidden_nd: jax.Array, ids_n: jax.Array, temperature_n: jax.Array, going_on_n: jax.Array) -> jax.Array:
+    scaled = logits(decoder, hidden_nd) / temperature_n[:, None]
     if barred is not None:
-      scaled = jnp.where(jnp.isin(jnp.arange(scaled.shape[-1]), barred), -1e9, scaled)
+      out = jnp.isin(jnp.arange(scaled.shape[-1]), barred) & going_on_n[:, None]
+      scaled = jnp.where(out, -1e9, scaled)
     chosen = jnp.take_along_axis(scaled, ids_n[:, None], 1)[:, 0]
     return chosen - jax.nn.logsumexp(scaled, -1)
 
-  return jnp.where(reply_mask(rows), over_chunks(one, hidden_ntd[:, :-1], rows.tokens[:, 1:]), 0.0)
+  values = over_tokens(one, rows, [hidden], rows.tokens[:, 1:], by_token(temperature), by_token(going_on))
+  return jnp.where(reply_mask(rows), values, 0.0)
 
 
 def reply_log_probs(
@@ -188,9 +263,9 @@ def mean_over_tokens(values: jax.Array, rows: Rows) -> jax.Array:
   return jnp.where(mask, values, 0.0).sum(1) / jnp.maximum(mask.sum(1), 1)
 
 
-def mean_states(hidden_ntd: jax.Array, rows: Rows) -> jax.Array:
+def mean_states(hidden: jax.Array, rows: Rows) -> jax.Array:
   """The mean hidden state over the tokens of each reply, [N, D]."""
-  return mean_over_tokens(hidden_ntd[:, 1:], rows)
+  return mean_over_tokens(in_rows(hidden, rows)[:, 1:], rows)
 
 
 @partial(jax.jit, static_argnames=('temperature',))
@@ -250,26 +325,39 @@ def map_rows(
   widest = bucket(1 + max(longest), REPLY_STEP)
   at_once = max(1, batch_size // each)
   count = -(-len(groups) // -(-len(groups) // at_once))
-  count += -count % batch_parts()
-  out: list[np.ndarray] = [np.zeros(0)] * len(prompts)
+  parts = batch_parts()
+  count += -count % parts
+  by_width: dict[int, list[list[int]]] = {}
   for first in range(0, len(groups), count):
-    some = [groups[i] for i in order[first : first + count]]
-    width, needed = widest, 1 + max(1, longest[order[min(first + count, len(order)) - 1]])
+    some = order[first : first + count]
+    width, needed = widest, 1 + max(1, longest[some[-1]])
     while width // 2 >= needed:
       width //= 2
-    filled = [Group(prompt, [replies[i] for i in index]) for prompt, index in some]
-    rows = make_rows(filled, each, prompt_width, width, count)
-    work.count_rows(decoder.config, rows, cut, times=models, heads=heads)
-    values = np.asarray(fetch(function(before, shard_batch(rows))))
-    for m, (_, index) in enumerate(some):
-      for k, i in enumerate(index):
-        out[i] = values[m * each + k]
+    by_width.setdefault(width, []).append(some)
+  out: list[np.ndarray] = [np.zeros(0)] * len(prompts)
+  for width, batches in by_width.items():
+    hands = _deal([groups[i] for some in batches for i in some], replies, len(batches), parts)
+    dealt = [[Group(prompt, [replies[i] for i in index]) for prompt, index in hand] for hand in hands]
+    made = pack_alike([make_rows(some, each, prompt_width, width, count) for some in dealt], parts)
+    for hand, rows in zip(hands, made, strict=True):
+      work.count_rows(decoder.config, rows, cut, times=models, heads=heads)
+      values = np.asarray(fetch(function(before, shard_batch(rows))))
+      for m, (_, index) in enumerate(hand):
+        for k, i in enumerate(index):
+          out[i] = values[m * each + k]
   return out
+
+
+def _deal(groups: Sequence[Any], replies: Sequence[Tokens], batches: int, parts: int) -> list[list[Any]]:
+  """Groups (prompt, places of its replies) in batches of as many, each part of which has about as many tokens."""
+  ordered = sorted(groups, key=lambda group: len(group[0]) + sum(len(replies[i]) for i in group[1]))
+  hands = [ordered[batch::batches] for batch in range(batches)]
+  return [[group for part in range(parts) for group in hand[part::parts]] for hand in hands]
 
 
 @jax.jit
 def _next_tokens(decoder: Decoder, options: jax.Array, before: Sequence[Prefix], rows: Rows) -> jax.Array:
-  hidden_nd = hidden_states(decoder, rows, before=before)[:, 0]
+  hidden_nd = in_rows(hidden_states(decoder, rows, before=before), rows)[:, 0]
   return jax.nn.log_softmax(logits(decoder, hidden_nd), -1)[:, options]
 
 

@@ -1,5 +1,6 @@
 """A decoder with its tokenizer and chat template: what a stage means by "the model"."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -65,12 +66,20 @@ def make_runtime(config: Any, platform: str) -> Runtime:
   compute = _DTYPES[config.compute_dtype]
   return Runtime(
     compute_dtype=compute,
+    widen=platform == 'cpu' and compute != jnp.float32 and not _multiplies_bfloat16(),
     attention_dtype=jnp.float32 if platform == 'cpu' else compute,
     attention=choose(config.attention, platform),
     scan_layers=config.scan_layers,
     remat=config.remat,
     quantize=config.quantize,
   )
+
+
+def _multiplies_bfloat16() -> bool:
+  """Whether this machine's processor has products of bfloat16, as far as Linux tells: x86's or Arm's."""
+  with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8') as file:
+    return bool({'avx512_bf16', 'amx_bf16', 'bf16'} & set(file.read().split()))
+  return True
 
 
 def describe(shape: ModelConfig, config: Any, platform: str) -> Decoder:

@@ -21,7 +21,7 @@ from charjax import bounded
 from charjax.character import Trait
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
-from charjax.engine.score import Rows, hidden_states, map_rows, mean_over_tokens, over_chunks, score
+from charjax.engine.score import Rows, hidden_states, map_rows, mean_over_tokens, over_tokens, score
 from charjax.errors import UserError
 from charjax.files import Row, chunks, numbered_rows, write_jsonl, write_text
 from charjax.mesh import fetch, replicate
@@ -392,8 +392,8 @@ def _kl_rows(decoder: Any, trained: Any, before: Sequence[Prefix], rows: Rows) -
   """Mean exact KL(starting || trained) a token, [N]; without a shared prefix, since two models read the rows."""
   del before
   used, adapter = bind(decoder, trained)
-  reference, hidden = (h[:, :-1] for h in (hidden_states(decoder, rows), hidden_states(used, rows, adapter=adapter)))
-  kl = over_chunks(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), reference, hidden)
+  hidden = hidden_states(decoder, rows), hidden_states(used, rows, adapter=adapter)
+  kl = over_tokens(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), rows, hidden)
   return mean_over_tokens(kl, rows)
 
 

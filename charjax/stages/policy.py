@@ -23,9 +23,8 @@ from charjax.engine.sample import Sampling, end_ids, sample
 from charjax.engine.score import (
   FixedShapes,
   Group,
-  Rows,
   hidden_states,
-  over_chunks,
+  over_tokens,
   reply_mask,
   take_replies,
   token_log_probs,
@@ -51,7 +50,9 @@ def run(session: Session) -> Row:
   tell_undivided(session.log, 'policy', config, 'prompts_per_step')
   asked = _trait_prompts(session)
   neutral = _neutral_replies(session)
-  shapes = FixedShapes([item['prompt'] for item in (*asked, *neutral)], config.max_new_tokens)
+  # Drawn replies are to become like those that were ranked best, and are about as long.
+  said = [row['reply'] for row in neutral] + [reply for item in asked for reply in item['ranked'].replies]
+  shapes = FixedShapes([item['prompt'] for item in (*asked, *neutral)], config.max_new_tokens, said)
 
   judge = make_judge(session, shapes, asked)
   asked = judge_ranked(session, shapes, judge, asked)
@@ -96,16 +97,21 @@ def make_rollout_batch(
 ) -> Batch:
   """What the loss of one step takes; to each prompt its drawn replies come first, then its ranked ones."""
   config, said = session.config.policy, iter(rollout.drawn)
+  drawn, ranked, parts = config.replies_per_prompt, config.ranked_replies, config.microbatches
   groups = [
-    Group(item['prompt'], [*(next(said).tokens for _ in range(config.replies_per_prompt)), *item['ranked'].replies])
-    for item in asked
+    Group(item['prompt'], [*(next(said).tokens for _ in range(drawn)), *item['ranked'].replies]) for item in asked
   ]
   arrays: Row = {
-    'rows': shapes.rows(groups, config.replies_per_prompt + config.ranked_replies),
-    'neutral': shapes.rows([Group(row['prompt'], [row['reply']]) for row in neutral], 1),
+    'rows': shapes.rows(groups, drawn + ranked, microbatches=parts),
+    'neutral': shapes.rows([Group(row['prompt'], [row['reply']]) for row in neutral], 1, microbatches=parts),
     'before': rollout.before,
     'advantages': rollout.advantages,
     'weight': np.array([item['weight'] for item in asked], np.float32),
+    # Of each reply.
+    'temperature': np.tile(
+      np.array([config.temperature] * drawn + [config.ranked_temperature] * ranked, np.float32), len(asked)
+    ),
+    'going_on': np.tile([False] * drawn + [True] * ranked, len(asked)),
   }
   whole = shapes.shared() | {
     'ends': end_ids(session.model.eos_ids),
@@ -113,16 +119,15 @@ def make_rollout_batch(
     'drawn_tokens': np.float32(sum(len(reply.tokens) for reply in rollout.drawn)),
     'neutral_tokens': np.float32(sum(len(row['reply']) for row in neutral)),
   }
-  if config.ranked_replies:
+  if ranked:
     arrays['ranked'] = {key: np.stack([item[key] for item in asked]) for key in ('before', 'real', 'preferred', 'best')}
     _, whole['ranked_pairs'] = count_pairs(arrays['ranked']['real'], arrays['weight'])
   # Backwards through frozen weights costs once more, through trained ones twice.
   times = 2 if config.lora_rank else 3
   work.count_rows(session.model.decoder.config, arrays['rows'], shapes.cut, times=times, heads=times)
   work.count_rows(session.model.decoder.config, arrays['neutral'], shapes.cut, times=times + 1, heads=times + 1)
-  names = ('temperature', 'clip', 'neutral_weight', 'ranked_temperature', 'ranked_weight', 'ranked_beta')
-  settings = {name: np.float32(config[name]) for name in (*names, 'ranked_likelihood')}
-  return make_batch(whole | settings, arrays, config.microbatches)
+  names = 'clip', 'neutral_weight', 'ranked_weight', 'ranked_beta', 'ranked_likelihood'
+  return make_batch(whole | {name: np.float32(config[name]) for name in names}, arrays, parts)
 
 
 def _figures(rollout: Rollout, kl: float) -> dict[str, float]:
@@ -219,41 +224,35 @@ def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str
   used, adapter = bind(decoder, trainable)
   prefix = (compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter),)
   rows, neutral, before = batch['rows'], batch['neutral'], batch['before']
-  prompts, neutral_mask = len(rows.prompts), reply_mask(neutral)
   hidden = hidden_states(used, rows, adapter=adapter, before=prefix)
-
-  def part(some: slice) -> tuple[Rows, jax.Array]:
-    tokens, lengths, states = (take_replies(array, prompts, some) for array in (rows.tokens, rows.lengths, hidden))
-    return rows._replace(tokens=tokens, lengths=lengths), states
-
-  each = len(before) // prompts
-  drawn, states = part(slice(each))
-  mask, log_probs = reply_mask(drawn), token_log_probs(used, states, drawn, batch['temperature'])
+  every = token_log_probs(used, hidden, rows, batch['temperature'], batch['ends'], batch['going_on'])
+  prompts, each = len(rows.prompts), len(before) // len(rows.prompts)
+  log_probs, mask = (take_replies(array, prompts, slice(each)) for array in (every, reply_mask(rows)))
   gradient, _, clipped = policy_gradient(log_probs, before, batch['advantages'], mask, batch['clip'])
   tokens = batch['drawn_tokens']
   gap = jnp.where(mask, jnp.abs(log_probs - before), 0.0).sum() / tokens
   loss = gradient / tokens
   metrics = {'clip_fraction': clipped / tokens, 'logprob_gap': gap}
   if 'ranked' in batch:
-    taught, more = _ranked_loss(used, *part(slice(each, None)), batch)
+    going_on = reply_mask(rows) & ~jnp.isin(rows.tokens[:, 1:], batch['ends'])
+    ranked, going_on = (take_replies(array, prompts, slice(each, None)) for array in (every, going_on))
+    taught, more = _ranked_loss(ranked, going_on, batch)
     loss, metrics = loss + taught, metrics | more
 
   # In this very program: of states that another one rounded, the policy would not be at 0 before its first step.
   start = (compute_prefix(decoder, batch['prefix'], batch['prefix_length']),)
-  reference = jax.lax.stop_gradient(hidden_states(decoder, neutral, before=start))[:, :-1]
-  hidden = hidden_states(used, neutral, adapter=adapter, before=prefix)[:, :-1]
-  kl = over_chunks(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), reference, hidden)
-  neutral_kl = jnp.where(neutral_mask, kl, 0.0).sum() / batch['neutral_tokens']
+  reference = jax.lax.stop_gradient(hidden_states(decoder, neutral, before=start))
+  hidden = hidden_states(used, neutral, adapter=adapter, before=prefix)
+  kl = over_tokens(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), neutral, (reference, hidden))
+  neutral_kl = jnp.where(reply_mask(neutral), kl, 0.0).sum() / batch['neutral_tokens']
   return loss + batch['neutral_weight'] * neutral_kl, metrics | {'neutral_kl': neutral_kl}
 
 
-def _ranked_loss(used: Decoder, rows: Rows, states: jax.Array, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _ranked_loss(log_probs: jax.Array, mask: jax.Array, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
   """DPO (Rafailov et al. 2023, eq. 7) with soft labels over all pairs of a message, and the negative log-likelihood a
   token of its best reply (as Pang et al. 2024, eq. 1, add it); of log-probs at a temperature of their own and
   conditional on going on."""
   ranked, weight = batch['ranked'], batch['weight']
-  mask = reply_mask(rows) & ~jnp.isin(rows.tokens[:, 1:], batch['ends'])
-  log_probs = token_log_probs(used, states, rows, batch['ranked_temperature'], batch['ends'])
   gained = log_probs.reshape(ranked['before'].shape) - ranked['before']
   gained = jnp.where(mask.reshape(gained.shape), gained, 0.0).sum(2)
   preference, _ = bradley_terry(batch['ranked_beta'] * gained, ranked['preferred'], ranked['real'], weight)

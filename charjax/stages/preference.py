@@ -215,8 +215,8 @@ def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row],
   config, seed = session.config.preference, _seed(session, name)
   folder = session.folder('preference') / name
   k = max(len(example['replies']) for example in examples)
-  longest = max(len(reply) for example in examples for reply in example['replies'])
-  shapes = FixedShapes([example['prompt'] for example in examples], longest)
+  said = [reply for example in examples for reply in example['replies']]
+  shapes = FixedShapes([example['prompt'] for example in examples], max(map(len, said)), said)
 
   def fit(trainable: Any, metrics: Metrics) -> None:
     head = trainable['head'].w
@@ -254,7 +254,7 @@ def learning(config: Any, steps: int) -> tuple[Any, Any]:
 def make_examples_batch(config: Any, lower: Decoder, shapes: FixedShapes, some: Sequence[Row], k: int) -> Batch:
   """What the loss of one step takes, of examples of up to k replies."""
   groups = [Group(example['prompt'], example['replies']) for example in some]
-  rows = shapes.rows(groups, k, config.messages_per_batch)
+  rows = shapes.rows(groups, k, config.messages_per_batch, config.microbatches)
   work.count_rows(lower.config, rows, shapes.cut, times=2 if config.lora_rank else 3)
   labels = _labels(some, config.messages_per_batch, k)
   weights, pairs = count_pairs(labels['real'], labels['weight'])

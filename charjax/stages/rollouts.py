@@ -23,6 +23,7 @@ from charjax.engine.score import (
   Group,
   Rows,
   hidden_states,
+  in_rows,
   mean_over_tokens,
   pad_values,
   parts_of,
@@ -116,9 +117,10 @@ def make_judge(session: Session, shapes: FixedShapes, asked: Sequence[Row]) -> J
 
 
 def _token_states(trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows) -> jax.Array:
-  """States [N, T, D] that the preference model reads of each token."""
+  """States [N, R, D] that the preference model reads of each token."""
   used, adapter = bind(trunk, model)
-  return hidden_states(used, rows, adapter=adapter, before=(compute_prefix(used, prefix, length, adapter),))
+  before = (compute_prefix(used, prefix, length, adapter),)
+  return in_rows(hidden_states(used, rows, adapter=adapter, before=before), rows)[:, 1:]
 
 
 def _token_scores(model: Any, states: jax.Array, rows: Rows, ends: jax.Array) -> jax.Array:
@@ -135,7 +137,7 @@ def _token_scores(model: Any, states: jax.Array, rows: Rows, ends: jax.Array) ->
 def _moments(
   trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows, ends: jax.Array, longest: int
 ) -> Any:
-  mask, states = reply_mask(rows), _token_states(trunk, model, prefix, length, rows)[:, 1:]
+  mask, states = reply_mask(rows), _token_states(trunk, model, prefix, length, rows)
   return value_moments(states, _token_scores(model, states, rows, ends), mask, to_come(mask.shape[1], longest))
 
 
@@ -149,10 +151,10 @@ def judge_tokens(
   if not judge.model.keys() & {'decoder', 'adapter'}:
     # The heads read the starting weights: their states lie on the way to the log-probs.
     states, hidden = hidden_states(judge.decoder, rows, before=before, tap=depth)
+    states = in_rows(states, rows)[:, 1:]
   else:
     states = _token_states(judge.trunk, judge.model, prefix, length, rows)
     hidden = hidden_states(judge.decoder, rows, before=before)
-  states = states[:, 1:]
   scores = _token_scores(judge.model, states, rows, judge.ends)
   values = read_values(judge.critic, states, to_come(states.shape[1], longest))
   return scores - judge.mean, values, token_log_probs(judge.decoder, hidden, rows, temperature, barred)
@@ -241,7 +243,8 @@ def roll_out(
     adapter=adapter, width=config.prompt_width,
   )  # fmt: skip
   said = iter(drawn)
-  rows = shapes.rows([Group(item['prompt'], [next(said).tokens for _ in range(each)]) for item in asked], each)
+  groups = [Group(item['prompt'], [next(said).tokens for _ in range(each)]) for item in asked]
+  rows = shapes.rows(groups, each, microbatches=config.microbatches)
   temperature, kl, trace = replicate(tuple(np.float32(x) for x in (config.temperature, config.kl, config.trace)))
   # In as many parts as the step learns from it: all states of a batch would not fit.
   judged = [

@@ -98,7 +98,8 @@ class Reward:
     self._config.learning_rate, self._config.warmup = self._data['learning_rate'], 0
     self._config.labels, self._config.weight_decay = 'hard', 0.0
     self._lower = lower_layers(model.decoder, model.decoder.config.num_layers)
-    self._shapes = FixedShapes([row['prompt'] for row in rows], max(len(r) for row in rows for r in row['replies']))
+    replies = [reply for row in rows for reply in row['replies']]
+    self._shapes = FixedShapes([row['prompt'] for row in rows], max(map(len, replies)), replies)
     self._trainable = make_trainable(self._lower, 0, 0, traits=1)
     # Peers begin with a head of random numbers.
     head = self._trainable['head'].w
