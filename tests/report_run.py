@@ -189,7 +189,7 @@ def _margins(rng: random.Random, effects: dict[str, float]) -> list[dict[str, An
 
 
 def _summary(rng: random.Random, effects: dict[str, float]) -> dict[str, Any]:
-  traits = {}
+  traits, moved = {}, random.Random('over-optimisation')
   for trait, effect in effects.items():
     win = min(0.85, 0.5 + 2.2 * effect)
     traits[trait] = {
@@ -213,9 +213,9 @@ def _summary(rng: random.Random, effects: dict[str, float]) -> dict[str, Any]:
                 'kl': {'trained': _around(rng, 0.03, 0.008, 24)}},
     'side_effects': {name: _metric(rng, values, values[0] * 0.09, 160) for name, values in effects.items()},
     'over_optimisation': [
-      {'step': step, 'kl': _around(rng, 0.02 * step, 0.05, 10), 'reward': _around(rng, 0.05 * step, 0.4, 10),
-       'judge': _around(rng, 0.05 * step - 0.0008 * step**2, 0.4, 10),
-       'gap': _around(rng, 0.0008 * step**2, 0.3, 10)}
+      {'step': step, 'kl': _around(moved, 0.02 * step, 0.05, 10), 'reward': _around(moved, 0.05 * step, 0.4, 10),
+       'judge': _around(moved, 0.05 * step - 0.0008 * step**2, 0.4, 10),
+       'gap': _around(moved, 0.0008 * step**2, 0.3, 10)}
       for step in (1, 10, 20, 30, 40, 50, 60)
     ],
     'internalisation': {'ai_nature': {'margin': {'mean': 0.71, 'low': 0.52, 'high': 0.93, 'n': 16}},
