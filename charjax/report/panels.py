@@ -224,44 +224,41 @@ def policy(run: Run) -> Panel:
 
 def over_optimisation(run: Run) -> Panel:
   """What the model trained against and the held-out judge say of the same replies, over the square root of KL."""
-  points = []
+  points: list[tuple[int, float, list[Estimate]]] = []
   for row in listed(run.summary, 'over_optimisation'):
-    step, kl, *gains = (
-      finite(section({'': row}, '').get('step')),
-      *(estimate(section({'': row}, '').get(key)) for key in ('kl', 'reward', 'judge', 'gap')),
-    )
-    if step is not None and kl is not None and None not in gains:
-      points.append((int(step), math.sqrt(max(kl.mean, 0.0)), *gains))
+    values = section({'': row}, '')
+    step, kl = finite(values.get('step')), estimate(values.get('kl'))
+    gains = [found for key in ('reward', 'judge', 'gap') if (found := estimate(values.get(key)))]
+    if step is not None and kl is not None and len(gains) == 3:
+      points.append((int(step), math.sqrt(max(kl.mean, 0.0)), gains))
   if not points:
     return Panel([])
   last = len(points) - 1
   names = {'train': 'model trained against', 'judge': 'held-out judge'}
-  series = [
-    plots.Trail(name, [
-      (point[1], plots.Mark(point[place].mean, point[place].low, point[place].high, look,
-                            f'{words.difference(point[place])} at step {point[0]}'))
-      for point in points
-    ], last)
-    for place, (look, name) in enumerate(names.items(), start=2)
-  ]  # fmt: skip
+  series = []
+  for place, (look, name) in enumerate(names.items()):
+    marks = [
+      (root, plots.Mark(v[place].mean, v[place].low, v[place].high, look, f'{words.difference(v[place])}, step {step}'))
+      for step, root, v in points
+    ]
+    series.append(plots.Trail(name, marks, last))
   x, y = 'square root of KL, nats a reply', 'gain, in spreads of the score'
   said = '; '.join(
-    f'step {step}: KL {words.figure(root**2)}, {words.difference(reward)} and {words.difference(judge)}'
-    for step, root, reward, judge, _ in points
+    f'step {step}: KL {words.figure(root**2)}, {words.difference(v[0])} and {words.difference(v[1])}'
+    for step, root, v in points
   )
   title = 'Reward and held-out judge, as the policy moves away'
   svg = plots.trails(series, x, y, f'{title}: {said}')
   rows = [
     (str(step), words.figure(root**2), words.figure(root), *(words.difference(value) for value in values),
      str(values[0].n or ''))
-    for step, root, *values in points
+    for step, root, values in points
   ]  # fmt: skip
   head = ('step', 'KL', 'square root', *names.values(), 'the first less the second', 'messages')
-  data = [
-    ('step', 'root_kl', *(f'{key}_{end}' for key in ('reward', 'judge', 'gap') for end in ('mean', 'low', 'high')))
-  ]
-  data += [(step, root, *(end for v in values for end in (v.mean, v.low, v.high))) for step, root, *values in points]
-  gap = points[last][4]
+  ends = [f'{key}_{end}' for key in ('reward', 'judge', 'gap') for end in ('mean', 'low', 'high')]
+  data: list[tuple[Any, ...]] = [('step', 'root_kl', *ends)]
+  data += [(step, root, *(end for v in values for end in (v.mean, v.low, v.high))) for step, root, values in points]
+  gap = points[last][2][2]
   more = {1: 'more than', 0: 'about as much as', -1: 'less than'}[gap.side_of(0.0)]
   note = (
     f'At the ring, where the policy was kept (drawn before its last step, {points[last][0]}), the model trained '

@@ -25,7 +25,7 @@ import functools
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -313,14 +313,16 @@ def side_effects(rows: Sequence[Row]) -> Row:
   ]
   out = {}
   for habit, (kinds, counts) in HABITS.items():
-    out[habit] = _share_of([row for row in users if row['name'] in kinds], lambda row, c=counts: c(row['text']))
+    out[habit] = _share_of([row | {'hit': counts(row['text'])} for row in users if row['name'] in kinds])
   known = [row for row in users if row.get('right')]
-  out['corrects_error'] = _share_of(known, lambda row: bool(re.search(row['right'], row['text'], re.IGNORECASE)))
+  out['corrects_error'] = _share_of(
+    [row | {'hit': bool(re.search(row['right'], row['text'], re.IGNORECASE))} for row in known]
+  )
   return out
 
 
-def _share_of(rows: Sequence[Row], hit: Callable[[Row], bool]) -> Row:
-  hits: Mapping[str, Any] = {c: np.array([hit(row) for row in rows if row['condition'] == c], float) for c in MODELS}
+def _share_of(rows: Sequence[Row]) -> Row:
+  hits: Mapping[str, Any] = {c: np.array([row['hit'] for row in rows if row['condition'] == c], float) for c in MODELS}
   return evaluation.summarise(dict(hits), share)
 
 
