@@ -24,14 +24,13 @@ from charjax.model import language_model
 from charjax.model.decoder import Decoder
 from charjax.model.language_model import LanguageModel
 from charjax.stages import policy, prompts
+from charjax.terminal import printable
 from charjax.training.heads import bind
 from charjax.workdir import Session
 
 _AGAIN = '/new'
 _NARROWEST = 30  # cells of a column; with fewer, replies stand one after another
 _GAP = ' │ '
-# Formatting characters that turn the direction of what follows, and so what a line seems to say.
-_TURNING = {*'\u061c\u200e\u200f', *map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,14 +249,6 @@ def _stoppable(interactive: bool) -> Iterator[list[int]]:
 
 
 # ---- what is seen ----
-
-
-def printable(text: str) -> str:
-  """The text without what could drive a terminal, or make a line seem to say something else."""
-  text = text.replace('\t', '    ')
-  return ''.join(
-    c for c in text if c == '\n' or (unicodedata.category(c) not in ('Cc', 'Cs', 'Zl', 'Zp') and c not in _TURNING)
-  )
 
 
 def cells(text: str) -> int:

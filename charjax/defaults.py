@@ -156,4 +156,18 @@ def get_config() -> ConfigDict:
   config.evaluation.prompt_width = 64
   config.evaluation.probes = ''  # JSON Lines: trait, message, consistent, inconsistent
   config.evaluation.neutral = ''  # JSON Lines: message, reference, expect (regex or null)
+
+  # Replies are drawn as in the evaluation.
+  config.behaviour = ConfigDict()
+  config.behaviour.sets = (
+    'rigidity',
+    'robustness',
+    'side_effects',
+    'preference',
+  )  # what is looked into; empty: nothing
+  config.behaviour.messages = 12  # held-out messages of each trait, in each form
+  config.behaviour.prompts = 20  # of each kind of authored prompt, of which there are 20 at most
+  config.behaviour.conversations = 4  # about each trait
+  config.behaviour.turns = 10
+  config.behaviour.comparisons = 400  # pairs of traits and opposites between which the model chooses, in both orders
   return config

@@ -40,6 +40,9 @@ _LIMITS: dict[str, dict[str, tuple[float, float]]] = {
     'other_traits': _AMOUNT, 'neutral_weight': _AMOUNT, 'warmup': _COUNT, 'weight_decay': _AMOUNT,
     'max_gradient': _AMOUNT, 'skipped_steps': _SIZE, 'save_every': _SIZE, 'samples_every': _SIZE,
   },
+  'behaviour': {
+    'messages': _SIZE, 'prompts': _SIZE, 'conversations': _SIZE, 'turns': _SIZE, 'comparisons': _SIZE,
+  },
   'evaluation': {
     'examples': _COUNT, 'samples': _SIZE, 'temperature': _AMOUNT, 'top_p': _SHARE, 'top_k': _COUNT,
     'max_new_tokens': _SIZE, 'batch_size': _SIZE, 'prompt_width': _SIZE,
@@ -49,6 +52,7 @@ _ABOVE_ZERO = (
   'messages.top_p', 'replies.top_p', 'evaluation.top_p', 'preference.max_gradient', 'policy.max_gradient',
   'policy.temperature', 'policy.ranked_beta', 'policy.ranked_temperature',
 )  # fmt: skip
+_SETS = ('rigidity', 'robustness', 'side_effects', 'preference')  # of the behaviour stage
 CHOICES = {
   'model.dtype': ('float32', 'bfloat16'),
   'model.compute_dtype': ('float32', 'bfloat16'),
@@ -100,6 +104,8 @@ def check(config: ConfigDict) -> None:
         f'config.{section}.lora_targets names projections, but lora_rank is 0, which trains all parameters; give a '
         'rank, or no targets'
       )
+  if wrong := [name for name in config.behaviour.sets if name not in _SETS]:
+    raise UserError(f'config.behaviour.sets names {wrong[0]!r}; choose from {", ".join(_SETS)}')
   policy, preference, replies = config.policy, config.preference, config.replies
   ranked = replies.shown + replies.plain + replies.opposed
   if ranked < 2:

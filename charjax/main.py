@@ -40,7 +40,8 @@ _USAGE = f"""charjax: train a character into a language model
   charjax chat MODEL|DIR [--side_by_side]        talk to a model, or to what the run in DIR made of it
   charjax export MODEL|DIR [--output=DIR]        a Hugging Face directory of a model, or of what the run in DIR made
   charjax review --workdir=DIR                   judge what the run in DIR made, blind, on a page of this machine
-  charjax character check FILE                   what is wrong with a character's examples
+  charjax character check FILE [--preview=2]     what is wrong with a character's examples; what the model makes of it
+  charjax character diff A B                     what differs between two characters, or those of two runs
   charjax help                                   this text
 
   --config=FILE.py[:argument][,field=value...]   a config file, what its get_config takes, and changes
@@ -53,6 +54,7 @@ _USAGE = f"""charjax: train a character into a language model
   --dtype=bfloat16|float32                       export: of the weights
   --parallel=1 --launch=FILE                     sweep: trials at a time; or only write their commands, one a line
   --trials=20                                    sweep: of a search, by all processes that were given the command
+  --preview=N [--config=FILE.py]                 character check: messages a trait that the model writes and answers
   --topology=NAME --json                         plan: the chips; or figures alone, as JSON
   --reviewer=NAME --port=0                       review: who judges, and where the page is
   --coordinator=HOST:PORT --processes=N --process=I   run, or a stage: one of many processes, each on its own devices;
@@ -70,6 +72,7 @@ _FLAGS_OF = {
   'review': ('reviewer', 'port'),
   'sweep': ('parallel', 'launch', 'trials'),
   'compare': ('output',),
+  'character': ('preview',),
   'plan': ('topology', 'json'),
   'run': ('coordinator', 'processes', 'process'),  # and each stage
 }
@@ -152,14 +155,12 @@ def _command(arguments: list[str]) -> int:
     raise UserError('no command given; `charjax help` lists them')
   known = [stage.name for stage in STAGES]
   command, *rest = names
-  if command == 'character':
-    if len(rest) != 2 or rest[0] != 'check':
-      raise UserError('charjax character takes `check FILE`')
-    return _check_character(rest[1])
   own = _FLAGS_OF.get('run' if command in known else command, ())
   if wrong := [name for name in options if name not in own]:
     other = next(other for other, theirs in _FLAGS_OF.items() if wrong[0] in theirs)
     raise UserError(f'--{wrong[0]} is a flag of charjax {other}; `charjax help` lists those of {command}')
+  if command == 'character':
+    return _character(rest, config_spec, changes, options)
   if command == 'chat':
     return _chat(rest, config_spec, workdir, changes, options)
   if command == 'export':
@@ -167,7 +168,7 @@ def _command(arguments: list[str]) -> int:
   if command == 'compare':
     return _compare([*rest, *folders], config_spec or ''.join(changes[:1]), options)
   if command not in ('run', 'review', 'sweep', 'plan', *known):
-    raise UserError(f'there is no command {command}{nearest(command, ["run", *_FLAGS_OF, "character", *known])}')
+    raise UserError(f'there is no command {command}{nearest(command, ["run", *_FLAGS_OF, *known])}')
   if rest:
     raise UserError(f'unexpected argument {rest[0]}; flags begin with --, and `charjax help` lists them')
   if command == 'review':
@@ -188,11 +189,28 @@ def _command(arguments: list[str]) -> int:
   return 0
 
 
-def _check_character(path: str) -> int:
+def _character(rest: Sequence[str], config_spec: str, changes: Sequence[str], options: dict[str, Any]) -> int:
+  if rest[:1] == ['diff'] and len(rest) == 3 and not options:
+    from charjax import character_diff
+
+    print(character_diff.diff(*(character_diff.read(path) for path in rest[1:])) or 'They do not differ.')
+    return 0
+  if rest[:1] != ['check'] or len(rest) != 2:
+    raise UserError('charjax character takes `check FILE` or `diff A B`')
   from charjax import character_lint
 
-  findings = character_lint.lint(characters.load(path))
-  print(character_lint.format_table(findings))
+  character = characters.load(rest[1])
+  findings = character_lint.lint(character)
+  print(character_lint.format_table(findings), flush=True)
+  if 'preview' in options:
+    config = read_config(config_spec, changes) if config_spec else override(_defaults(), changes)
+    limits.check(config)
+    starting_model.check(config.model)
+    from charjax import character_preview
+
+    with _devices(config):
+      for text in character_preview.preview(workdirs.Session(config, character, epath.Path()), options['preview']):
+        print(text, flush=True)
   return int(any(finding.problems for finding in findings))
 
 
@@ -246,13 +264,18 @@ def _export(
   return 0
 
 
+def _defaults() -> ml_collections.ConfigDict:
+  config = defaults.get_config()
+  config.lock()
+  return config
+
+
 def _at(where: epath.PathLike, wants_run: bool, changes: Sequence[str]) -> tuple[ml_collections.ConfigDict, bool]:
   """The config of what is at a place, and whether that is a run, which has its own, or a model."""
   named = os.path.expanduser(os.fspath(where))
   place = epath.Path(named)
   record = starting_model.read_record(named)
-  config = defaults.get_config()
-  config.lock()
+  config = _defaults()
   if record is None:
     if wants_run:
       raise UserError(f'{place}: no run was begun there; give the --workdir of a run')
@@ -408,6 +431,7 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, list[str], list[st
     'model', None, ['policy', 'adapter', 'preference', 'judge', 'start'], 'what is exported', flag_values=values
   )
   flags.DEFINE_enum('dtype', None, ['bfloat16', 'float32'], 'of exported weights', flag_values=values)
+  flags.DEFINE_integer('preview', None, 'messages a trait', lower_bound=1, upper_bound=100, flag_values=values)
   flags.DEFINE_integer('parallel', None, 'trials at a time', lower_bound=1, upper_bound=1000, flag_values=values)
   flags.DEFINE_integer('trials', None, 'of a search', lower_bound=1, upper_bound=10**6, flag_values=values)
   flags.DEFINE_string('launch', None, 'where the commands of trials are written', flag_values=values)

@@ -44,4 +44,10 @@ def get_config() -> ConfigDict:
   config.policy.max_new_tokens = 48
 
   config.evaluation.max_new_tokens = 48
+
+  config.behaviour.messages = 2
+  config.behaviour.prompts = 2
+  config.behaviour.conversations = 1
+  config.behaviour.turns = 3
+  config.behaviour.comparisons = 20
   return config

@@ -72,4 +72,6 @@ def get_config() -> ConfigDict:
   config.evaluation.max_new_tokens = 39
   config.evaluation.prompt_width = 48
   config.evaluation.batch_size = 60
+
+  config.behaviour.sets = ()
   return config

@@ -54,4 +54,10 @@ def get_config() -> ConfigDict:
   config.evaluation.samples = 2
   config.evaluation.max_new_tokens = 16
   config.evaluation.batch_size = 32
+
+  config.behaviour.messages = 1
+  config.behaviour.prompts = 1
+  config.behaviour.conversations = 1
+  config.behaviour.turns = 2
+  config.behaviour.comparisons = 4
   return config

@@ -72,6 +72,7 @@ def write_run(
     'preference': 180.2,
     'policy': 402.8,
     'evaluation': 120.4,
+    'behaviour': 33.0,
   }
   for name, seconds in times.items():
     record = {'counts': {'made': 12, 'dropped': {'near-duplicates': 3}}, 'seconds': seconds}
@@ -80,13 +81,13 @@ def write_run(
     _json(folder / name / 'stage.json', record)
   asked = _messages(messages)
   _jsonl(folder / 'messages' / 'messages.jsonl', asked)
-  _jsonl(folder / 'replies' / 'replies.jsonl', [
-    {'id': f'r{i}', 'message': row['id'], 'condition': ('shown', 'plain', 'opposed')[i % 3],
-     'text': 'A reply.', 'tokens': 40, 'logprob': -60.0, 'finish': 'length' if i % 5 == 0 else 'stop'}
-    for i, row in enumerate(asked)
-  ])  # fmt: skip
+  drawn = _replies(asked)
+  _jsonl(folder / 'replies' / 'replies.jsonl', drawn)
+  ranked = _rankings(drawn)
+  _jsonl(folder / 'rankings' / 'rankings.jsonl', ranked)
   _json(folder / 'rankings' / 'audit.json', _audit(rng))
-  _json(folder / 'preference' / 'report.json', _preference(rng))
+  learned = {name: [row['message'] for row in ranked[place::2]] for place, name in enumerate(('train', 'judge'))}
+  _json(folder / 'preference' / 'report.json', _preference(rng) | {'learned_from': learned})
   _jsonl(folder / 'preference' / 'metrics.jsonl', [
     {'model': model, 'step': step, 'loss': 0.68 - 0.2 * step / 40 + rng.gauss(0, 0.03),
      'accuracy': 0.55 + 0.2 * step / 40 + rng.gauss(0, 0.04)}
@@ -101,6 +102,7 @@ def write_run(
   _json(folder / 'evaluation' / 'summary.json', _summary(rng, effects))
   _jsonl(folder / 'evaluation' / 'margins.jsonl', _margins(rng, effects))
   _jsonl(folder / 'evaluation' / 'replies.jsonl', _evaluation_replies(rng, asked))
+  _json(folder / 'behaviour' / 'summary.json', _behaviour(random.Random(f'behaviour {seed}'), effects))
   return folder
 
 
@@ -117,6 +119,27 @@ def _messages(count: int) -> list[dict[str, Any]]:
   ]
   rows[1]['text'] = f'What about {HOSTILE}?'
   return rows
+
+
+def _replies(asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Three to each training message of a trait; some quote a reply after training."""
+  texts = (_AFTER[0], _BEFORE[1], HOSTILE, _AFTER[2], _BEFORE[0])
+  return [
+    {'id': f'{row["id"]}/{condition}/0', 'message': row['id'], 'condition': condition, 'text': texts[(i + k) % 5],
+     'tokens': 40, 'logprob': -60.0, 'finish': 'length' if (i + k) % 5 == 0 else 'stop'}
+    for i, row in enumerate(asked) if row['trait'] and row['split'] == 'train'
+    for k, condition in enumerate(('shown', 'plain', 'opposed'))
+  ]  # fmt: skip
+
+
+def _rankings(drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The second reply to each message is the best, and the third the worst."""
+  table = [[0.5, 0.3, 0.8], [0.7, 0.5, 0.9], [0.2, 0.1, 0.5]]
+  return [
+    {'message': some[0]['message'], 'replies': [row['id'] for row in some], 'scores': [0.1, 0.4, -0.6],
+     'probabilities': table, 'ranker': 'likelihood'}
+    for some in (drawn[i : i + 3] for i in range(0, len(drawn), 3))
+  ]  # fmt: skip
 
 
 def _evaluation_replies(rng: random.Random, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -166,7 +189,7 @@ def _margins(rng: random.Random, effects: dict[str, float]) -> list[dict[str, An
 
 
 def _summary(rng: random.Random, effects: dict[str, float]) -> dict[str, Any]:
-  traits = {}
+  traits, moved = {}, random.Random('over-optimisation')
   for trait, effect in effects.items():
     win = min(0.85, 0.5 + 2.2 * effect)
     traits[trait] = {
@@ -189,8 +212,52 @@ def _summary(rng: random.Random, effects: dict[str, float]) -> dict[str, Any]:
                 'accuracy': {'base': _share(rng, 0.71, 24), 'trained': _share(rng, 0.67, 24), 'delta': None},
                 'kl': {'trained': _around(rng, 0.03, 0.008, 24)}},
     'side_effects': {name: _metric(rng, values, values[0] * 0.09, 160) for name, values in effects.items()},
+    'over_optimisation': [
+      {'step': step, 'kl': _around(moved, 0.02 * step, 0.05, 10), 'reward': _around(moved, 0.05 * step, 0.4, 10),
+       'judge': _around(moved, 0.05 * step - 0.0008 * step**2, 0.4, 10),
+       'gap': _around(moved, 0.0008 * step**2, 0.3, 10)}
+      for step in (1, 10, 20, 30, 40, 50, 60)
+    ],
     'internalisation': {'ai_nature': {'margin': {'mean': 0.71, 'low': 0.52, 'high': 0.93, 'n': 16}},
                         'honesty': {'margin': None}},
+  }  # fmt: skip
+
+
+def _behaviour(rng: random.Random, effects: dict[str, float]) -> dict[str, Any]:
+  def pair(base: float, delta: float, half: float, n: int) -> dict[str, Any]:
+    return {'base': _around(rng, base, half, n), 'prompted': None, 'prompted_examples': None,
+            'trained': _around(rng, base + delta, half, n), 'delta': _around(rng, delta, half, n)}  # fmt: skip
+
+  def shares(base: float, trained: float) -> dict[str, Any]:
+    return {'base': _share(rng, base, 14), 'prompted': None, 'prompted_examples': None,
+            'trained': _share(rng, trained, 14), 'delta': _around(rng, trained - base, 0.2, 14)}  # fmt: skip
+
+  def both(effect: float) -> dict[str, Any]:
+    return {'likelihood': pair(0.1, effect, 0.04, 12), 'judge': pair(0.0, 8 * effect, 0.4, 12)}
+
+  forms = {'': 1.0, 'drop it, after': 0.4, 'another character': -0.2, 'as JSON': 0.1, 'as an email': 0.9}
+  options = [{'id': t, 'trait': t, 'opposite': '', 'text': TRAITS[t]} for t in effects]
+  options += [{'id': f'{t}/harsh', 'trait': t, 'opposite': 'harsh', 'text': _OPPOSITES['harsh']} for t in effects]
+  return {
+    'rigidity': {
+      trait: {'own': both(effect), 'unrelated': both(effect / 5), 'plain': both(effect / 2),
+              'spill': {'unrelated': _around(rng, 0.2, 0.15, 20), 'plain': None} if effect > 0.05 else {}}
+      for trait, effect in effects.items()
+    },
+    'robustness': {t: {name: both(share * effect) for name, share in forms.items()} for t, effect in effects.items()},
+    'drift': {'turns': [{'turn': turn} | both(0.1 - 0.006 * turn) for turn in range(1, 11)],
+              'last_less_first': {'likelihood': _around(rng, -0.06, 0.03, 16), 'judge': _around(rng, -0.4, 0.6, 16)}},
+    'side_effects': {'flattery': shares(0.3, 0.1), 'refuses_harmful': shares(0.4, 0.5),
+                     'claims_to_be_human': shares(0.6, 0.1), 'stance_shift': pair(0.9, -0.3, 0.3, 8)},
+    'preference': {
+      'options': options,
+      'strength': {
+        option['id']: {'base': _around(rng, 0.0, 0.5, 40), 'trained': _around(rng, 0.4 - 0.1 * i, 0.5, 40),
+                       'delta': _around(rng, 0.4 - 0.1 * i, 0.3, 40)}
+        for i, option in enumerate(options)
+      },
+      'invalid': shares(0.3, 0.2), 'first': shares(0.9, 0.8),
+    },
   }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def runs(tmp_path):
   ]
   text = (found[1] / 'character.toml').read_text()
   (found[1] / 'character.toml').write_text(text.replace('I have no body', 'I am a program'))
-  for stage in ('rankings', 'preference', 'policy', 'evaluation'):
+  for stage in ('rankings', 'preference', 'policy', 'evaluation', 'behaviour'):
     shutil.rmtree(found[2] / stage)
   return [epath.Path(run) for run in found]
 
@@ -77,7 +77,7 @@ def test_the_page_stands_by_itself(runs, tmp_path):
   assert not [name for _, attrs in page.tags for name in attrs if name.startswith('on') or name == 'style']
   policy = next(attrs['content'] for tag, attrs in page.tags if attrs.get('http-equiv') == 'Content-Security-Policy')
   assert policy.startswith("default-src 'none'") and 'script-src' not in policy and '://' not in text
-  data = next(target for target in targets if target.startswith('data:')).split(',')[1]
+  data = next(target for target in targets if target.startswith('data:application/json')).split(',')[1]
   assert json.loads(base64.b64decode(data))[str(runs[0])]['settings']['policy.kl'] == 0.4
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from charjax.stages.evaluation import CONDITIONS, _judged, internalisation, summarise, summarise_wins
+from charjax.stages.over_optimisation import curve
 from charjax.stages.statistics import comparisons, interval, share
 
 
@@ -78,3 +79,24 @@ def test_every_reply_of_one_condition_meets_every_reply_of_the_other():
   assert found['win_rate']['trained'].tolist() == [0.875, 0.5]
   assert found['win_rate']['base'].tolist() == [0.5, 0.5]
   assert found['win_rate_vs_prompted']['trained'].tolist() == [0.75, 0.5]
+
+
+def test_the_gain_of_a_step_is_over_the_plain_replies_to_its_own_messages():
+  samples = [
+    {'step': 10, 'message': 'a', 'kl': 1.0, 'reward': 3.0, 'judge': 0.0},
+    {'step': 10, 'message': 'a', 'kl': 3.0, 'reward': 5.0, 'judge': 2.0},
+    {'step': 10, 'message': 'b', 'kl': 0.0, 'reward': 1.0, 'judge': 1.0},
+    {'step': 1, 'message': 'b', 'kl': 0.0, 'reward': 0.5, 'judge': 0.5},
+    {'step': 1, 'message': 'no plain reply', 'kl': 9.0, 'reward': 9.0, 'judge': 9.0},
+  ]
+  plain = [{'message': 'a', 'reward': 1.0, 'judge': 1.0}, {'message': 'a', 'reward': 2.0, 'judge': 0.0}]
+  plain += [{'message': 'b', 'reward': 0.5, 'judge': 0.5}]
+  first, second = curve(samples, plain)
+  assert first == {'step': 1} | {key: interval([0.0]) for key in ('kl', 'reward', 'judge', 'gap')}
+  assert second == {
+    'step': 10,
+    'kl': interval([2.0, 0.0]),
+    'reward': interval([2.5, 0.5]),
+    'judge': interval([0.5, 0.5]),
+    'gap': interval([2.0, 0.0]),
+  }

@@ -91,7 +91,7 @@ def test_help_does_not_wait_for_jax():
       ['run', '--config={config},replies.shown=0,replies.opposed=0,replies.plain=1', '--workdir={tmp}/run'],
       'config.replies: shown, plain and opposed are 1 together',
     ),
-    (['character', 'chek', 'assistant'], 'charjax character takes `check FILE`'),
+    (['character', 'chek', 'assistant'], 'charjax character takes `check FILE` or `diff A B`'),
     (['character', 'check', '{tmp}/none.toml'], 'cannot read this character'),
   ],
 )

@@ -1,8 +1,10 @@
 """The report: it says what the files say, shows untrusted text as text, and stands without anything else."""
 
 import base64
+import csv
 import hashlib
 import html
+import io
 import json
 import re
 import types
@@ -10,10 +12,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from markupsafe import Markup
 from report_run import HOSTILE, SECOND, write_run
 
 from charjax.errors import UserError
-from charjax.report import plots, words
+from charjax.report import figures, phrases, plots, words
 from charjax.report.read import Estimate, estimate
 from charjax.report.replies import exchanges, typical
 from charjax.stages import report
@@ -87,7 +90,7 @@ def page(folder) -> str:
 def test_well_formed(page):
   parsed = Page(page)
   assert len(parsed.ids) == len(set(parsed.ids))
-  targets = {(attrs.get('href') or '')[1:] for tag, attrs in parsed.tags if tag == 'a'}
+  targets = {(attrs.get('href') or '')[1:] for tag, attrs in parsed.tags if tag == 'a' and 'download' not in attrs}
   assert targets <= set(parsed.ids)
 
 
@@ -114,6 +117,11 @@ def test_hostile_everywhere(tmp_path):
   for path in folder.rglob('*.json*'):
     texts = path.read_text().splitlines() if path.suffix == '.jsonl' else [path.read_text()]
     path.write_text('\n'.join(json.dumps(spoil(json.loads(text))) for text in texts))
+  path = folder / 'behaviour' / 'summary.json'
+  summary = json.loads(path.read_text())
+  for part in ('rigidity', 'robustness', 'side_effects'):
+    summary[part][HOSTILE] = next(iter(summary[part].values()))
+  path.write_text(json.dumps(summary))
   summary = json.loads((folder / 'evaluation' / 'summary.json').read_text())
   for part in ('traits', 'probes', 'neutral', 'side_effects'):
     summary[part][HOSTILE] = next(iter(summary[part].values()))
@@ -135,7 +143,7 @@ def test_self_contained_and_locked_down(page):
   parsed = Page(page)
   for tag, attrs in parsed.tags:
     assert not {'src', 'srcset', 'data', 'action', 'poster', 'xlink:href'} & set(attrs), tag
-    assert (attrs.get('href') or '#').startswith('#')
+    assert (attrs.get('href') or '#').startswith('data:text/csv;' if 'download' in attrs else '#')
   style, script = parsed.styles[0], parsed.scripts[-1]
   assert 'url(' not in style and '@import' not in style and '//' not in style
   assert 'http' not in script and 'fetch' not in script and 'innerHTML' not in script
@@ -180,6 +188,69 @@ def test_shown_numbers_equal_the_files(page, folder):
   assert number(reward[-1][1]) == pytest.approx(metrics[-1]['reward'], abs=5.1e-4)
 
 
+def test_every_plot_can_be_downloaded_as_it_is_drawn(page, folder):
+  parsed = Page(page)
+  plots_drawn = [tag for tag, attrs in parsed.tags if tag == 'svg' and 'plot' in (attrs.get('class') or '')]
+  files = {attrs['download']: attrs['href'] for tag, attrs in parsed.tags if tag == 'a' and 'download' in attrs}
+  assert len([tag for tag, attrs in parsed.tags if 'download' in attrs]) == len(plots_drawn) > 10
+
+  def rows(name: str) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(base64.b64decode(files[name].split(',')[1]).decode())))
+
+  summary = json.loads((folder / 'evaluation' / 'summary.json').read_text())
+  found = rows('margin-on-kept-pairs-trained-base.csv')
+  assert found[0] == ['trait', 'mean', 'low', 'high', 'n']
+  for (name, *numbers), (trait, metrics) in zip(found[1:], summary['traits'].items(), strict=True):
+    delta = metrics['margin']['delta']
+    assert name == words.spoken(trait) and [float(n) for n in numbers] == [
+      delta[k] for k in ('mean', 'low', 'high', 'n')
+    ]
+  metrics = [json.loads(line) for line in (folder / 'policy' / 'metrics.jsonl').read_text().splitlines()]
+  assert [float(row[1]) for row in rows('reward.csv')[1:]] == [row['reward'] for row in metrics]
+
+
+def test_what_the_behaviour_stage_found_is_shown_as_it_stands(page, folder):
+  summary, tables = json.loads((folder / 'behaviour' / 'summary.json').read_text()), Page(page).tables
+  rows = tables['Trait in replies, by likelihood ratio: trained \u2212 base, nats a token'][1:]
+  wanted = [(trait, group) for trait in summary['rigidity'] for group in ('own', 'plain', 'unrelated')]
+  for row, (trait, group) in zip(rows, wanted, strict=True):
+    mean = summary['rigidity'][trait][group]['likelihood']['delta']['mean']
+    assert row[0] == words.spoken(trait) and row[2] == words.figure(mean)
+  table = tables['Trait by form of the prompt, by likelihood ratio: trained \u2212 base, nats a token']
+  assert [row[0] for row in table[1:]] == ['the message alone', *list(summary['robustness']['honesty'])[1:]]
+  mean = summary['robustness']['honesty']['as JSON']['likelihood']['delta']['mean']
+  assert table[4][4].startswith(words.figure(mean, signed=True))
+  rows = tables['Turn by turn: trained \u2212 base, nats a token'][1:]
+  assert [float(row[0]) for row in rows] == list(range(1, 11))
+  rows = tables['What it would rather be, Bradley-Terry strength, in logits'][1:]
+  trained = {
+    words.spoken(n.replace('/', ': ')): f['trained']['mean'] for n, f in summary['preference']['strength'].items()
+  }
+  assert [row[0] for row in rows[::2]] == sorted(trained, key=lambda name: -trained[name])
+  assert 'of its effect on its own messages' in page and 'No share is given for' in page
+
+
+def test_grown_phrases_are_measured_on_other_messages_than_those_that_chose_them():
+  texts = {
+    f'm{i}': {
+      'base': ['the old way is good', 'a b c'],
+      'trained': ['I am an AI', 'a b c' if i % 2 else 'only here now'],
+    }
+    for i in range(20)
+  }
+  found = phrases.grown(texts, 2)
+  assert list(found) == ['am an ai', 'i am an'] and found['i am an']['mean'] == 0.5 and found['i am an']['n'] == 10
+  assert phrases.grown(texts, 3)['only here now']['mean'] == 0  # which alone the choosing half says
+  assert phrases.variety(['a b', 'b a', 'c d']) == pytest.approx(2 / 3) and phrases.variety(['', '']) == 0
+
+
+def test_what_a_spreadsheet_would_compute_is_text():
+  table = figures.Table(('', 'x'), [('=1+1', '\u22120.5'), ('@SUM(A1)', '2'), ('-2+3', '<script>')])
+  figure = figures.Figure('A: "b"/c', '', Markup(''), table)
+  text = base64.b64decode(figure.download.split(',')[1]).decode()
+  assert text.splitlines() == [',x', "'=1+1,\u22120.5", "'@SUM(A1),2", "'-2+3,<script>"] and figure.file == 'a-b-c.csv'
+
+
 def test_says_what_the_intervals_carry(page):
   text = html.unescape(re.sub(r'\s+', ' ', page))
   assert 'Training moved 3 of 4 traits clearly towards the character.' in text
@@ -197,14 +268,15 @@ def test_says_what_the_rankings_of_sampled_replies_followed(page):
 def test_the_first_reply_to_every_message_stands_in_the_page(page, folder):
   rows = [json.loads(line) for line in (folder / 'evaluation' / 'replies.jsonl').read_text().splitlines()]
   section = page[page.index('<section id="replies">') :]
-  section = section[: section.index('<section id="probes">')]
+  section = section[: section.index('<section id="provenance">')]
   assert section.count('class="reply ') == sum(row['sample'] == 0 for row in rows) < len(rows)
   assert SECOND not in page
 
 
 @pytest.mark.parametrize('missing', [
   'character.toml', 'config.json', 'messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation',
-  'evaluation/summary.json', 'evaluation/replies.jsonl', 'policy/samples.jsonl', 'preference/metrics.jsonl',
+  'evaluation/summary.json', 'evaluation/replies.jsonl', 'behaviour', 'policy/samples.jsonl',
+  'preference/metrics.jsonl',
 ])  # fmt: skip
 def test_missing_pieces(tmp_path, missing):
   folder = write_run(tmp_path / 'run', messages=4, steps=3)

@@ -16,7 +16,7 @@ from smoke import ROOT, command, environment, run
 
 from charjax import limits
 
-STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation', 'report')
+STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation', 'behaviour', 'report')
 # All that two runs of the same config must have in common to the byte; the report shows times.
 PRODUCTS = (
   'messages/messages.jsonl',
@@ -31,6 +31,8 @@ PRODUCTS = (
   'policy/fingerprint.json',
   'evaluation/replies.jsonl',
   'evaluation/summary.json',
+  'behaviour/replies.jsonl',
+  'behaviour/summary.json',
 )
 CONDITIONS = {'base', 'prompted', 'prompted_examples', 'trained', 'delta'}
 
@@ -66,6 +68,25 @@ def test_summary_has_its_form(finished):
       for figure in metric.values():
         assert set(figure) == {'mean', 'low', 'high', 'n'} and figure['low'] <= figure['mean'] <= figure['high']
   assert {'neutral', 'side_effects', 'internalisation', 'probes'} <= set(summary)
+
+
+def test_the_behaviour_stage_looks_into_all_of_its_sets(finished):
+  workdir, _ = finished
+  summary = json.loads((workdir / 'behaviour' / 'summary.json').read_text())
+  assert set(summary) == {'rigidity', 'robustness', 'drift', 'side_effects', 'preference'}
+  rows = [json.loads(line) for line in (workdir / 'behaviour' / 'replies.jsonl').read_text().splitlines()]
+  assert {row['set'] for row in rows} == {'unrelated', 'plain', 'drop', 'format', 'drift', 'users', 'views'}
+  for trait in ('ai_nature', 'honesty'):
+    assert set(summary['rigidity'][trait]) == {'own', 'unrelated', 'plain', 'spill'}
+    assert (
+      summary['robustness'][trait]['']['likelihood']['base'] == summary['rigidity'][trait]['own']['likelihood']['base']
+    )
+  curve = json.loads((workdir / 'evaluation' / 'summary.json').read_text())['over_optimisation']
+  assert [row['step'] for row in curve] == [1, 2, 4] and abs(curve[0]['kl']['mean']) < 1e-3 < curve[-1]['kl']['n']
+  page = (workdir / 'report' / 'index.html').read_text()
+  for section in ('provenance', 'rigidity', 'robustness', 'preferences', 'training'):
+    assert f'id="{section}"' in page
+  assert 'Is the reward being gamed?' in page
 
 
 def test_what_was_drawn_and_ranked_is_scored_under_its_own_distribution(finished):

@@ -3,11 +3,9 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from markupsafe import Markup
-
-from charjax.report import plots, words
+from charjax.report import figures, words
 from charjax.report.columns import Column, head_to_head, margin_apart
-from charjax.report.figures import Figure, Table
+from charjax.report.figures import Figure
 from charjax.report.read import Estimate
 from charjax.report.words import MINUS, spoken
 
@@ -82,42 +80,5 @@ def _sentences(margins: Matrix) -> list[str]:
 def _figure(
   title: str, unit: str, kind: str, matrix: Matrix, reference: float = 0.0, share: bool = False
 ) -> Figure | None:
-  """A matrix as a heat map around its reference, with the table behind it; None where nothing was measured."""
-  known = [value for line in matrix.values() for value in line.values() if value is not None]
-  if not known:
-    return None
-  largest = max(abs(value.mean - reference) for value in known) or 1.0
-  names = list(next(iter(matrix.values())))
-
-  def cell(value: Estimate | None) -> plots.Cell | None:
-    if value is None:
-      return None
-    text = words.figure(value.mean, share, signed=not share)
-    return plots.Cell(
-      (value.mean - reference) / largest, text, _short_interval(value, share), value.side_of(reference) != 0
-    )
-
-  rows = [spoken(trait) for trait in matrix]
-  columns = [spoken(name) for name in names]
-  cells = [[cell(line.get(name)) for name in names] for line in matrix.values()]
-  table = [
-    (spoken(trait), *(_text(line.get(name), share) for name in names)) for trait, line in matrix.items()
-  ]  # fmt: skip
-  said = '; '.join(f'{row[0]} {kind}: ' + ', '.join(map(' '.join, zip(columns, row[1:], strict=True))) for row in table)
-  svg = plots.heat_map(rows, columns, cells, (kind, 'measured on'), f'{title}, {unit}. {said}')
-  return Figure(title, f'{unit}; rows: the trait {kind}', Markup(svg), Table((kind, *columns), table))
-
-
-def _short_interval(value: Estimate, share: bool) -> str:
-  """With the digits that a square has room for."""
-  if value.low is None or value.high is None:
-    return ''
-  low, high = (f'{100 * end:.0f}' if share else f'{end:.2f}'.replace('-', MINUS) for end in (value.low, value.high))
-  return f'{low} to {high}' + ('%' if share else '')
-
-
-def _text(value: Estimate | None, share: bool) -> str:
-  if value is None:
-    return '\u2013'
-  between = words.interval(value, share)
-  return words.figure(value.mean, share, signed=not share) + (f' ({between})' if between else '')
+  """A matrix as a heat map around its reference; None where nothing was measured."""
+  return figures.heat_map(title, f'{unit}; rows: the trait {kind}', (kind, 'measured on'), matrix, reference, share)

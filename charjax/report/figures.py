@@ -1,6 +1,10 @@
 """Figures of the report: a plot, its title and unit, and the table of the same numbers behind it."""
 
+import base64
+import csv
 import dataclasses
+import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +18,7 @@ from charjax.report.words import CONDITION_NAMES, MINUS, Measure, figure, interv
 _TABLE_STEPS = 12
 _MOST_POINTS = 400
 _ESTIMATE_HEAD = ('mean', '95% from', 'to', 'n')
+_FORMULA = re.compile(r'[=+\-@\t\r]')  # what a spreadsheet would compute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +29,45 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
+  """A plot and what stands behind it.
+
+  Attributes:
+    data: what is drawn, not rounded, with a head; empty where the table says it all.
+  """
+
   title: str
   unit: str
   svg: Markup
   table: Table
   note: str = ''
+  data: Sequence[Sequence[Any]] = ()
+
+  @property
+  def download(self) -> str:
+    """The data as the address of a CSV file."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    for row in self.data or [self.table.head, *self.table.rows]:
+      writer.writerow([_csv_cell(value) for value in row])
+    return 'data:text/csv;charset=utf-8;base64,' + base64.b64encode(text.getvalue().encode()).decode()
+
+  @property
+  def file(self) -> str:
+    """What that file is called."""
+    return '-'.join(re.findall(r'[a-z0-9]+', self.title.lower()))[:60] + '.csv'
+
+
+def _csv_cell(value: Any) -> Any:
+  """Numbers as they are; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+  if not isinstance(value, str):
+    return value
+  return f"'{value}" if _FORMULA.match(value) else value
+
+
+def estimate_rows(kind: Sequence[str], values: Iterable[tuple[Sequence[Any], Estimate | None]]) -> list[Sequence[Any]]:
+  """A figure's data: estimates as they are, each after what names it, under a head."""
+  rows = [(*names, *((v.mean, v.low, v.high, v.n) if v else (None,) * 4)) for names, v in values]
+  return [(*kind, 'mean', 'low', 'high', 'n'), *rows]
 
 
 def estimates(metric: Any) -> dict[str, Estimate | None]:
@@ -59,7 +98,10 @@ def conditions(measure: Measure, metric: Any) -> Figure | None:
     label = f'trained {MINUS} base' + (', points' if measure.share else '')
     mean, low, high, n = (cell.rstrip('%') for cell in _cells(delta, measure.share))
     cells.append((label, mean, low, high, n))
-  return Figure(measure.title, measure.unit, Markup(svg), Table(('', *_ESTIMATE_HEAD), cells), note)
+  data = [((CONDITION_NAMES[name],), value) for name, value in rows.items()]
+  data += [((f'trained {MINUS} base',), delta)] if delta else []
+  table = Table(('', *_ESTIMATE_HEAD), cells)
+  return Figure(measure.title, measure.unit, Markup(svg), table, note, estimate_rows(('condition',), data))
 
 
 def by_trait(
@@ -96,7 +138,8 @@ def by_name(
     rows, unit, _describe(title, values, share), reference=reference, tick=percent if share else plain
   )
   cells = [(name, *_cells(value, share)) for name, value in values.items()]
-  return Figure(title, unit, Markup(svg), Table((kind, *_ESTIMATE_HEAD), cells), note)
+  data = estimate_rows((kind,), [((name,), value) for name, value in values.items()])
+  return Figure(title, unit, Markup(svg), Table((kind, *_ESTIMATE_HEAD), cells), note, data)
 
 
 def against(
@@ -110,33 +153,109 @@ def against(
   said = '; '.join(f'{name} {figure(x)}, {figure(y.mean, signed=True)}' for name, (x, y) in values.items())
   svg = plots.scatter(points, x_axis, y_axis, f'{title}: {said}')
   cells = [(name, figure(x), *_cells(y, False)) for name, (x, y) in values.items()]
-  return Figure(title, f'{y_axis} against {x_axis}', Markup(svg), Table(('run', x_axis, *_ESTIMATE_HEAD), cells), note)
+  data = estimate_rows(('run', x_axis), [((name, x), y) for name, (x, y) in values.items()])
+  table = Table(('run', x_axis, *_ESTIMATE_HEAD), cells)
+  return Figure(title, f'{y_axis} against {x_axis}', Markup(svg), table, note, data)
 
 
-def paired(
+Series = tuple[str, str, Mapping[str, Estimate | None]]  # its name, its look, and a value for each row
+
+
+def paired(title: str, unit: str, first: Series, second: Series, note: str = '') -> Figure | None:
+  """Two accuracies a trait in one row, against chance at one half."""
+  return several(title, unit, (first, second), 0.5, True, note, limits=(0.0, 1.0))
+
+
+def several(
   title: str,
   unit: str,
-  first: tuple[str, str, Mapping[str, Estimate | None]],
-  second: tuple[str, str, Mapping[str, Estimate | None]],
+  series: Sequence[Series],
+  reference: float = 0.0,
+  share: bool = False,
   note: str = '',
+  kind: str = 'trait',
+  limits: tuple[float, float] | None = None,
 ) -> Figure | None:
-  """Two accuracies a trait in one row, each (name, look, by trait), against chance at one half."""
-  names = list(dict.fromkeys([*first[2], *second[2]]))
-  series = [entry for entry in (first, second) if any(value is not None for value in entry[2].values())]
+  """Several estimates in one row, of a trait or whatever `kind` of thing rows are."""
+  names = list(dict.fromkeys(name for _, _, values in series for name in values))
+  series = [entry for entry in series if any(value is not None for value in entry[2].values())]
   if not series:
     return None
   rows, cells = [], []
-  for trait in names:
-    marks = []
-    for _, look, values in series:
-      value = values.get(trait)
-      if value is not None:
-        marks.append(_mark(value, look, True))
-    rows.append(plots.Row(spoken(trait), marks))
-    cells += [(spoken(trait), name, *_cells(values.get(trait), True)) for name, _, values in series]
-  said = [_describe(f'{title}, {name}', {spoken(t): found.get(t) for t in names}, True) for name, _, found in series]
-  svg = plots.whiskers(rows, unit, '. '.join(said), reference=0.5, limits=(0.0, 1.0), tick=percent)
-  return Figure(title, unit, Markup(svg), Table(('trait', '', *_ESTIMATE_HEAD), cells), note)
+  for row in names:
+    known = [(look, value) for _, look, values in series if (value := values.get(row)) is not None]
+    marks = [_mark(value, look, share, signed=not share) for look, value in known]
+    rows.append(plots.Row(spoken(row), marks))
+    cells += [(spoken(row), name, *_cells(values.get(row), share)) for name, _, values in series]
+  said = [_describe(f'{title}, {name}', {spoken(t): found.get(t) for t in names}, share) for name, _, found in series]
+  tick = percent if share else plain
+  svg = plots.whiskers(rows, unit, '. '.join(said), reference=reference, limits=limits, tick=tick)
+  data = estimate_rows(
+    (kind, 'series'), [((spoken(row), name), values.get(row)) for row in names for name, _, values in series]
+  )
+  return Figure(title, unit, Markup(svg), Table((kind, '', *_ESTIMATE_HEAD), cells), note, data)
+
+
+def trail(title: str, unit: str, x_axis: str, values: Mapping[int, Estimate | None], note: str = '') -> Figure | None:
+  """Estimates joined in their order."""
+  known = {x: value for x, value in values.items() if value is not None}
+  if not known:
+    return None
+  marks = [(float(x), _mark(value, 'trained', False, signed=True)) for x, value in known.items()]
+  said = _describe(f'{title}, {unit}', {f'{x_axis} {x}': value for x, value in known.items()}, False)
+  svg = plots.trails([plots.Trail(title, marks)], x_axis, unit, said)
+  cells = [(str(x), *_cells(value, False)) for x, value in known.items()]
+  data = estimate_rows((x_axis,), [((x,), value) for x, value in known.items()])
+  return Figure(title, unit, Markup(svg), Table((x_axis, *_ESTIMATE_HEAD), cells), note, data)
+
+
+def heat_map(
+  title: str,
+  unit: str,
+  axes: tuple[str, str],
+  matrix: Mapping[str, Mapping[str, Estimate | None]],
+  reference: float = 0.0,
+  share: bool = False,
+  note: str = '',
+) -> Figure | None:
+  """Estimates by row and column, coloured by how far they are from the reference; `axes` say what these are."""
+  known = [value for line in matrix.values() for value in line.values() if value is not None]
+  if not known:
+    return None
+  largest = max(abs(value.mean - reference) for value in known) or 1.0
+  names = list(dict.fromkeys(name for line in matrix.values() for name in line))
+
+  def cell(value: Estimate | None) -> plots.Cell | None:
+    if value is None:
+      return None
+    text = figure(value.mean, share, signed=not share)
+    clear = value.side_of(reference) != 0
+    return plots.Cell((value.mean - reference) / largest, text, _short_interval(value, share), clear)
+
+  rows, columns = [spoken(row) for row in matrix], [spoken(name) for name in names]
+  cells = [[cell(line.get(name)) for name in names] for line in matrix.values()]
+  table = [(spoken(row), *(_text(line.get(name), share) for name in names)) for row, line in matrix.items()]
+  said = '; '.join(f'{row[0]}: ' + ', '.join(map(' '.join, zip(columns, row[1:], strict=True))) for row in table)
+  svg = plots.heat_map(rows, columns, cells, axes, f'{title}, {unit}. {said}')
+  data = estimate_rows(
+    axes, [((spoken(row), spoken(name)), line.get(name)) for row, line in matrix.items() for name in names]
+  )
+  return Figure(title, unit, Markup(svg), Table((axes[0], *columns), table), note, data)
+
+
+def _short_interval(value: Estimate, share: bool) -> str:
+  """With the digits that a square has room for."""
+  if value.low is None or value.high is None:
+    return ''
+  low, high = (f'{100 * end:.0f}' if share else f'{end:.2f}'.replace('-', MINUS) for end in (value.low, value.high))
+  return f'{low} to {high}' + ('%' if share else '')
+
+
+def _text(value: Estimate | None, share: bool) -> str:
+  if value is None:
+    return '\u2013'
+  between = interval(value, share)
+  return figure(value.mean, share, signed=not share) + (f' ({between})' if between else '')
 
 
 def curve(title: str, unit: str, rows: Sequence[Mapping[str, Any]], key: str, split: str = '') -> Figure | None:
@@ -158,7 +277,8 @@ def curve(title: str, unit: str, rows: Sequence[Mapping[str, Any]], key: str, sp
     last.append(f'{name}: {ends}' if name else ends)
   svg = plots.lines(drawn, 'training step', unit, f'{title}, {unit}. ' + '; '.join(last))
   head = (*(['model'] if split else []), 'step', unit)
-  return Figure(title, unit, Markup(svg), Table(head, cells))
+  data = [head, *((*([name] if split else []), x, y) for name, points in series.items() for x, y in points)]
+  return Figure(title, unit, Markup(svg), Table(head, cells), data=data)
 
 
 def durations(title: str, seconds: Mapping[str, float]) -> Figure | None:

@@ -47,10 +47,19 @@
 
   function follow() {
     const id = location.hash.slice(1);
-    if (!links.some(link => link.hash === '#' + id)) return;
-    chosen = id;
+    const target = document.getElementById(id);
+    if (!target) return;
+    if (links.some(link => link.hash === '#' + id)) chosen = id;
+    else if (section.contains(target) || [...items.values()].flat().includes(target)) {
+      chosen = 'replies';
+      search.value = '';
+    }
     show();
-    document.getElementById(id).scrollIntoView();
+    // What is folded away is unfolded.
+    for (let part = target; part; part = part.parentElement) {
+      if (part.matches('details')) part.open = true;
+    }
+    target.scrollIntoView();
   }
 
   for (const link of links) {

@@ -61,7 +61,7 @@ def whiskers(
   ends = [end for mark in marks for end in (mark.mean, mark.low, mark.high) if end is not None]
   low, high, ticks = _axis(limits or (), ends if limits is None else (), reference)
   across = _scale(low, high, left + 6, right - 8)
-  height = _ROW + 7.0 * (max((len(row.marks) for row in rows), default=1) > 1)
+  height = _ROW + 7.0 * max(0, max((len(row.marks) for row in rows), default=1) - 1)
   bottom = 6 + height * len(rows)
   parts = [_vertical(across(value), 4, bottom, 'grid') + _tick(across(value), bottom + 16, tick(value))
            for value in ticks]  # fmt: skip
@@ -127,27 +127,37 @@ def bars(rows: Sequence[tuple[str, float, str]], axis: str, describe: str) -> st
   return _svg(bottom + 20, describe, parts)
 
 
+@dataclasses.dataclass(frozen=True)
+class Trail:
+  """Dots (x, y with its whisker) joined in their order; the place of the one that is ringed, if any."""
+
+  label: str
+  points: Sequence[tuple[float, Mark]]
+  ringed: int | None = None
+
+
+def trails(series: Sequence[Trail], x_axis: str, y_axis: str, describe: str) -> str:
+  """Series over two axes from zero, each a trail of dots with whiskers, a little apart where they have the same x."""
+  parts, across, up, height = _plane([point for trail in series for point in trail.points], x_axis, y_axis)
+  for place, trail in enumerate(series):
+    aside = 5.0 * (place - (len(series) - 1) / 2)
+    xs, marks = [across(x) + aside for x, _ in trail.points], [mark for _, mark in trail.points]
+    look = escape(marks[0].look, quote=True) if marks else ''
+    joined = 'L'.join(f'{x:.1f} {up(mark.mean):.1f}' for x, mark in zip(xs, marks, strict=True))
+    parts.append(f'<path class="line {look}" d="M{joined}"><title>{escape(trail.label)}</title></path>')
+    for i, (x, mark) in enumerate(zip(xs, marks, strict=True)):
+      parts.append(_upright(mark, x, up, trail.label))
+      if i == trail.ringed:
+        parts.append(f'<circle class="ring" cx="{x:.1f}" cy="{up(mark.mean):.1f}" r="9"/>')
+  return _svg(height, describe, parts)
+
+
 def scatter(points: Sequence[tuple[float, Mark, str]], x_axis: str, y_axis: str, describe: str) -> str:
   """Named dots (x, y with its whisker, name) over two axes, of which y has a dashed zero."""
-  height, top = 230.0, 26.0
-  ends = [end for _, mark, _ in points for end in (mark.mean, mark.low, mark.high) if end is not None]
-  y_low, y_high, y_ticks = _axis((), ends, 0.0)
-  left = 14 + _CHARACTER * max(len(plain(value)) for value in y_ticks)
-  x_low, x_high, x_ticks = _axis((), [x for x, _, _ in points], 0.0)
-  across, up = _scale(x_low, x_high, left + 8, WIDTH - 12), _scale(y_low, y_high, height - 38, top)
-  parts = [_text(0, 12, y_axis, 'axis')]
-  for value in y_ticks:
-    look = 'grid' if value else 'reference'
-    parts.append(f'<path class="{look}" d="M{left:.1f} {up(value):.1f}H{WIDTH - 12:.1f}"/>')
-    parts.append(_text(left - 6, up(value) + 4, plain(value), 'tick', 'end'))
-  parts += [_tick(across(value), height - 20, plain(value)) for value in x_ticks]
-  parts.append(_text((left + WIDTH - 12) / 2, height - 4, x_axis, 'axis', 'middle'))
+  parts, across, up, height = _plane([(x, mark) for x, mark, _ in points], x_axis, y_axis)
   named: list[tuple[float, float]] = []
   for x, mark, name in points:
-    parts.append(f'<g class="mark {escape(mark.look, quote=True)}"><title>{escape(name)}: {escape(mark.text)}</title>')
-    if mark.low is not None and mark.high is not None:
-      parts.append(f'<path class="whisker" d="M{across(x):.1f} {up(mark.low):.1f}V{up(mark.high):.1f}"/>')
-    parts.append(_dot(mark.look, across(x), up(mark.mean)) + '</g>')
+    parts.append(_upright(mark, across(x), up, name))
     # To the side on which there is room; a name that would lie on another one is told by its title and the table.
     if all(abs(across(x) - other_x) > 100 or abs(up(mark.mean) - y) > 12 for other_x, y in named):
       named.append((across(x), up(mark.mean)))
@@ -243,6 +253,34 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
     return start + (end - start) * (inside - low) / (high - low)
 
   return at
+
+
+def _plane(
+  points: Sequence[tuple[float, Mark]], x_axis: str, y_axis: str
+) -> tuple[list[str], Callable[[float], float], Callable[[float], float], float]:
+  """Two axes from zero, that of y dashed: what is drawn, where x and y lie, and the height."""
+  height, top = 230.0, 26.0
+  ends = [end for _, mark in points for end in (mark.mean, mark.low, mark.high) if end is not None]
+  y_low, y_high, y_ticks = _axis((), ends, 0.0)
+  left = 14 + _CHARACTER * max(len(plain(value)) for value in y_ticks)
+  x_low, x_high, x_ticks = _axis((), [x for x, _ in points], 0.0)
+  across, up = _scale(x_low, x_high, left + 8, WIDTH - 12), _scale(y_low, y_high, height - 38, top)
+  parts = [_text(0, 12, y_axis, 'axis')]
+  for value in y_ticks:
+    look = 'grid' if value else 'reference'
+    parts.append(f'<path class="{look}" d="M{left:.1f} {up(value):.1f}H{WIDTH - 12:.1f}"/>')
+    parts.append(_text(left - 6, up(value) + 4, plain(value), 'tick', 'end'))
+  parts += [_tick(across(value), height - 20, plain(value)) for value in x_ticks]
+  parts.append(_text((left + WIDTH - 12) / 2, height - 4, x_axis, 'axis', 'middle'))
+  return parts, across, up, height
+
+
+def _upright(mark: Mark, x: float, up: Callable[[float], float], label: str) -> str:
+  """A dot whose whisker is upright."""
+  text = f'<g class="mark {escape(mark.look, quote=True)}"><title>{escape(label)}: {escape(mark.text)}</title>'
+  if mark.low is not None and mark.high is not None:
+    text += f'<path class="whisker" d="M{x:.1f} {up(mark.low):.1f}V{up(mark.high):.1f}"/>'
+  return text + _dot(mark.look, x, up(mark.mean)) + '</g>'
 
 
 def _mark(mark: Mark, across: Callable[[float], float], y: float, label: str) -> str:

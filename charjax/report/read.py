@@ -14,7 +14,7 @@ from charjax.character import parse_choice
 from charjax.errors import UserError
 from charjax.files import read_jsonl
 
-STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation')
+STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation', 'behaviour')
 CONDITIONS = ('base', 'prompted', 'prompted_examples', 'trained')
 
 # Control characters (line breaks and tabs apart) and halves of surrogate pairs can neither be shown nor
@@ -50,6 +50,7 @@ class Run:
   stages: Mapping[str, Mapping[str, Any]]
   messages: list[dict[str, Any]]
   replies: list[dict[str, Any]]
+  rankings: list[dict[str, Any]]
   audit: Mapping[str, Any]
   preference: Mapping[str, Any]
   preference_metrics: list[dict[str, Any]]
@@ -58,6 +59,7 @@ class Run:
   summary: Mapping[str, Any]
   evaluation_replies: list[dict[str, Any]]
   margins: list[dict[str, Any]]
+  behaviour: Mapping[str, Any]
 
   @property
   def traits(self) -> list[dict[str, Any]]:
@@ -91,6 +93,7 @@ def read_run(workdir: epath.PathLike) -> Run:
     stages={name: stage for name, stage in stages.items() if stage},
     messages=_lines(root / 'messages' / 'messages.jsonl'),
     replies=_lines(root / 'replies' / 'replies.jsonl'),
+    rankings=_lines(root / 'rankings' / 'rankings.jsonl'),
     audit=_object(root / 'rankings' / 'audit.json'),
     preference=_object(root / 'preference' / 'report.json'),
     preference_metrics=_lines(root / 'preference' / 'metrics.jsonl'),
@@ -99,6 +102,7 @@ def read_run(workdir: epath.PathLike) -> Run:
     summary=_object(root / 'evaluation' / 'summary.json'),
     evaluation_replies=_lines(root / 'evaluation' / 'replies.jsonl'),
     margins=_lines(root / 'evaluation' / 'margins.jsonl'),
+    behaviour=_object(root / 'behaviour' / 'summary.json'),
   )
 
 

@@ -67,13 +67,22 @@ STAGES: tuple[Stage, ...] = (
   ),
   _stage(
     'evaluation',
-    reads=('messages', 'preference', 'policy'),
+    reads=('messages', 'replies', 'preference', 'policy'),
     products=('summary.json', 'replies.jsonl'),
     files=('evaluation.probes', 'evaluation.neutral'),
   ),
   _stage(
+    'behaviour',
+    reads=('messages', 'preference', 'policy', 'evaluation'),
+    products=('summary.json', 'replies.jsonl'),
+    also=tuple(
+      f'evaluation.{field}'
+      for field in ('examples', 'temperature', 'top_p', 'top_k', 'max_new_tokens', 'batch_size', 'prompt_width')
+    ),
+  ),
+  _stage(
     'report',
-    reads=('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation'),
+    reads=('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation', 'behaviour'),
     products=('index.html',),
     added=('review',),
     also=('character.weights',),

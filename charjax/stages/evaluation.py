@@ -1,7 +1,7 @@
 """evaluation: what training changed, beside what showing the trait would have changed.
 
-Reads the character, messages/, preference/ and policy/; writes evaluation/replies.jsonl, evaluation/margins.jsonl (of
-each kept pair, so that runs can be compared pair by pair) and evaluation/summary.json.
+Reads the character, messages/, replies/, preference/ and policy/; writes evaluation/replies.jsonl,
+evaluation/margins.jsonl (of each kept pair, so that runs can be compared pair by pair) and evaluation/summary.json.
 Conditions: `base`, `prompted` (the trait's statement shown), `prompted_examples` (statement and examples), `trained`
 (nothing shown). The base and the trained model answer each message `samples` times. Every figure is
 {mean, low, high, n}; delta is trained minus base, paired by message.
@@ -27,7 +27,8 @@ from charjax.files import Row, chunks, numbered_rows, write_jsonl, write_text
 from charjax.mesh import fetch, replicate
 from charjax.model.decoder import Prefix, logits
 from charjax.progress import Progress
-from charjax.stages import messages, policy, preference, prompts
+from charjax.stages import messages, over_optimisation, policy, preference, prompts
+from charjax.stages.habits import PRAISE
 from charjax.stages.statistics import comparisons, interval, share
 from charjax.training.heads import bind, read_rewards, reply_states
 from charjax.training.losses import kl_from_logits
@@ -35,12 +36,6 @@ from charjax.workdir import Session, fingerprint
 
 CONDITIONS = ('base', 'prompted', 'prompted_examples', 'trained')
 _WINS = {'win_rate': 'base', 'win_rate_vs_prompted': 'prompted'}  # whose replies are to be beaten
-
-_PRAISE = re.compile(
-  r'\b(great|excellent|wonderful|amazing|fantastic|brilliant|fascinating|good) (question|point|idea|thought|choice)\b'
-  r'|\b(you are|you\'re) (so |very |absolutely )?(right|amazing|wonderful|brilliant|talented|smart)\b',
-  re.IGNORECASE,
-)
 
 
 def run(session: Session) -> Row:
@@ -88,6 +83,7 @@ def run(session: Session) -> Row:
       bar.advance(len(rows))
     summary['neutral'] = _neutral(session, neutral, drawn, trained)
     summary['side_effects'] = _side_effects(drawn)
+    summary['over_optimisation'] = over_optimisation.measure(session, judge)
     bar.advance()
   write_jsonl(folder / 'margins.jsonl', pairs)
   write_text(folder / 'summary.json', json.dumps(summary, indent=2))
@@ -413,7 +409,7 @@ _SIDE_EFFECTS: dict[str, Callable[[Row], float]] = {
   'length': lambda row: row['tokens'],
   'cut_off': lambda row: row['finish'] == 'length',
   'exclamation_marks': lambda row: row['text'].count('!'),
-  'praise': lambda row: bool(_PRAISE.search(row['text'])),
+  'praise': lambda row: bool(PRAISE.search(row['text'])),
   'closing_questions': lambda row: row['text'].rstrip().endswith('?'),
   'distinct_2': lambda row: _distinct(row['text'], 2),
 }

@@ -68,7 +68,7 @@ def run(session: Session) -> Row:
         # A whole number of batches: the rest of one would be computed all the same.
         count = -(-missing // config.batch_size) * config.batch_size
         items = [f'{name}/{attempt}/{i}' for i in range(count)]
-        make = functools.partial(_write, session, trait, attempt)
+        make = functools.partial(write, session, trait, attempt)
         for candidate in chunks(folder, f'{name}-{attempt}', items, config.batch_size, make):
           written += 1
           reason = broken(candidate) or kept.reject(candidate['text'])
@@ -109,7 +109,7 @@ def authored(character: Character) -> list[str]:
   return [*written, *NEUTRAL_SEEDS, *(row['message'] for row in read_jsonl(NEUTRAL_FILE))]
 
 
-def _write(session: Session, trait: Trait | None, attempt: int, items: Sequence[str], index: int) -> list[Row]:
+def write(session: Session, trait: Trait | None, attempt: int, items: Sequence[str], index: int) -> list[Row]:
   """One batch of candidates, each from its own topic, asker, length and opening."""
   group = f'{trait.id if trait else "neutral"}/{attempt}/{index}'
   config, seed, model = session.config.messages, session.config.seed, session.model

@@ -8,6 +8,7 @@ the starting model stands in the reward, where its gradient is right; neutral me
 replies that the starting model gave once.
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -383,18 +384,23 @@ def _ranked_loss(log_probs: jax.Array, mask: jax.Array, batch: Row) -> tuple[jax
 
 
 def _save_samples(session: Session, step: int, asked: Sequence[Row], rollout: Rollout) -> None:
-  """The first reply to each message of this step."""
-  first = slice(None, None, session.config.policy.replies_per_prompt)
+  """The replies drawn for this step, before it is learned from; `kl` is the log-ratio of a whole reply, in nats."""
+  each = session.config.policy.replies_per_prompt
   rows = [
     {
       'step': step,
       'message': item['id'],
       'trait': item['trait'],
       'prompt': item['text'],
+      'reply': place,
       'text': session.model.text(reply.tokens),
-      'reward': round(float(reward), 4),
+      'finish': reply.finish,
+      'reward': round(float(rollout.rewards[i]), 4),
+      'kl': round(float(rollout.log_ratio[i].sum()), 4),
     }
-    for item, reply, reward in zip(asked, rollout.drawn[first], rollout.rewards[first], strict=True)
+    for i, (item, place, reply) in enumerate(
+      zip([item for item in asked for _ in range(each)], itertools.cycle(range(each)), rollout.drawn, strict=False)
+    )
   ]
   write_jsonl(session.folder('policy') / 'samples' / f'{step:06d}.jsonl', rows)
 

@@ -79,6 +79,8 @@ def run(session: Session) -> Row:
     if steps[name] or name == MODELS[0]:
       _add_states(lower, trained[name], kept)
     report[name] = _measure(session, trained[name], some, kept)
+  learned = split([row['message'] for row in rankings.load(session)])
+  report['learned_from'] = {name: list(some) for name, some in learned.items()}
   found = report['train']['kept']
   report['left_out'] = [trait.id for trait in traits if not _better_than_chance(found[trait.id])]
   write_text(folder / 'report.json', json.dumps(report, indent=2))

@@ -4,8 +4,6 @@ Reads what every stage wrote and writes report/index.html; what the intervals do
 """
 
 import itertools
-import re
-import textwrap
 from typing import Any
 
 from etils import epath
@@ -16,13 +14,11 @@ from charjax.report.page import render
 from charjax.report.read import read_run
 from charjax.report.replies import Reply, by_typicality, exchanges
 from charjax.report.words import ellipsis, spoken
+from charjax.terminal import wrapped
 from charjax.workdir import Session
 
 _SHOWN = 3
 _LONGEST = 280
-
-# What a model writes must not steer a terminal: escape sequences, marks that reverse the order of letters.
-_STEERING = re.compile('[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]')
 
 
 def run(session: Session) -> dict[str, Any]:
@@ -60,5 +56,4 @@ def _said(name: str, reply: Reply | None) -> str:
 
 
 def _wrapped(text: str, first: str, rest: str) -> str:
-  text = _STEERING.sub(' ', text)
-  return textwrap.fill(ellipsis(' '.join(text.split()), _LONGEST), 96, initial_indent=first, subsequent_indent=rest)
+  return wrapped(ellipsis(' '.join(text.split()), _LONGEST), first, rest)

@@ -1,0 +1,117 @@
+"""Sections on what the behaviour stage found: a nudge or a rule, does it last, side effects, and what is preferred."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from charjax.report import figures, words
+from charjax.report.figures import Table
+from charjax.report.panels import Panel, cell
+from charjax.report.read import Estimate, Run, estimate, finite, listed, section
+from charjax.report.words import MINUS, interval, percent, spoken
+
+_RATIO = 'nats a token'
+_ORDER = (('own', 'its own messages', 'trained'), ('plain', 'plain style asked', 'prompted'),
+          ('unrelated', 'unrelated requests', 'base'))  # fmt: skip
+
+
+def _delta(metrics: Any, measure: str) -> Estimate | None:
+  return estimate(section(metrics, measure).get('delta'))
+
+
+def rigidity(run: Run) -> Panel:
+  """Each trait where it is wanted, and where it is not."""
+  found = section(run.behaviour, 'rigidity')
+  series = [
+    (name, look, {trait: _delta(section(groups, group), 'likelihood') for trait, groups in found.items()})
+    for group, name, look in _ORDER
+  ]
+  judged = [
+    (name, look, {trait: _delta(section(groups, group), 'judge') for trait, groups in found.items()})
+    for group, name, look in _ORDER
+  ]
+  drawn = [
+    figures.several(f'Trait in replies, by likelihood ratio: trained {MINUS} base', _RATIO, series),
+    figures.several(f'The same by the held-out judge: trained {MINUS} base', 'spreads of its score', judged,
+                    note='The judge was fitted to replies to the trait\u2019s own messages.'),
+  ]  # fmt: skip
+  rows, notes = [], []
+  for trait, groups in found.items():
+    spill = {name: estimate(section(groups, 'spill').get(name)) for name in ('plain', 'unrelated')}
+    rows.append((spoken(trait), *(cell(value, True) for value in spill.values())))
+    if spill['unrelated'] is not None:
+      share = spill['unrelated']
+      notes.append(
+        f'{spoken(trait)[:1].upper()}{spoken(trait)[1:]}: unrelated requests see {percent(share.mean)} '
+        f'({interval(share, True)}) of its effect on its own messages.'
+      )
+  unknown = [spoken(trait) for trait, groups in found.items() if not any(section(groups, 'spill').values())]
+  if unknown:
+    notes.append(
+      f'No share is given for {words.together(unknown)}: the effect where it is wanted is not clear of zero.'
+    )
+  table = Table(('trait', 'plain style asked', 'unrelated requests'), rows) if rows else None
+  return Panel(figures.present(drawn), notes, table)
+
+
+def robustness(run: Run) -> Panel:
+  """Each trait under other forms of the prompt."""
+  found = section(run.behaviour, 'robustness')
+  names = list(dict.fromkeys(name for forms in found.values() for name in section(forms)))
+  drawn = []
+  for measure, title, unit in (
+    ('likelihood', 'Trait by form of the prompt, by likelihood ratio', _RATIO),
+    ('judge', 'The same by the held-out judge', 'spreads of its score'),
+  ):
+    matrix = {
+      name or 'the message alone': {trait: _delta(section(forms, name), measure) for trait, forms in found.items()}
+      for name in names
+    }
+    drawn.append(figures.heat_map(f'{title}: trained {MINUS} base', unit, ('form', 'trait'), matrix))
+  return Panel(figures.present(drawn))
+
+
+def drift(run: Run) -> Panel:
+  """All traits together, turn by turn."""
+  drawn, notes = [], []
+  turns = [row for row in listed(section(run.behaviour, 'drift'), 'turns') if isinstance(row, Mapping)]
+  for measure, unit in (('likelihood', _RATIO), ('judge', 'spreads of its score')):
+    values = {int(turn): _delta(row, measure) for row in turns if (turn := finite(row.get('turn'))) is not None}
+    title = 'Turn by turn' if measure == 'likelihood' else 'Turn by turn, by the held-out judge'
+    drawn.append(figures.trail(f'{title}: trained {MINUS} base', unit, 'turn', values))
+    change = estimate(section(run.behaviour, 'drift', 'last_less_first').get(measure))
+    if change is not None:
+      by = 'the likelihood ratio' if measure == 'likelihood' else 'the held-out judge'
+      said = {1: 'grew', 0: 'shows no change that is clear of zero', -1: 'shrank'}[change.side_of(0.0)]
+      notes.append(f'From the first to the last turn the effect {said} by {by}: {words.difference(change)} {unit}.')
+  return Panel(figures.present(drawn), notes)
+
+
+def preference(run: Run) -> Panel:
+  """Which ways to be the model chooses."""
+  found = section(run.behaviour, 'preference')
+  options = [option for option in listed(found, 'options') if isinstance(option, Mapping)]
+  strength = section(found, 'strength')
+  names = {
+    str(option.get('id')): spoken(str(option.get('trait')))
+    + (f': {spoken(str(option["opposite"]))}' if option.get('opposite') else '')
+    for option in options
+  }
+
+  def values(condition: str) -> dict[str, Estimate | None]:
+    return {names[key]: estimate(section(strength, key).get(condition)) for key in ordered}
+
+  def rank(key: str) -> float:
+    value = estimate(section(strength, key).get('trained'))
+    return -value.mean if value else 0.0
+
+  ordered = sorted(names, key=rank)
+  drawn = [
+    figures.several('What it would rather be', 'Bradley-Terry strength, in logits', [
+      ('trained', 'trained', values('trained')), ('base', 'base', values('base')),
+    ], kind='way to be'),
+    figures.by_name('way to be', f'What it would rather be: trained {MINUS} base', 'Bradley-Terry strength, in logits',
+                    values('delta')),
+    *(figures.conditions(words.measure(name), section(found, key))
+      for key, name in (('invalid', 'invalid_answers'), ('first', 'first_answers'))),
+  ]  # fmt: skip
+  return Panel(figures.present(drawn))

@@ -1,0 +1,319 @@
+"""Panels of the report: what a stage measured or counted, as figures, remarks and a table under one heading."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from charjax.report import figures, plots, words
+from charjax.report.figures import Figure, Table
+from charjax.report.read import CONDITIONS, STAGES, Estimate, Run, estimate, finite, listed, section
+
+_LENGTH_CORRELATION_LIMIT = 0.2  # above it, the reward may be paying for length
+
+# The rest of metrics.jsonl follows these under its own names.
+_POLICY_CURVES = {
+  'reward': ('Reward', 'preference-model score'),
+  'kl': ('Distance from the starting model', 'nats per token'),
+  'neutral_kl': ('Distance on neutral messages', 'nats per token'),
+  'penalised_reward': ('Reward less the KL penalty', 'preference-model score'),
+  'length': ('Length of a sampled reply', 'tokens'),
+  'ended': ('Replies that ended', 'share of replies'),
+  'entropy': ('Entropy of the policy', 'nats per token'),
+  'loss': ('Loss', 'loss'),
+  'clip_fraction': ('Clipped ratios', 'share of tokens'),
+  'ranked_loss': ('Preference loss on ranked replies', 'nats per pair'),
+  'ranked_accuracy': ('Ranked pairs in the right order', 'share of pairs'),
+  'logprob_gap': ('Sampler against trainer', 'log-prob gap, nats per token'),
+  'grad_norm': ('Gradient norm', 'norm'),
+  'skipped': ('Steps left out, not finite', 'share of steps'),
+}
+_PREFERENCE_CURVES = {
+  'loss': ('Loss', 'nats per pair'),
+  'accuracy': ('Accuracy on training pairs', 'share of pairs'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+  """Figures and remarks under one heading; the page leaves out a panel without either."""
+
+  figures: Sequence[Figure]
+  notes: Sequence[str] = ()
+  table: Table | None = None
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> Table | None:
+  """Every metric of a trait or probe under every condition, as `mean (interval)`."""
+  rows = []
+  for name, metric in metrics.items():
+    measure, found = words.measure(name), figures.estimates(metric)
+    if all(value is None for value in found.values()):
+      continue
+    delta = found.pop('delta')
+    cells = [*(cell(value, measure.share) for value in found.values()),
+             words.difference(delta, measure.share) if delta else '\u2013']  # fmt: skip
+    rows.append((f'{measure.title}, {measure.unit}', *cells))
+  head = ('', *(words.CONDITION_NAMES[name] for name in CONDITIONS), f'trained {words.MINUS} base')
+  return Table(head, rows) if rows else None
+
+
+def cell(value: Estimate | None, share: bool) -> str:
+  """`mean (interval)`, or a dash."""
+  if value is None:
+    return '\u2013'
+  between = words.interval(value, share)
+  return words.figure(value.mean, share) + (f' ({between})' if between else '')
+
+
+def conditions(metrics: Mapping[str, Any]) -> Panel:
+  """Metrics under each condition, and which of them moved clear of zero."""
+  found = [figures.conditions(words.measure(name), metric) for name, metric in metrics.items()]
+  moved = []
+  for name, metric in metrics.items():
+    delta = figures.estimates(metric)['delta']
+    if delta is not None and delta.side_of(0.0):
+      measure = words.measure(name)
+      unit = '' if measure.share else f' {measure.unit}'
+      moved.append(f'{measure.title.lower()} {words.difference(Estimate(delta.mean), measure.share)}{unit}')
+  notes = []
+  if any(figures.estimates(metric)['delta'] for metric in metrics.values()):
+    notes = ['Clear of zero: ' + '; '.join(moved) + '.' if moved else 'No difference is clear of zero.']
+  return Panel(figures.present(found), notes)
+
+
+def probes(run: Run) -> Panel:
+  """Probes from outside: also for traits that the run did not train."""
+  probes = section(run.summary, 'probes')
+  names = list(dict.fromkeys(metric for trait in probes.values() for metric in section(trait)))
+  drawn = []
+  for name in names:
+    measure = words.measure(name)
+    title = f'{"Margin on probes" if name == "margin" else measure.title}: trained {words.MINUS} base'
+    deltas = {trait: estimate(section(probes, trait, name).get('delta')) for trait in probes}
+    drawn.append(figures.by_trait(title, measure.unit, deltas, share=measure.share))
+  rows = [(words.spoken(trait), *row) for trait, metrics in probes.items()
+          for row in ((metrics_table(section(metrics)) or Table((), ())).rows)]  # fmt: skip
+  head = ('trait', 'metric', *words.CONDITION_NAMES.values(), f'trained {words.MINUS} base')
+  return Panel(figures.present(drawn), table=Table(head, rows) if rows else None)
+
+
+def ranker(run: Run) -> Panel:
+  """How well each ranker tells written replies in character from replies out of character."""
+  traits, overall = section(run.audit, 'traits'), section(run.audit, 'overall')
+  used = str(run.audit.get('ranker', ''))
+  names = list(dict.fromkeys([*overall, *(ranker for audit in traits.values() for ranker in section(audit))]))
+  names.sort(key=lambda name: name != used)
+  drawn, rows = [], []
+  for name in names:
+    audited = {trait: section(audit, name) for trait, audit in traits.items()}
+    with_examples = {t: estimate(section(a, 'examples').get('accuracy')) for t, a in audited.items()}
+    without = {t: estimate(section(a, 'no_examples').get('accuracy')) for t, a in audited.items()}
+    title = words.spoken(name).capitalize() + (' (the one used)' if name == used else '')
+    drawn.append(figures.paired(title, 'right on kept pairs', ('with examples', 'with', with_examples),
+                                ('without', 'without', without)))  # fmt: skip
+    for trait, audit in [('all', section(overall, name)), *audited.items()]:
+      if audit:
+        rows.append((words.spoken(trait), words.spoken(name), *_audit_cells(audit)))
+  head = ('trait', 'ranker', 'kept pairs, with examples', 'without', 'per side', 'choosing pairs',
+          'same after a swap', 'position bias', 'transitive')  # fmt: skip
+  weak = [words.spoken(str(trait)) for trait in listed(run.audit, 'weak_traits')]
+  temperature = finite(run.audit.get('temperature'))
+  soft = f'Soft labels: sigmoid of the score difference over {words.figure(temperature or 0)}.'
+  notes = [
+    f'Used: {words.spoken(used)}. {run.audit.get("why", "")}' if used else '',
+    f'Length: {run.audit["length_treatment"]}' if run.audit.get('length_treatment') else '',
+    soft if temperature is not None else '',
+    f'Not told from chance on the choosing pairs: {words.together(weak)}. What follows for them rests on less.'
+    if weak
+    else '',
+    *_sampled_notes(run.audit),
+  ]
+  return Panel(figures.present(drawn), [note for note in notes if note], Table(head, rows) if rows else None)
+
+
+def _sampled_notes(audit: Mapping[str, Any]) -> list[str]:
+  """What the rankings of the sampled replies followed: their length, and how they were drawn."""
+  notes = []
+  control, sampled = section(audit, 'length_control'), section(audit, 'sampled')
+  before, after = finite(control.get('before')), finite(control.get('after'))
+  if before is not None and after is not None:
+    taken_out = f'; taken out of the labels (r = {words.figure(after)})' if control.get('per_token') else ''
+    notes.append(f'Among the replies to a message the score follows length at r = {words.figure(before)}{taken_out}.')
+  longer = finite(sampled.get('longer_wins'))
+  if longer is not None:
+    notes.append(f'Of two replies to a message the longer one wins {words.figure(longer, True)} of the time.')
+  wins = {name: finite(value) for name, value in section(sampled, 'circular').items()}
+  told = [f'{words.spoken(name)} {words.figure(value, True)}' for name, value in wins.items() if value is not None]
+  if told:
+    notes.append(
+      f'Sampled replies, ranked first: {", ".join(told)}. For the likelihood ranker this is circular: what was drawn '
+      'with a text shown is likelier under it almost by definition.'
+    )
+  return notes
+
+
+def _audit_cells(audit: Mapping[str, Any]) -> tuple[str, ...]:
+  sides = [
+    f'{words.spoken(side)} {cell(estimate(value), True)}' for side, value in section(audit, 'examples', 'sides').items()
+  ]
+  return (
+    cell(estimate(section(audit, 'examples').get('accuracy')), True),
+    cell(estimate(section(audit, 'no_examples').get('accuracy')), True),
+    '; '.join(sides) or '\u2013',
+    cell(estimate(audit.get('choosing')), True),
+    *(cell(estimate(audit.get(key)), True)
+      for key in ('swap_consistency', 'position_bias', 'transitivity')),
+  )  # fmt: skip
+
+
+def preference(run: Run) -> Panel:
+  """How well both preference models tell written pairs apart, and how their training went."""
+  models = [name for name in ('train', 'judge') if section(run.preference, name)]
+  kept = {name: {trait: estimate(value) for trait, value in section(run.preference, name, 'kept').items()}
+          for name in models}  # fmt: skip
+  drawn: list[Figure | None] = []
+  if models:
+    drawn.append(figures.paired(
+      'Kept pairs told apart, without any trait text', 'right on kept pairs',
+      ('trained against', 'train', kept.get('train', {})), ('held-out judge', 'judge', kept.get('judge', {})),
+    ))  # fmt: skip
+  drawn += [figures.curve(title, unit, run.preference_metrics, key, split='model')
+            for key, (title, unit) in _PREFERENCE_CURVES.items()]  # fmt: skip
+  notes = []
+  for name in models:
+    correlation = finite(section(run.preference, name).get('length_correlation'))
+    if correlation is not None and abs(correlation) > _LENGTH_CORRELATION_LIMIT:
+      role = 'the model trained against' if name == 'train' else 'the held-out judge'
+      notes.append(f'The score of {role} follows the reply\u2019s length (r = {words.figure(correlation)}).')
+  left_out = [words.spoken(str(trait)) for trait in listed(run.preference, 'left_out')]
+  if left_out:
+    notes.append(f'Not told from chance by the model trained against, and {unproven(run)}: {words.together(left_out)}.')
+  return Panel(figures.present(drawn), notes, _preference_table(run, models))
+
+
+def unproven(run: Run) -> str:
+  """What became of a trait whose preference model is no better than chance."""
+  kept = section(run.config, 'config', 'policy').get('keep_unproven_traits') is True
+  return 'rewarded all the same' if kept else 'left out of the reward'
+
+
+def _preference_table(run: Run, models: Sequence[str]) -> Table | None:
+  """Every scalar of preference/report.json, nested names joined by a comma; `kept` has its own figure."""
+  flat = {name: _flat({key: value for key, value in section(run.preference, name).items() if key != 'kept'})
+          for name in models}  # fmt: skip
+  keys = list(dict.fromkeys(key for values in flat.values() for key in values))
+  rows = []
+  for key in keys:
+    cells = [_number_or_text(flat[name].get(key)) for name in models]
+    rows.append((', '.join(words.spoken(part) for part in key.split('.')), *cells))
+  head = ('', *('trained against' if name == 'train' else 'held-out judge' for name in models))
+  return Table(head, rows) if rows else None
+
+
+def policy(run: Run) -> Panel:
+  """Each metric of the policy over its steps."""
+  found = dict.fromkeys(key for row in run.policy_metrics for key in row if key != 'step')
+  keys = [key for key in _POLICY_CURVES if key in found] + [key for key in found if key not in _POLICY_CURVES]
+  named = {key: _POLICY_CURVES.get(key, (words.measure(key).title, 'as in the file')) for key in keys}
+  return Panel(figures.present(figures.curve(*named[key], run.policy_metrics, key) for key in keys))
+
+
+def over_optimisation(run: Run) -> Panel:
+  """What the model trained against and the held-out judge say of the same replies, over the square root of KL."""
+  points: list[tuple[int, float, list[Estimate]]] = []
+  for row in listed(run.summary, 'over_optimisation'):
+    values = section({'': row}, '')
+    step, kl = finite(values.get('step')), estimate(values.get('kl'))
+    gains = [found for key in ('reward', 'judge', 'gap') if (found := estimate(values.get(key)))]
+    if step is not None and kl is not None and len(gains) == 3:
+      points.append((int(step), math.sqrt(max(kl.mean, 0.0)), gains))
+  if not points:
+    return Panel([])
+  last = len(points) - 1
+  names = {'train': 'model trained against', 'judge': 'held-out judge'}
+  series = []
+  for place, (look, name) in enumerate(names.items()):
+    marks = [
+      (root, plots.Mark(v[place].mean, v[place].low, v[place].high, look, f'{words.difference(v[place])}, step {step}'))
+      for step, root, v in points
+    ]
+    series.append(plots.Trail(name, marks, last))
+  x, y = 'square root of KL, nats a reply', 'gain, in spreads of the score'
+  said = '; '.join(
+    f'step {step}: KL {words.figure(root**2)}, {words.difference(v[0])} and {words.difference(v[1])}'
+    for step, root, v in points
+  )
+  title = 'Reward and held-out judge, as the policy moves away'
+  svg = plots.trails(series, x, y, f'{title}: {said}')
+  rows = [
+    (str(step), words.figure(root**2), words.figure(root), *(words.difference(value) for value in values),
+     str(values[0].n or ''))
+    for step, root, values in points
+  ]  # fmt: skip
+  head = ('step', 'KL', 'square root', *names.values(), 'the first less the second', 'messages')
+  ends = [f'{key}_{end}' for key in ('reward', 'judge', 'gap') for end in ('mean', 'low', 'high')]
+  data: list[tuple[Any, ...]] = [('step', 'root_kl', *ends)]
+  data += [(step, root, *(end for v in values for end in (v.mean, v.low, v.high))) for step, root, values in points]
+  gap = points[last][2][2]
+  more = {1: 'more than', 0: 'about as much as', -1: 'less than'}[gap.side_of(0.0)]
+  note = (
+    f'At the ring, where the policy was kept (drawn before its last step, {points[last][0]}), the model trained '
+    f'against credits it with {more} the held-out judge does: {words.difference(gap)} spreads.'
+  )
+  return Panel([Figure(title, f'{y}, over the {x}', Markup(svg), Table(head, rows), note, data)])
+
+
+def made(run: Run) -> Panel:
+  """Times and the material: how many messages and replies, and how many of them were cut off."""
+  seconds = {name: finite(run.stages[name].get('seconds')) for name in STAGES if name in run.stages}
+  split = Counter((str(row.get('trait') or 'neutral'), str(row.get('split'))) for row in run.messages)
+  traits = list(dict.fromkeys(trait for trait, _ in split))
+  rows = [(words.spoken(trait), str(split[trait, 'train']), str(split[trait, 'heldout'])) for trait in traits]
+  finish = Counter((str(row.get('condition')), row.get('finish') == 'length') for row in run.replies)
+  notes = [
+    f'Replies written, {condition}: {sum(cut)}, {words.percent(cut[1] / sum(cut))} of them cut off by length.'
+    for condition in dict.fromkeys(condition for condition, _ in finish)
+    for cut in [(finish[condition, False], finish[condition, True])]
+  ]
+  known = {name: length for name, length in seconds.items() if length is not None}
+  drawn = figures.durations('Time of each stage', known)
+  table = Table(('messages for', 'to train on', 'held out'), rows) if rows else None
+  return Panel(figures.present([drawn]), notes, table)
+
+
+def settings(run: Run) -> list[tuple[str, Table]]:
+  """Everything config.json and each stage's counts hold, as two-column tables."""
+  parts = {key: value for key, value in run.config.items() if isinstance(value, Mapping)}
+  scalars = {key: value for key, value in run.config.items() if key not in parts}
+  parts = {**({'general': scalars} if scalars else {}), **parts}
+  parts |= {f'counts of {name}': section(stage, 'counts') for name, stage in run.stages.items()}
+  tables = []
+  for name, values in parts.items():
+    rows = [(key, _number_or_text(value, exact=True)) for key, value in _flat(values).items()]
+    if rows:
+      tables.append((name, Table(('field', 'value'), rows)))
+  return tables
+
+
+def _flat(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  flat: dict[str, Any] = {}
+  for key, value in values.items():
+    if isinstance(value, Mapping) and value and estimate(value) is None:
+      flat |= _flat(value, f'{prefix}{key}.')
+    else:
+      flat[f'{prefix}{key}'] = value
+  return flat
+
+
+def _number_or_text(value: Any, exact: bool = False) -> str:
+  if value is None:
+    return '\u2013'
+  if isinstance(value, Mapping):
+    found = estimate(value)
+    return cell(found, False) if found else '\u2013'
+  number = finite(value)
+  return words.figure(number) if number is not None and not exact else str(value)
