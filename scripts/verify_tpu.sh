@@ -3,8 +3,8 @@
 # are processes of this machine with one CPU device each: tpu/babysit.sh creates the slice, sets it up and starts the smoke
 # config; one worker is killed with SIGKILL, then the slice is preempted, its disks with it; and what stands in the end is
 # compared with a run that nobody disturbed, JSON Lines byte for byte, weights bit for bit. What it does not show: that
-# Google's own gcloud and machines behave as the stand-in does. Takes about ten minutes on two cores after ./scripts/test.sh.
-# WORKDIR keeps the folders.
+# Google's own gcloud and machines behave as the stand-in does. It needs two cores of its own, after ./scripts/test.sh: where
+# workers get no time to speak, they are taken for lost. WORKDIR keeps the folders.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
