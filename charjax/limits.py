@@ -32,12 +32,12 @@ _LIMITS: dict[str, dict[str, tuple[float, float]]] = {
     'max_gradient': _AMOUNT, 'skipped_steps': _SIZE, 'save_every': _SIZE, 'measured_messages': _SIZE,
   },
   'policy': {
-    'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'steps': _SIZE, 'prompts_per_step': _SIZE, 'microbatches': _SIZE,
-    'replies_per_prompt': _COUNT, 'batch_size': _SIZE, 'ranked_replies': _COUNT, 'ranked_labels': _SHARE,
-    'ranked_weight': _AMOUNT, 'ranked_beta': _AMOUNT, 'ranked_temperature': _AMOUNT, 'ranked_likelihood': _AMOUNT,
-    'shown_replies': _COUNT, 'shown_weight': _AMOUNT, 'temperature': _AMOUNT, 'max_new_tokens': _SIZE,
-    'prompt_width': _SIZE, 'kl': _AMOUNT, 'kl_target': _AMOUNT, 'clip': _AMOUNT, 'trace': _SHARE,
-    'other_traits': _AMOUNT, 'neutral_weight': _AMOUNT, 'warmup': _COUNT, 'weight_decay': _AMOUNT,
+    'seed': (0, 2**31 - 1), 'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'steps': _SIZE, 'prompts_per_step': _SIZE,
+    'microbatches': _SIZE, 'replies_per_prompt': _COUNT, 'batch_size': _SIZE, 'ranked_replies': _COUNT,
+    'ranked_labels': _SHARE, 'ranked_weight': _AMOUNT, 'ranked_beta': _AMOUNT, 'ranked_temperature': _AMOUNT,
+    'ranked_likelihood': _AMOUNT, 'shown_replies': _COUNT, 'shown_weight': _AMOUNT, 'temperature': _AMOUNT,
+    'max_new_tokens': _SIZE, 'prompt_width': _SIZE, 'kl': _AMOUNT, 'kl_target': _AMOUNT, 'clip': _AMOUNT,
+    'trace': _SHARE, 'other_traits': _AMOUNT, 'neutral_weight': _AMOUNT, 'warmup': _COUNT, 'weight_decay': _AMOUNT,
     'max_gradient': _AMOUNT, 'skipped_steps': _SIZE, 'save_every': _SIZE, 'samples_every': _SIZE,
   },
   'behaviour': {
@@ -141,14 +141,13 @@ def check(config: ConfigDict) -> None:
     raise UserError(f'config.preference.depth is {preference.depth}; it must be above 0 and at most 1')
   if not 0 <= preference.head_plain < 1:
     raise UserError(f'config.preference.head_plain is {preference.head_plain}; it must be at least 0 and below 1')
-  if policy.trace < 1 and replies.plain < 1:
+  leans = policy.trace < 1 and policy.advantages == 'grpo' and policy.replies_per_prompt > 0
+  if leans and replies.plain < 1:
     raise UserError(
       f'config.policy.trace is {policy.trace}, whose critic learns from plain replies; set config.replies.plain to 1 '
       'or more, or the trace to 1'
     )
-  if policy.max_new_tokens > replies.max_new_tokens and (
-    policy.trace < 1 or policy.ranked_replies or policy.shown_replies
-  ):
+  if policy.max_new_tokens > replies.max_new_tokens and (leans or policy.ranked_replies or policy.shown_replies):
     raise UserError(
       f'config.policy.max_new_tokens is {policy.max_new_tokens}, and the ranked replies that the policy learns from '
       f'have at most {replies.max_new_tokens} tokens; lower it, or raise config.replies.max_new_tokens'

@@ -143,7 +143,7 @@ def run_policy(session: workdir.Session, said: Sequence[Rollout] = ()) -> tuple[
   real, steps = policy.roll_out, Steps()
 
   def roll_out(*args: Any) -> Rollout:
-    step = args[-1]
+    step = args[5]
     if not said or step == 1:
       found.append(real(*args))
     if not said:

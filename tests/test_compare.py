@@ -128,10 +128,15 @@ def test_seeds_are_pooled(tmp_path):
   assert found.high - found.mean == pytest.approx(4.3027 * np.std(means, ddof=1) / np.sqrt(3), rel=1e-4)
   assert differences.fields([pooled, other]) == {'seed': ['0 / 1 / 2', '0'], 'policy.kl': ['0.04', '0.5']}
   assert 'Student\u2019s t over the seeds' in page_of(folders, tmp_path)[1]
-  # Another policy from the same data is another seed, too.
-  folders[3] = epath.Path(write_run(tmp_path / 'kl=0.1,again', settings={'policy': {'seed': 7}}))
-  [pooled] = read_columns(folders)
-  assert [seed_of(run) for run in pooled.runs] == ['0', '1', '2', '0+7']
+  # Other policies from the same data are pooled, too, and the luck of the messages stays in the interval.
+  again = [epath.Path(write_run(tmp_path / f'again-{n}', settings={'policy': {'seed': n}})) for n in (7, 8)]
+  [pooled] = read_columns([folders[0], *again])
+  assert [seed_of(run) for run in pooled.runs] == ['0', '0+7', '0+8']
+  judge = [run.summary['traits']['honesty']['judge']['delta'] for run in pooled.runs]
+  found = pooled.figure('traits', 'honesty', 'judge', 'delta')
+  assert found.high - found.low > 0.9 * min(row['high'] - row['low'] for row in judge)
+  # Those of several data are not independent of each other.
+  assert len(read_columns([*folders[:2], *again])) == 4
 
 
 def test_traits_that_differ_stand_each_for_itself(tmp_path):

@@ -280,7 +280,7 @@ def test_a_value_head_learns_from_states_that_it_leaves_as_they_are():
 
 def test_the_penalty_s_weight_follows_the_divergence_and_a_run_that_goes_on_finds_it_again(tmp_path):
   config = ConfigDict({'kl': 0.1, 'kl_target': 0.5})
-  told = [0.5, 5.0, 0.0, 0.55, 0.45]
+  told = [0.5, 5.0, 0.0, 0.55, None]  # that of the last step was not finite
   weights, found = policy._KLWeights(config, tmp_path), []
   for step, kl in enumerate(told, 1):
     found.append(weights.at(step))
@@ -289,4 +289,5 @@ def test_the_penalty_s_weight_follows_the_divergence_and_a_run_that_goes_on_find
   np.testing.assert_allclose(found, [0.1, 0.1, 0.102, 0.102 * 0.98, 0.102 * 0.98 * 1.01])
   write_jsonl(tmp_path / 'metrics.jsonl', [{'step': step, 'kl': kl} for step, kl in enumerate(told, 1)])
   assert policy._KLWeights(config, tmp_path).at(4) == pytest.approx(found[3])
+  assert policy._KLWeights(config, tmp_path).at(6) == pytest.approx(found[4]) == pytest.approx(weights.at(6))
   assert policy._KLWeights(ConfigDict({'kl': 0.1, 'kl_target': 0.0}), tmp_path).at(4) == 0.1

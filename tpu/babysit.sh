@@ -103,7 +103,10 @@ while true; do
       remove
       ;;
     unset) if "$tpu/setup.sh"; then start; else cut_off; fi ;;
-    new) start ;;
+    new)
+      [[ -z $started ]] || cut_off
+      start
+      ;;
     again)
       last_words
       cut_off

@@ -11,7 +11,8 @@ trap 'rm -rf "$folder"' EXIT
 cd "$tpu/.."
 git ls-files -z --cached --others --exclude-standard >"$folder/files" 2>/dev/null ||
   fail "$PWD: no git checkout, so that it is not known what to take"
-tar --create --gzip --file="$folder/charjax.tar.gz" --ignore-failed-read --null --files-from="$folder/files" 2>/dev/null
+tar --create --gzip --file="$folder/charjax.tar.gz" --ignore-failed-read --null --files-from="$folder/files" 2>"$folder/errors" ||
+  fail "tar: $(tail -n 1 "$folder/errors")"
 try gcloud compute tpus tpu-vm scp "$folder/charjax.tar.gz" "$name:" "${where[@]}" --worker=all
 # Files that are no more must not be imported; what is installed stays.
 on all "mkdir -p charjax && cd charjax && find . -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} + &&\

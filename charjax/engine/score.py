@@ -112,9 +112,10 @@ class FixedShapes:
   def __init__(self, prompts: Sequence[Tokens], longest_reply: int, replies: Sequence[Tokens] = ()):
     """Args: prompts, all that will come; longest_reply, in tokens; replies, of lengths as will come."""
     self.cut = common_prefix(prompts)
-    self._prompt_width = bucket(max(map(len, prompts)) - self.cut - 1, PROMPT_STEP)
-    self._width = bucket(1 + longest_reply, REPLY_STEP)
     self._prompt_lengths = np.array([len(prompt) - self.cut - 1 for prompt in prompts])
+    # One program, whatever its widths are: no coarser steps for what is long.
+    self._prompt_width = max(1, math.ceil(self._prompt_lengths.max() / PROMPT_STEP)) * PROMPT_STEP
+    self._width = math.ceil((1 + longest_reply) / REPLY_STEP) * REPLY_STEP
     self._lengths = np.array([1 + len(reply) for reply in replies] or [self._width])
     prefix, _ = pad([prompts[0][: self.cut]], max(1, self.cut))
     self.prefix, self.length = replicate((prefix, np.array([self.cut], np.int32)))

@@ -230,7 +230,7 @@ def as_text(plan: Plan) -> str:
     + ', '.join(f'{name} {size / GIB:.2f}' for name, size in widest.residents.items() if size / GIB >= 0.005)
   )
   hours = ', '.join(f'{name} {seconds / 3600:.2f}' for name, seconds in plan.stages.items())
-  lines.append(f'hours at the peaks of the chips, every text as long as it may be: {hours}')
+  lines.append(f'hours at the peaks of the chips, every text as long as it may be, without behaviour: {hours}')
   lines.append(f'{plan.chip_hours:.1f} chip-hours on {plan.topology.name} ({plan.topology.size} chips)')
   lines.append('fits' if plan.fits else f'does not fit: {plan.remedy}')
   if plan.topology.devices is None:

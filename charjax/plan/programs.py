@@ -20,6 +20,7 @@ from charjax.engine import decode, sample, work
 from charjax.engine.batch import PREFIX_STEP, bucket, compute_prefix
 from charjax.engine.sample import Reply, Sampling
 from charjax.engine.score import FixedShapes, Group, Rows, parts_of
+from charjax.errors import UserError
 from charjax.mesh import batch_parts, describe, described, replicate, shard_batch, spec
 from charjax.model.attention import Places
 from charjax.model.config import ModelConfig
@@ -63,7 +64,16 @@ class Program:
 
 
 def make(config: Any, character: Any, shape: ModelConfig, platform: str) -> list[Program]:
-  """The programs of a run on the current mesh: reading prompts and drawing replies, judging them, and both steps."""
+  """The programs of a run on the current mesh: reading prompts and drawing replies, judging them, and both steps.
+
+  Raises:
+    UserError: the policy is trained in a way whose programs are not known here.
+  """
+  if not config.policy.replies_per_prompt or config.policy.advantages == 'ppo' or config.policy.shown_replies:
+    raise UserError(
+      'charjax plan knows policies of GRPO and RLOO alone yet, with ranked replies or without; set '
+      "config.policy.advantages to 'grpo', shown_replies to 0 and replies_per_prompt above it"
+    )
   with described():
     decoder = describe_model(shape, config.model, platform)
     model = LanguageModel(decoder, SimpleNamespace(eos_ids=(0,)), None)  # type: ignore[arg-type]

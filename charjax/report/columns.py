@@ -54,7 +54,9 @@ class Column:
     known = [value for value in found if value is not None]
     if not known or len(known) < len(found):
       return None
-    return estimate(statistics.pool([_row(value) for value in known], path[-2] in _SAME_ITEMS))
+    # With the same seed, what differs is the policy's: messages and the starting model's replies are the same.
+    same = path[-2] in _SAME_ITEMS or len({run.config.get('seed') for run in self.runs}) == 1
+    return estimate(statistics.pool([_row(value) for value in known], same))
 
   def margin(self, trait: str) -> Estimate | None:
     """By how much training moved the margin on the trait's kept pairs."""
@@ -105,8 +107,9 @@ def read_columns(folders: Sequence[epath.Path]) -> list[Column]:
     alike[_but_for_seed(run)].append(place)
   columns = []
   for places in alike.values():
-    seeds = [seed_of(runs[place]) for place in places]
-    if len(set(seeds)) < len(seeds):  # The same run twice is no second measurement.
+    seeds = [_seeds(runs[place]) for place in places]
+    # The same run twice is no second measurement, and policies of several data are not independent of each other.
+    if len(set(seeds)) < len(seeds) or all(len(set(some)) > 1 for some in zip(*seeds, strict=True)):
       columns += [Column(names[str(folders[place])], [runs[place]], [folders[place]]) for place in places]
       continue
     several = [names[str(folders[place])] for place in places]
@@ -128,8 +131,13 @@ def settings(run: Run) -> dict[str, Any]:
 
 def seed_of(run: Run) -> str:
   """The seed, and what the policy adds to it."""
+  seed, more = _seeds(run)
+  return f'{seed}+{more}' if more else str(seed)
+
+
+def _seeds(run: Run) -> tuple[Any, Any]:
   found = settings(run)
-  return '+'.join(str(found[name]) for name in _SEEDS if found[name] or name == 'seed')
+  return found[_SEEDS[0]], found[_SEEDS[1]]
 
 
 def _but_for_seed(run: Run) -> str:

@@ -10,6 +10,7 @@ replies that the starting model gave once.
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -127,18 +128,22 @@ class _KLWeights:
     self._config, self._folder, self._next = config, folder, (1, config.kl)
 
   def at(self, step: int) -> float:
-    first, weight = self._next
+    first, _ = self._next
     if self._config.kl_target and step > first:
-      # A run that goes on: what was before is in its metrics.
-      for row in read_jsonl(self._folder / 'metrics.jsonl'):
-        if first <= row['step'] < step:
-          weight = adapt_kl(weight, row['kl'], self._config.kl_target)
-      self._next = step, weight
-    return weight
+      # A run that goes on: what was before is in its metrics, which process 0 writes.
+      told = hosts.first(lambda: [[row['step'], row['kl']] for row in read_jsonl(self._folder / 'metrics.jsonl')])
+      for number, kl in told:
+        if first <= number < step:
+          self.after(number, kl)
+    return self._next[1]
 
-  def after(self, step: int, kl: float) -> None:
+  def after(self, step: int, kl: float | None) -> None:
     if self._config.kl_target:
-      self._next = step + 1, adapt_kl(self._next[1], kl, self._config.kl_target)
+      weight = self._next[1]
+      # That of a step that is skipped may not be finite, and says nothing.
+      if kl is not None and math.isfinite(kl):
+        weight = adapt_kl(weight, kl, self._config.kl_target)
+      self._next = step + 1, weight
 
 
 def _note(values: Mapping[str, float]) -> str:
@@ -267,7 +272,8 @@ def _trait_prompts(session: Session) -> list[Row]:
       f'policy: the traits that can be rewarded ({", ".join(weight)}) have weight 0; raise one, or set '
       'config.policy.keep_unproven_traits=True'
     )
-  before = {trait.id: replies.shown(session, trait) for trait in session.character.traits}
+  used = config.shown_replies > 0
+  before = {trait.id: replies.shown(session, trait) if used else [] for trait in session.character.traits}
   return [
     {
       'id': row['id'],

@@ -283,7 +283,7 @@ def roll_out(
   else:
     grouped = shard_batch(tuple(array.reshape(len(asked), each, -1) for array in (scores, values, log_ratio, mask)))
     if config.advantages == 'rloo':
-      advantages = fetch(_rloo(*grouped, kl))
+      advantages = fetch(_rloo(grouped[0], *grouped[2:], kl))
     else:
       share = replicate(to_come(mask.shape[1], config.max_new_tokens))
       advantages = fetch(_grpo(*grouped, share, trace, kl))
@@ -314,9 +314,8 @@ def _grpo(
 
 
 @jax.jit
-def _rloo(scores: jax.Array, values: jax.Array, log_ratio: jax.Array, mask: jax.Array, kl: Any) -> jax.Array:
+def _rloo(scores: jax.Array, log_ratio: jax.Array, mask: jax.Array, kl: Any) -> jax.Array:
   """The same, where each reply is worth what it earns as a whole, less the penalty."""
-  del values
 
   def one(scores: jax.Array, log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
     tokens = jnp.maximum(mask.sum(1), 1)

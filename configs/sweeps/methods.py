@@ -4,7 +4,7 @@ charjax sweep --config=configs/sweeps/methods.py --workdir=runs/methods
 
 GRPO, RLOO and PPO draw replies and are rewarded for them; DPO learns from the ranked replies, best-of-N distillation
 from the one of them that the preference model prefers, and context distillation from what the model says when it is
-shown the trait. Each draws or reads as many replies to a message at a step.
+shown the trait. At a step each draws or reads as many replies to a message, as far as there are so many.
 """
 
 
@@ -16,10 +16,11 @@ def get_sweep(config):
   read = {'policy.replies_per_prompt': 0, 'policy.ranked_replies': ranked}
   for seed in range(3):
     again = {'policy.seed': seed}
+    best = {'policy.ranked_weight': 0.0, 'policy.ranked_likelihood': 1.0, 'policy.ranked_labels': 0.0}
     yield f'grpo-{seed}', {'policy.advantages': 'grpo'} | drawn | again
     yield f'rloo-{seed}', {'policy.advantages': 'rloo'} | drawn | again
     yield f'ppo-{seed}', {'policy.advantages': 'ppo'} | drawn | again
     yield f'dpo-{seed}', {'policy.ranked_likelihood': 0.0} | read | again
-    yield f'best-of-n-{seed}', {'policy.ranked_weight': 0.0, 'policy.ranked_likelihood': 1.0} | read | again
+    yield f'best-of-n-{seed}', best | read | again
     shown = {'policy.shown_replies': config.replies.shown, 'policy.ranked_replies': 0, 'policy.replies_per_prompt': 0}
     yield f'distillation-{seed}', shown | again
