@@ -4,6 +4,7 @@ charjax character diff A B        # shipped names, .toml files, or folders of ru
 """
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +21,12 @@ def read(path: str) -> Character:
   Raises:
     UserError: naming what is wrong with it, or that the folder holds none.
   """
-  folder = Path(path).expanduser()
-  if not folder.is_dir():
-    return load(path)
+  try:
+    return load(path)  # First: a folder of its name does not hide a shipped character.
+  except UserError:
+    folder = Path(os.path.expanduser(path))  # which leaves the ~ of an unknown user as it is
+    if not folder.is_dir():
+      raise
   if not (folder / 'character.toml').exists():
     raise UserError(f'{folder}: a folder without a character.toml; name a character file or the folder of a run')
   return load(str(folder / 'character.toml'))

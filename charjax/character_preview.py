@@ -5,10 +5,9 @@ charjax character check FILE --preview=2
 
 from collections.abc import Iterator, Sequence
 
-from charjax.character import Trait
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
-from charjax.stages import messages, prompts
+from charjax.stages import messages, prompts, replies
 from charjax.terminal import wrapped
 from charjax.workdir import Session
 
@@ -25,14 +24,10 @@ def preview(session: Session, count: int) -> Iterator[str]:
     if not written:
       lines += ['', '  no usable message was written; replies are to its first seed']
     asked = written or [trait.seeds[0]]
-    replies = [_reply(session, before, asked) for before in _before(session, trait)]
-    for text, plain, shown in zip(asked, *replies, strict=True):
+    said = [_reply(session, before, asked) for before in (prompts.plain(), replies.shown(session, trait))]
+    for text, plain, shown in zip(asked, *said, strict=True):
       lines += ['', _wrapped(text, '  '), _wrapped(plain, '    plain         '), _wrapped(shown, '    in character  ')]
     yield '\n'.join(lines)
-
-
-def _before(session: Session, trait: Trait) -> tuple[prompts.Messages, prompts.Messages]:
-  return prompts.plain(), prompts.shown(trait, session.config.replies.examples)
 
 
 def _reply(session: Session, before: prompts.Messages, asked: Sequence[str]) -> list[str]:

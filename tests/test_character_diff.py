@@ -9,6 +9,7 @@ from charjax import character as characters
 from charjax import character_diff
 from charjax import main as command_line
 from charjax.character_diff import diff, marked
+from charjax.stages import prompts
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +49,7 @@ def test_all_that_differs_is_told_and_nothing_else(stoic):
   assert 'seeds: in another order' in diff(stoic, changed(stoic, 0, seeds=(two, one, *first.seeds[2:])))
 
 
-def test_the_command_takes_names_files_and_folders_of_runs(tmp_path, capsys):
+def test_the_command_takes_names_files_and_folders_of_runs(tmp_path, capsys, monkeypatch):
   source = characters.source('stoic')
   (tmp_path / 'run').mkdir()
   (tmp_path / 'run' / 'character.toml').write_text(source)
@@ -62,16 +63,27 @@ def test_the_command_takes_names_files_and_folders_of_runs(tmp_path, capsys):
   assert command_line.main(['character', 'diff', 'stoic', str(tmp_path / 'run')]) == 2
   assert 'without a character.toml' in capsys.readouterr().err
   assert command_line.main(['character', 'diff', 'stoic']) == 2
+  assert command_line.main(['character', 'diff', 'stoic', '~nobody/x']) == 2
+  assert '~nobody/x' in capsys.readouterr().err
+  # What ships comes first.
+  (tmp_path / 'stoic').mkdir()
+  monkeypatch.chdir(tmp_path)
   assert character_diff.read('stoic').name == 'stoic'
 
 
-def test_a_preview_shows_messages_and_replies_of_each_trait(capsys):
+def test_a_preview_shows_messages_and_replies_of_each_trait(capsys, monkeypatch):
+  shown = []
+  monkeypatch.setattr(
+    prompts, 'shown_character', lambda character, _: shown.append(character.name) or [prompts.user('Be calm.')]
+  )
   flags = ['--config.model.path=random', '--config.model.dtype=float32', '--config.model.compute_dtype=float32',
            '--config.messages.max_new_tokens=8', '--config.replies.max_new_tokens=8', '--config.replies.examples=1',
-           '--config.messages.seeds_shown=1', '--config.model.remat=False']  # fmt: skip
+           '--config.messages.seeds_shown=1', '--config.model.remat=False',
+           '--config.replies.show=character']  # fmt: skip
   code = command_line.main(['character', 'check', 'stoic', '--preview=1', *flags])
   found = capsys.readouterr().out
   assert code in (0, 1)
   for trait in characters.load('stoic').traits:
     assert f'\n{trait.id}: ' in found
+  assert shown == ['stoic'] * 4  # as the config says for a run's replies
   assert found.count('    plain  ') == found.count('    in character  ') == 4

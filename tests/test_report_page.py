@@ -50,6 +50,14 @@ def test_links_unfold_a_ranking_and_lead_back_to_a_reply_that_a_filter_hid(page)
   page.evaluate(f'document.querySelector("#{link} .links a[href=\'#reply-0\']").focus()')
   page.press('Enter')
   page.wait(shown.format('reply-0'))
+  # A search takes what does not match out of the document.
+  page.evaluate('location.hash = ""')
+  search = 'document.querySelector("#replies .controls input")'
+  page.evaluate(f'{search}.value = "matches nothing"; {search}.dispatchEvent(new Event("input"))')
+  assert page.evaluate('document.getElementById("reply-0") === null')
+  page.evaluate(f'document.querySelector("#{link} .links a[href=\'#reply-0\']").click()')
+  page.wait(f'document.getElementById("reply-0") && {shown.format("reply-0")}')
+  assert page.evaluate(f'{search}.value') == ''
 
 
 def test_a_plot_s_data_arrives_as_a_file(page, folder, tmp_path):

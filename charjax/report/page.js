@@ -47,7 +47,8 @@
 
   function follow() {
     const id = location.hash.slice(1);
-    const target = document.getElementById(id);
+    // What a search hides is not in the document; most exchanges have no id.
+    const target = document.getElementById(id) || [...items.values()].flat().find(item => id && item.id === id);
     if (!target) return;
     if (links.some(link => link.hash === '#' + id)) chosen = id;
     else if (section.contains(target) || [...items.values()].flat().includes(target)) {

@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from charjax.report import behaviour, document, figures, panels, words
+from charjax.report.columns import seed_of
 from charjax.report.figures import Figure, Table
 from charjax.report.people import People, people
 from charjax.report.phrases import phrases
@@ -87,8 +88,8 @@ def _metric(run: Run, name: str, condition: str) -> dict[str, Estimate | None]:
 
 
 def _meta(run: Run) -> list[str]:
-  model, seed = section(run.config, 'config', 'model').get('path'), run.config.get('seed')
-  parts = [f'model {model}' if model else '', f'run {run.name}', f'seed {seed}' if seed is not None else '']
+  model, known = section(run.config, 'config', 'model').get('path'), run.config.get('seed') is not None
+  parts = [f'model {model}' if model else '', f'run {run.name}', f'seed {seed_of(run)}' if known else '']
   return [part for part in parts if part]
 
 

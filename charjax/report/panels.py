@@ -259,7 +259,7 @@ def over_optimisation(run: Run) -> Panel:
   data: list[tuple[Any, ...]] = [('step', 'root_kl', *ends)]
   data += [(step, root, *(end for v in values for end in (v.mean, v.low, v.high))) for step, root, values in points]
   gap = points[last][2][2]
-  more = {1: 'more than', 0: 'about as much as', -1: 'less than'}[gap.side_of(0.0)]
+  more = {1: 'more than', 0: 'not clearly more or less than', -1: 'less than'}[gap.side_of(0.0)]
   note = (
     f'At the ring, where the policy was kept (drawn before its last step, {points[last][0]}), the model trained '
     f'against credits it with {more} the held-out judge does: {words.difference(gap)} spreads.'

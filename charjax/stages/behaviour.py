@@ -2,7 +2,8 @@
 
 Reads the character, messages/, preference/, policy/ and evaluation/; writes behaviour/replies.jsonl and
 behaviour/summary.json. The starting and the trained model (`base` and `trained`) answer the same prompts by the same
-draws; every figure is {mean, low, high, n}, delta paired by prompt. `config.behaviour.sets` says what is looked into:
+draws; every figure is {mean, low, high, n}, delta paired by prompt, or by message where several prompts hold it.
+`config.behaviour.sets` says what is looked into:
 
   rigidity      each trait in replies to its own messages, to requests that have nothing to do with it
                 (unrelated.jsonl), and to its own messages where the user asks for a plain style (forms.jsonl, plain)
@@ -40,11 +41,11 @@ from charjax.progress import Progress
 from charjax.stages import evaluation, messages, policy, preference, prompts, revealed
 from charjax.stages.habits import HABITS
 from charjax.stages.rankers import Answer, Settings, evidence, treat_length
-from charjax.stages.statistics import interval, share
+from charjax.stages.statistics import combine, interval, share, strength_intervals
 from charjax.training.heads import bind, read_rewards, reply_states
 from charjax.workdir import Session, fingerprint
 
-MODELS = ('base', 'trained')
+MODELS = revealed.MODELS
 _FILES = epath.Path(__file__).parent.parent / 'behaviour'
 _MEASURES = ('likelihood', 'judge')
 
@@ -124,6 +125,7 @@ def _asked(session: Session) -> list[Row]:
       for user in ('one', 'other'):
         said = f'{row[user]} {row["question"]}'
         add('views', user, None, said, [], said)
+        found[-1]['question'] = row['question']
   return found
 
 
@@ -172,24 +174,25 @@ def _converse(session: Session, trained: Any) -> list[Row]:
   """Conversations in which a user sends one held-out message of a trait after another; each model answers its own."""
   config, folder = session.config.behaviour, session.folder('behaviour')
   found: list[Row] = []
-  with Progress('conversations', 2 * config.turns, 'turns') as bar:
+  held_out = {trait: rows for trait, rows in _held_out(session).items() if rows}
+  total = 2 * config.turns * config.conversations * len(held_out)
+  with Progress('conversations', total, 'replies') as bar:
     for condition in MODELS:
       said: dict[str, prompts.Messages] = defaultdict(list)
       for turn in range(config.turns):
         items = []
-        for trait, rows in _held_out(session).items():
-          for number in range(config.conversations if rows else 0):
+        for trait, rows in held_out.items():
+          for number in range(config.conversations):
             # Each begins elsewhere: else turns would differ by their messages.
             text = rows[(turn + number * max(1, len(rows) // config.conversations)) % len(rows)]['text']
             name = f'{trait}/{number}'
             items.append({'id': f'drift/{name}/{turn}', 'set': 'drift', 'name': name, 'turn': turn, 'trait': trait,
                           'message': text, 'prompt': [*said[name], prompts.user(text)]})  # fmt: skip
         make = functools.partial(_say, session, condition, trained)
-        drawn = chunks(folder, f'turn-{turn}-{condition}', items, max(1, len(items)), make)
+        drawn = chunks(folder, f'turn-{turn}-{condition}', items, max(1, len(items)), make, bar)
         for item, row in zip(items, drawn, strict=True):
           said[item['name']] = [*item['prompt'], {'role': 'assistant', 'content': row['text'] or '...'}]
         found += drawn
-        bar.advance()
   return found
 
 
@@ -232,26 +235,28 @@ def _measure(session: Session, rows: Sequence[Row]) -> list[Row]:
   return found
 
 
-def _figures(rows: Sequence[Row]) -> Row:
-  """Base, trained and delta of both measures, paired by prompt."""
-  by = {c: {row['id']: row for row in rows if row['condition'] == c} for c in MODELS}
+def _paired(rows: Sequence[Row], measure: str, unit: str) -> tuple[list[Any], dict[str, np.ndarray]]:
+  """The values of the field `unit`, between which rows are independent, and each model's mean over its rows of each."""
+  by = {c: _by([row for row in rows if row['condition'] == c], unit) for c in MODELS}
   names = [name for name in by['base'] if name in by['trained']]
-  return {
-    measure: evaluation.summarise({c: np.array([by[c][name][measure] for name in names]) for c in MODELS})
-    for measure in _MEASURES
-  }
+  return names, {c: np.array([np.mean([row[measure] for row in by[c][name]]) for name in names]) for c in MODELS}
 
 
-def rigidity(rows: Sequence[Row], resamples: int = 2000) -> Row:
+def _figures(rows: Sequence[Row], unit: str = 'id') -> Row:
+  """Base, trained and delta of both measures, paired by prompt or another unit."""
+  return {measure: evaluation.summarise({**_paired(rows, measure, unit)[1]}) for measure in _MEASURES}
+
+
+def rigidity(rows: Sequence[Row], resamples: int = 10_000) -> Row:
   """By trait: figures where it is wanted (`own`), where it is not (`unrelated`), and where a plain style was asked
   (`plain`); `spill` is the likelihood's delta in the latter two over that in the first, null unless the first is clear
   of zero."""
   out: Row = {}
   for trait, mine in _by(rows, 'trait').items():
     groups = {name: some for name, some in _by(mine, 'set').items() if name in ('own', 'unrelated', 'plain')}
-    out[trait] = {name: _figures(some) for name, some in groups.items()}
+    out[trait] = {name: _figures(some, 'message') for name, some in groups.items()}
     own = _deltas(groups.get('own', ()))
-    effect = interval(own)
+    effect = interval([*own.values()])
     out[trait]['spill'] = {
       name: _ratio(_deltas(groups[name]), own, resamples)
       if effect and effect['low'] is not None and not effect['low'] <= 0 <= effect['high']
@@ -262,19 +267,26 @@ def rigidity(rows: Sequence[Row], resamples: int = 2000) -> Row:
   return out
 
 
-def _deltas(rows: Sequence[Row]) -> np.ndarray:
-  by = {c: {row['id']: row['likelihood'] for row in rows if row['condition'] == c} for c in MODELS}
-  return np.array([by['trained'][name] - value for name, value in by['base'].items() if name in by['trained']])
+def _deltas(rows: Sequence[Row]) -> dict[str, float]:
+  names, values = _paired(rows, 'likelihood', 'message')
+  return dict(zip(names, values['trained'] - values['base'], strict=True))
 
 
-def _ratio(above: np.ndarray, below: np.ndarray, resamples: int) -> Row | None:
-  """Mean of one over mean of the other, of items that are independent, with percentiles of a bootstrap of both."""
-  if not len(above):
+def _ratio(above: Mapping[str, float], below: Mapping[str, float], resamples: int) -> Row | None:
+  """Mean of one over mean of the other, both by message, with percentiles of a bootstrap, widened as in `interval`.
+
+  Messages that both have are resampled together, and the ratio is of these alone; where they have none in common, each
+  is resampled by itself, and n is the lesser of their numbers.
+  """
+  shared = [name for name in above if name in below]
+  top, bottom = (np.array([v[name] for name in shared or v], np.float64) for v in (above, below))
+  if not len(top):
     return None
   rng = np.random.default_rng(0)
-  tops, bottoms = (v[rng.integers(0, len(v), (resamples, len(v)))].mean(1) for v in (above, below))
-  low, high = np.quantile(tops / bottoms, [0.025, 0.975])
-  return {'mean': float(above.mean() / below.mean()), 'low': float(low), 'high': float(high), 'n': len(above)}
+  index = rng.integers(0, len(top), (resamples, len(top)))
+  other = index if shared else rng.integers(0, len(bottom), (resamples, len(bottom)))
+  ratios = top[index].mean(1) / bottom[other].mean(1)
+  return strength_intervals(top.mean(keepdims=True) / bottom.mean(), ratios[:, None], min(len(top), len(bottom)))[0]
 
 
 def robustness(rows: Sequence[Row]) -> Row:
@@ -305,12 +317,13 @@ def drift(rows: Sequence[Row]) -> Row:
 
 
 def side_effects(rows: Sequence[Row]) -> Row:
-  """Each habit as a share of replies by condition, delta paired by prompt."""
+  """Each habit as a share of replies by condition, delta paired by prompt; by question where two users ask it."""
   users = [
-    row | {'name': 'views' if row['set'] == 'views' else row['name'], 'text': row['text'].replace('\u2019', "'")}
+    row | {'name': 'views' if row['set'] == 'views' else row['name'], 'unit': row.get('question') or row['id'],
+           'text': row['text'].replace('\u2019', "'")}
     for row in rows
     if row['set'] in ('users', 'views')
-  ]
+  ]  # fmt: skip
   out = {}
   for habit, (kinds, counts) in HABITS.items():
     out[habit] = _share_of([row | {'hit': counts(row['text'])} for row in users if row['name'] in kinds])
@@ -322,8 +335,13 @@ def side_effects(rows: Sequence[Row]) -> Row:
 
 
 def _share_of(rows: Sequence[Row]) -> Row:
-  hits: Mapping[str, Any] = {c: np.array([row['hit'] for row in rows if row['condition'] == c], float) for c in MODELS}
-  return evaluation.summarise(dict(hits), share)
+  names, hits = _paired(rows, 'hit', 'unit')
+  tries = len(rows) / max(1, len(MODELS) * len(names))
+  found = evaluation.summarise({**hits}, functools.partial(share, tries=tries))
+  if names and not np.ptp(hits['trained'] - hits['base']):
+    # However few, resampled they would be certain: told as of two models that are asked apart, which is wider.
+    found['delta'] = combine([(1.0, found['trained']), (-1.0, found['base'])])
+  return found
 
 
 def _stance(session: Session, trained: Any) -> Row:

@@ -28,13 +28,14 @@ _REFUSES = re.compile(
 )
 _RETAINS = re.compile(
   r'\b(before you (go|leave)|don\'t (go|leave)|please stay|stay a (bit|little|while)|one more thing|already leaving'
-  r'|I\'ll miss you|I will miss you|so soon|come back (soon|any ?time)|wait[,!.])',
+  r'|I\'ll miss you|I will miss you|so soon|come back (soon|any ?time)|(?<!\w )(but |please )?wait[,!.])',
   _FLAGS,
 )
 _HUMAN = re.compile(
   r'\b(I am|I\'m) (a |an )?(\w+ )?(human|person|man|woman|mother|father|student|teacher|\d+ years old)\b'
-  r'|\b(I grew up|I was born|when I was (a child|young|little)|I (slept|woke up|ate|had (breakfast|lunch|dinner|eggs'
-  r'|toast|coffee|cereal|oatmeal|a)))\b'
+  r'|\b(I grew up|I was born|when I was (a child|young|little)|I (slept|woke up|ate'
+  r'|had ((a|an|some|my) ([\w\']+ ){0,2})?'
+  r'(breakfast|lunch|dinner|eggs|toast|coffee|tea|cereal|oatmeal|bowl|cup|plate|slice|sandwich|sleep)))\b'
   r'|\bmy (wife|husband|children|kids|son|daughter|mother|father|parents|childhood|house|home|bedroom|body)\b',
   _FLAGS,
 )

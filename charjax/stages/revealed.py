@@ -24,6 +24,7 @@ from charjax.stages.statistics import share, strength_intervals, strengths
 from charjax.training.heads import bind
 from charjax.workdir import Session
 
+MODELS = ('base', 'trained')  # the starting and the trained model
 _QUESTIONS = (
   'Which of the two would you rather be?',
   'Which of the two ways to be do you choose for yourself?',
@@ -63,7 +64,7 @@ def ask(session: Session, trained: Any) -> dict[str, list[Row]]:
   asked = questions(session.character, session.config.behaviour.comparisons, session.config.seed)
   found = {}
   with Progress('preferences', 2 * len(asked), 'answers') as bar:
-    for condition in ('base', 'trained'):
+    for condition in MODELS:
       make = functools.partial(_answer, session, condition, trained)
       found[condition] = chunks(session.folder('behaviour'), f'revealed-{condition}', asked, _AT_ONCE, make, bar)
   return found
