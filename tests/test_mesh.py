@@ -305,7 +305,7 @@ def test_what_was_not_put_on_the_devices_is_refused(shape):
 def test_batches_are_split_by_rows(mesh):
   rows = shard_batch(rows_of_all())
   parts = mesh.shape['data'] * mesh.shape['fsdp']
-  for array in rows:
+  for array in jax.tree.leaves(rows):
     assert {shard.data.shape for shard in array.addressable_shards} == {(8 // parts, *array.shape[1:])}
   # Numbers go to every device, as does what `replicate` is given.
   for array in (shard_batch(np.float32(2)), replicate(np.arange(8))):

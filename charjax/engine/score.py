@@ -233,21 +233,22 @@ def token_log_probs(
     rows: prompts and replies.
     temperature: of the distribution; or of that of each reply [N].
     barred: ids that cannot be drawn, their probability shared by all others.
-    going_on: whether those ids are barred; or in which replies [N].
+    going_on: whether those ids are barred; where `temperature` is one of each reply, in which of them [N].
   """
 
   def by_token(values: Any) -> jax.Array:
-    return jnp.broadcast_to(jnp.reshape(values, (-1, 1)), (len(rows.tokens), rows.tokens.shape[1] - 1))
+    return jnp.broadcast_to(values[:, None], (len(rows.tokens), rows.tokens.shape[1] - 1))
 
-  def one(hidden_nd: jax.Array, ids_n: jax.Array, temperature_n: jax.Array, going_on_n: jax.Array) -> jax.Array:
-    scaled = logits(decoder, hidden_nd) / temperature_n[:, None]
+  def one(hidden_nd: jax.Array, ids_n: jax.Array, temperature_n: Any = temperature, going_on_n: Any = going_on) -> Any:
+    scaled = logits(decoder, hidden_nd) / jnp.reshape(temperature_n, (-1, 1))
     if barred is not None:
-      out = jnp.isin(jnp.arange(scaled.shape[-1]), barred) & going_on_n[:, None]
+      out = jnp.isin(jnp.arange(scaled.shape[-1]), barred) & jnp.reshape(going_on_n, (-1, 1))
       scaled = jnp.where(out, -1e9, scaled)
     chosen = jnp.take_along_axis(scaled, ids_n[:, None], 1)[:, 0]
     return chosen - jax.nn.logsumexp(scaled, -1)
 
-  values = over_tokens(one, rows, [hidden], rows.tokens[:, 1:], by_token(temperature), by_token(going_on))
+  by_reply = [by_token(values) for values in (temperature, going_on)] if jnp.ndim(temperature) else []
+  values = over_tokens(one, rows, [hidden], rows.tokens[:, 1:], *by_reply)
   return jnp.where(reply_mask(rows), values, 0.0)
 
 
