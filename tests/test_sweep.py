@@ -194,11 +194,11 @@ class Planned(sweep.Trial):
 
 
 def test_the_time_left_counts_what_is_shared_once():
-  took = dict(zip(STAGES, (10.0, 20.0, 30.0, 5.0, 60.0, 40.0), strict=True)) | {'report': 1.0}
+  took = dict(zip(STAGES, (10.0, 20.0, 30.0, 5.0, 60.0, 40.0), strict=True)) | {'behaviour': 0.25, 'report': 0.75}
   first = Planned('a', 'mrRpPE', seconds=took, state='finished')
   running = Planned('b', 'mrRpQF', seconds=dict(list(took.items())[:4]), since=100.0, state='running')
   other = Planned('c', 'mrSqUG')
-  # 60 - 25 of the policy, 40 of the evaluation, 1 of the report; and all from the rankings on.
+  # 60 - 25 of the policy, 40 of the evaluation, 1 of behaviour and report; and all from the rankings on.
   assert sweep.time_left([first, running], 1, 125.0) == pytest.approx(35 + 40 + 1)
   assert sweep.time_left([first, running, other], 1, 125.0) == pytest.approx(76 + 30 + 5 + 60 + 40 + 1)
   # At a time: no sooner than the longest of them.
