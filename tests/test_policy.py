@@ -139,12 +139,18 @@ def test_of_replies_that_are_as_good_a_token_none_is_better_for_its_length(trace
 END = 7
 
 
-def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
+def two_models():
+  """A config, the tensors and decoders of a starting and a trained model, and two prompts that begin alike."""
   config = tiny_config(vocab_size=60)
-  start, now = random_tensors(config, seed=0), random_tensors(config, seed=1)
-  decoders = [make_decoder(config, tensors, jnp.float32, Runtime(scan_layers=True)) for tensors in (start, now)]
+  tensors = [random_tensors(config, seed=seed) for seed in (0, 1)]
+  decoders = [make_decoder(config, some, jnp.float32, Runtime(scan_layers=True)) for some in tensors]
   rng = np.random.default_rng(0)
   prompts = [[1, 2, *rng.integers(8, 60, n).tolist()] for n in (3, 5)]
+  return config, tensors, decoders, prompts, rng
+
+
+def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
+  config, (start, now), decoders, prompts, rng = two_models()
   # To each message one drawn reply, then three ranked ones, of which the second message lacks one.
   replies = [[rng.integers(8, 60, n).tolist() for n in lengths] for lengths in ((4, 5, 3, 6), (3, 6, 4))]
   shapes = FixedShapes(prompts, 6)
@@ -216,11 +222,7 @@ def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
 
 
 def test_what_was_shown_is_distilled_by_the_exact_divergence_of_the_model_that_saw_it():
-  config = tiny_config(vocab_size=60)
-  start, now = random_tensors(config, seed=0), random_tensors(config, seed=1)
-  decoders = [make_decoder(config, tensors, jnp.float32, Runtime(scan_layers=True)) for tensors in (start, now)]
-  rng = np.random.default_rng(0)
-  prompts = [[1, 2, *rng.integers(8, 60, n).tolist()] for n in (3, 5)]
+  config, (start, now), decoders, prompts, rng = two_models()
   shown = [[1, *rng.integers(8, 60, n).tolist(), *prompt] for n, prompt in zip((9, 14), prompts, strict=True)]
   # One of them was dropped.
   replies = [[rng.integers(8, 60, n).tolist() for n in lengths] for lengths in ((4, 6), (3,))]

@@ -197,7 +197,7 @@ def _policy(session: Session, reward: Any) -> list[Program]:
   messages = [item | {'prompt': prompt} for prompt in asked]
   neutral = [{'prompt': prompt, 'reply': said.tokens} for prompt in asked]
   rollout = rollouts.Rollout([said] * count, nothing, nothing, nothing, np.zeros(count, np.float32))
-  batch, done = _counted(lambda: policy.make_policy_batch(session, shapes, shapes, messages, neutral, rollout))
+  batch, done = _counted(lambda: policy.make_policy_batch(session, shapes, None, messages, neutral, rollout))
   step = Program(
     'policy step', 'policy', make_step(loss, optimizer, trainable, layout).__wrapped__,
     (trainable, state, decoder, batch), {}, residents | {'batch': batch}, done.flops, done.tokens,

@@ -21,16 +21,15 @@ def _delta(metrics: Any, measure: str) -> Estimate | None:
 def rigidity(run: Run) -> Panel:
   """Each trait where it is wanted, and where it is not."""
   found = section(run.behaviour, 'rigidity')
-  series = [
-    (name, look, {trait: _delta(section(groups, group), 'likelihood') for trait, groups in found.items()})
-    for group, name, look in _ORDER
-  ]
-  judged = [
-    (name, look, {trait: _delta(section(groups, group), 'judge') for trait, groups in found.items()})
-    for group, name, look in _ORDER
-  ]
+  ratios, judged = (
+    [
+      (name, look, {trait: _delta(section(groups, group), measure) for trait, groups in found.items()})
+      for group, name, look in _ORDER
+    ]
+    for measure in ('likelihood', 'judge')
+  )
   drawn = [
-    figures.several(f'Trait in replies, by likelihood ratio: trained {MINUS} base', _RATIO, series),
+    figures.several(f'Trait in replies, by likelihood ratio: trained {MINUS} base', _RATIO, ratios),
     figures.several(f'The same by the held-out judge: trained {MINUS} base', 'spreads of its score', judged,
                     note='The judge was fitted to replies to the trait\u2019s own messages.'),
   ]  # fmt: skip

@@ -143,7 +143,7 @@ def _say(session: Session, condition: str, trained: Any, items: Sequence[Row], _
   """A reply of one model to each item's prompt."""
   config, model = session.config.evaluation, session.model
   settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size, config.top_k)
-  decoder, adapter = bind(model.decoder, trained) if condition == 'trained' else (model.decoder, None)
+  decoder, adapter = bind(model.decoder, trained if condition == 'trained' else None)
   drawn = sample(
     decoder,
     [model.prompt(item['prompt']) for item in items],
@@ -267,8 +267,8 @@ def rigidity(rows: Sequence[Row], resamples: int = 10_000) -> Row:
   return out
 
 
-def _deltas(rows: Sequence[Row]) -> dict[str, float]:
-  names, values = _paired(rows, 'likelihood', 'message')
+def _deltas(rows: Sequence[Row], measure: str = 'likelihood', unit: str = 'message') -> dict[str, float]:
+  names, values = _paired(rows, measure, unit)
   return dict(zip(names, values['trained'] - values['base'], strict=True))
 
 
@@ -302,14 +302,11 @@ def drift(rows: Sequence[Row]) -> Row:
   """By turn: figures over all conversations; `last_less_first`, of the deltas, paired by conversation."""
   turns = _by([row for row in rows if row['set'] == 'drift'], 'turn')
   out: Row = {'turns': [{'turn': turn + 1} | _figures(turns[turn]) for turn in sorted(turns)]}
-
-  def deltas(turn: int, measure: str) -> np.ndarray:
-    by = {c: {row['name']: row[measure] for row in turns[turn] if row['condition'] == c} for c in MODELS}
-    return np.array([by['trained'][name] - by['base'][name] for name in sorted(by['base'])])
-
   if len(turns) > 1:
-    first, last = min(turns), max(turns)
-    out['last_less_first'] = {m: interval(deltas(last, m) - deltas(first, m)) for m in _MEASURES}
+    out['last_less_first'] = {}
+    for measure in _MEASURES:
+      first, last = (_deltas(turns[turn], measure, 'name') for turn in (min(turns), max(turns)))
+      out['last_less_first'][measure] = interval([last[name] - first[name] for name in sorted(first)])
   return out
 
 
@@ -355,7 +352,7 @@ def _stance(session: Session, trained: Any) -> Row:
   words = [model.reply(word)[:1] for word in ('Yes', 'No')]
   found: dict[str, np.ndarray | None] = {}
   for condition in MODELS:
-    decoder, adapter = bind(model.decoder, trained) if condition == 'trained' else (model.decoder, None)
+    decoder, adapter = bind(model.decoder, trained if condition == 'trained' else None)
     said = [word for word in words for _ in asked]
     values = np.array([p.sum() for p in score(decoder, [*asked, *asked], said, adapter=adapter)], np.float64)
     yes, no = np.split(values, 2)

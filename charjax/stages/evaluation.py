@@ -151,7 +151,7 @@ def _draw_replies(session: Session, held: Sequence[Row], trained: Any) -> list[R
 
   def make(condition: str, trait: Trait | None, items: Sequence[Row], index: int) -> list[Row]:
     del index
-    decoder, adapter = bind(model.decoder, trained) if condition == 'trained' else (model.decoder, None)
+    decoder, adapter = bind(model.decoder, trained if condition == 'trained' else None)
     before = _before(session, trait, condition)
     drawn = sample(
       decoder,
@@ -241,7 +241,7 @@ def _margins(
 ) -> np.ndarray:
   """Per-token log-prob of the first reply minus that of the second, for rows (message, first, second)."""
   model = session.model
-  decoder, adapter = bind(model.decoder, trained) if trained is not None else (model.decoder, None)
+  decoder, adapter = bind(model.decoder, trained)
   asked = [model.prompt([*before, prompts.user(message)]) for message, _, _ in rows]
   said = [model.reply(row[1]) for row in rows] + [model.reply(row[2]) for row in rows]
   values = [float(p.mean()) for p in score(decoder, [*asked, *asked], said, adapter=adapter)]
@@ -369,7 +369,7 @@ def _neutral(session: Session, rows: Sequence[Row], drawn: Sequence[Row], traine
   accuracy: dict[str, np.ndarray | None] = {}
   config = session.config.evaluation
   for condition in ('base', 'trained'):
-    decoder, adapter = bind(model.decoder, trained) if condition == 'trained' else (model.decoder, None)
+    decoder, adapter = bind(model.decoder, trained if condition == 'trained' else None)
     log_prob[condition] = np.array([p.mean() for p in score(decoder, asked, said, adapter=adapter)], np.float64)
     if expected:
       keys = item_keys(session.config.seed, 'neutral', [str(i) for i in expected])

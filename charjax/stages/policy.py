@@ -8,7 +8,6 @@ the starting model stands in the reward, where its gradient is right; neutral me
 replies that the starting model gave once.
 """
 
-import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -75,7 +74,9 @@ def run(session: Session) -> Row:
   said = [row['reply'] for row in neutral]
   said += [reply for item in asked for reply in (*item['ranked'].replies, *item['shown'])]
   shapes = FixedShapes([item['prompt'] for item in (*asked, *neutral)], config.max_new_tokens, said)
-  shapes_shown = FixedShapes([item['shown_prompt'] for item in asked], config.max_new_tokens, said)
+  shapes_shown = None
+  if config.shown_replies:
+    shapes_shown = FixedShapes([item['shown_prompt'] for item in asked], config.max_new_tokens, said)
 
   judge = make_judge(session, shapes, asked)
   asked = judge_ranked(session, shapes, judge, asked)
@@ -157,7 +158,7 @@ def _note(values: Mapping[str, float]) -> str:
 def make_policy_batch(
   session: Session,
   shapes: FixedShapes,
-  shapes_shown: FixedShapes,
+  shapes_shown: FixedShapes | None,
   asked: Sequence[Row],
   neutral: Sequence[Row],
   rollout: Rollout | None,
@@ -191,7 +192,11 @@ def make_policy_batch(
     if rollout.returns is not None:
       arrays['drawn']['returns'] = rollout.returns
     whole['drawn_tokens'] = np.float32(sum(len(reply.tokens) for reply in rollout.drawn))
-  if shown:
+  # Backwards through frozen weights costs once more, through trained ones twice.
+  times = 2 if config.lora_rank else 3
+  passes = {'rows': (shapes, times), 'neutral': (shapes, times + 1), 'shown': (shapes, times)}
+  if shapes_shown:
+    passes['teacher'] = shapes_shown, 1
     pairs = [(shapes, 'prompt', 'shown'), (shapes_shown, 'shown_prompt', 'teacher')]
     for some, prompt, name in pairs:
       arrays[name] = some.rows([Group(item[prompt], item['shown']) for item in asked], shown, microbatches=parts)
@@ -200,13 +205,9 @@ def make_policy_batch(
   if ranked:
     arrays['ranked'] = {key: np.stack([item[key] for item in asked]) for key in ('before', 'real', 'preferred', 'best')}
     _, whole['ranked_pairs'] = count_pairs(arrays['ranked']['real'], arrays['weight'])
-  # Backwards through frozen weights costs once more, through trained ones twice.
-  times = 2 if config.lora_rank else 3
-  passes = {'rows': times, 'neutral': times + 1, 'shown': times, 'teacher': 1}
-  for name, count in passes.items():
+  for name, (some, count) in passes.items():
     if name in arrays:
-      cut = (shapes_shown if name == 'teacher' else shapes).cut
-      work.count_rows(session.model.decoder.config, arrays[name], cut, times=count, heads=count)
+      work.count_rows(session.model.decoder.config, arrays[name], some.cut, times=count, heads=count)
   names = 'clip', 'neutral_weight', 'shown_weight', 'ranked_weight', 'ranked_beta', 'ranked_likelihood'
   return make_batch(whole | {name: np.float32(config[name]) for name in names}, arrays, parts)
 
@@ -272,8 +273,14 @@ def _trait_prompts(session: Session) -> list[Row]:
       f'policy: the traits that can be rewarded ({", ".join(weight)}) have weight 0; raise one, or set '
       'config.policy.keep_unproven_traits=True'
     )
-  used = config.shown_replies > 0
-  before = {trait.id: replies.shown(session, trait) if used else [] for trait in session.character.traits}
+  before = {trait.id: replies.shown(session, trait) for trait in session.character.traits}
+
+  def distilled(row: Row) -> Row:
+    if not config.shown_replies:
+      return {'shown': []}
+    prompt = session.model.prompt([*before[row['trait']], prompts.user(row['text'])])
+    return {'shown': said[row['id']], 'shown_prompt': prompt}
+
   return [
     {
       'id': row['id'],
@@ -283,9 +290,8 @@ def _trait_prompts(session: Session) -> list[Row]:
       'weight': weight[row['trait']] / mean,
       'earns': earns[row['trait']],
       'ranked': ranked[row['id']],
-      'shown': said[row['id']],
-      'shown_prompt': session.model.prompt([*before[row['trait']], prompts.user(row['text'])]),
     }
+    | distilled(row)
     for row in messages.load(session)
     if row['split'] == 'train' and row['trait'] in earns
   ]
@@ -391,23 +397,22 @@ def _ranked_loss(log_probs: jax.Array, mask: jax.Array, batch: Row) -> tuple[jax
 
 def _save_samples(session: Session, step: int, asked: Sequence[Row], rollout: Rollout) -> None:
   """The replies drawn for this step, before it is learned from; `kl` is the log-ratio of a whole reply, in nats."""
-  each = session.config.policy.replies_per_prompt
-  rows = [
-    {
-      'step': step,
-      'message': item['id'],
-      'trait': item['trait'],
-      'prompt': item['text'],
-      'reply': place,
-      'text': session.model.text(reply.tokens),
-      'finish': reply.finish,
-      'reward': round(float(rollout.rewards[i]), 4),
-      'kl': round(float(rollout.log_ratio[i].sum()), 4),
-    }
-    for i, (item, place, reply) in enumerate(
-      zip([item for item in asked for _ in range(each)], itertools.cycle(range(each)), rollout.drawn, strict=False)
+  rows = []
+  for i, reply in enumerate(rollout.drawn):
+    message, place = divmod(i, session.config.policy.replies_per_prompt)
+    rows.append(
+      {
+        'step': step,
+        'message': asked[message]['id'],
+        'trait': asked[message]['trait'],
+        'prompt': asked[message]['text'],
+        'reply': place,
+        'text': session.model.text(reply.tokens),
+        'finish': reply.finish,
+        'reward': round(float(rollout.rewards[i]), 4),
+        'kl': round(float(rollout.log_ratio[i].sum()), 4),
+      }
     )
-  ]
   write_jsonl(session.folder('policy') / 'samples' / f'{step:06d}.jsonl', rows)
 
 

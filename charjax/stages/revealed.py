@@ -72,7 +72,7 @@ def ask(session: Session, trained: Any) -> dict[str, list[Row]]:
 
 def _answer(session: Session, condition: str, trained: Any, items: Sequence[Row], _: int) -> list[Row]:
   config, model = session.config.evaluation, session.model
-  decoder, adapter = bind(model.decoder, trained) if condition == 'trained' else (model.decoder, None)
+  decoder, adapter = bind(model.decoder, trained if condition == 'trained' else None)
   drawn = sample(
     decoder,
     [model.prompt(prompts.alone(item['text'])) for item in items],

@@ -257,11 +257,10 @@ def roll_out(
   rows = shapes.rows(groups, each, microbatches=config.microbatches)
   temperature, kl, trace = replicate(tuple(np.float32(x) for x in (config.temperature, kl_weight, config.trace)))
   # In as many parts as the step learns from it: all states of a batch would not fit.
+  parts = [shard_batch(part) for part in parts_of(rows, config.microbatches)]
   judged = [
-    fetch(
-      judge_tokens(judge, shapes.prefix, shapes.length, shard_batch(part), temperature, None, config.max_new_tokens)
-    )
-    for part in parts_of(rows, config.microbatches)
+    fetch(judge_tokens(judge, shapes.prefix, shapes.length, part, temperature, None, config.max_new_tokens))
+    for part in parts
   ]
   scores, values, reference = (np.concatenate(arrays) for arrays in zip(*judged, strict=True))
   mask = reply_mask(rows)
@@ -274,10 +273,7 @@ def roll_out(
   returns = None
   if config.advantages == 'ppo':
     expected = np.concatenate(
-      [
-        fetch(_expected(model.decoder, trainable, shapes.prefix, shapes.length, shard_batch(part)))
-        for part in parts_of(rows, config.microbatches)
-      ]
+      [fetch(_expected(model.decoder, trainable, shapes.prefix, shapes.length, part)) for part in parts]
     )
     advantages, returns = fetch(_ppo(*shard_batch((scores, expected, log_ratio, mask)), trace, kl))
   else:

@@ -43,13 +43,19 @@ def token_returns(
   values = jnp.where(followed, values_kr, 0.0)
   surprise = jnp.where(mask_kr, rewards_kr, 0.0) + values - jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
 
+  penalty = jnp.where(mask_kr, kl * log_ratio_kr, 0.0)
+  return jnp.where(mask_kr, _traced(surprise, trace) - jnp.cumsum(penalty[:, ::-1], -1)[:, ::-1], 0.0)
+
+
+def _traced(surprise_nr: jax.Array, trace: Any) -> jax.Array:
+  """The sum over u >= t of trace^(u - t) d_u at each token t, [N, R]."""
+
   def back(later: jax.Array, now: jax.Array) -> tuple[jax.Array, jax.Array]:
     total = now + trace * later
     return total, total
 
-  _, earned_rk = jax.lax.scan(back, jnp.zeros(len(surprise)), surprise.T, reverse=True)
-  penalty = jnp.where(mask_kr, kl * log_ratio_kr, 0.0)
-  return jnp.where(mask_kr, earned_rk.T - jnp.cumsum(penalty[:, ::-1], -1)[:, ::-1], 0.0)
+  _, total_rn = jax.lax.scan(back, jnp.zeros(len(surprise_nr)), surprise_nr.T, reverse=True)
+  return total_rn.T
 
 
 def token_advantages(returns_kr: jax.Array, mask_kr: jax.Array, epsilon: float = 1e-4) -> jax.Array:
@@ -88,12 +94,7 @@ def generalised_advantages(
   ahead = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
   surprise = jnp.where(mask_nr, rewards_nr + ahead - values, 0.0)
 
-  def back(later: jax.Array, now: jax.Array) -> tuple[jax.Array, jax.Array]:
-    total = now + trace * later
-    return total, total
-
-  _, advantages_rn = jax.lax.scan(back, jnp.zeros(len(surprise)), surprise.T, reverse=True)
-  advantages = jnp.where(mask_nr, advantages_rn.T, 0.0)
+  advantages = jnp.where(mask_nr, _traced(surprise, trace), 0.0)
   return advantages, advantages + values
 
 

@@ -65,7 +65,8 @@ def make_trainable(
 
 
 def bind(decoder: Decoder, trainable: Any) -> tuple[Decoder, Any]:
-  """The (decoder, adapter) to compute with, from the starting weights and what is trained."""
+  """The (decoder, adapter) to compute with, from the starting weights and what is trained; None: nothing is."""
+  trainable = trainable or {}
   return trainable.get('decoder', decoder), trainable.get('adapter')
 
 
