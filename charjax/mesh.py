@@ -119,6 +119,13 @@ def batch_parts() -> int:
   return 1 if mesh.empty else int(np.prod([mesh.shape[name] for name in RULES['batch']]))
 
 
+def common_parts(sizes: Sequence[int]) -> int:
+  """Into how many parts a batch is split inside a jitted function, if that divides all `sizes`; else one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  count = 1 if mesh.empty else int(np.prod([mesh.shape[name] for name in RULES['batch']]))
+  return 1 if any(size % count for size in sizes) else count
+
+
 def shardings(tree: Any) -> Any:
   """The NamedSharding of every array of `tree`, from the logical `axes` of its nnx.Param (none: replicated).
 

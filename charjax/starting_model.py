@@ -173,8 +173,8 @@ def _policy(folder: epath.Path, record: ml_collections.ConfigDict, through: Sequ
 def _as_kept(start: Checkpoint, model: ml_collections.ConfigDict) -> Tensors:
   """What a run started from as it was kept, and its LoRA trained beside it: rounded to its type, or quantised."""
   from charjax.model import quantized
+  from charjax.model.blocks import block_parameters
   from charjax.model.checkpoint_source import Tensors, read_tensor
-  from charjax.model.decoder import block_parameters
 
   parameters = block_parameters(start.config)
   small = {f'blocks.{name}': parameters[name].inputs for name in start.config.dense_projections if model.quantize}

@@ -29,8 +29,9 @@ from absl import app, flags
 from flax import nnx
 
 from charjax.engine.batch import item_keys
+from charjax.engine.rows import Group, make_rows, reply_mask
 from charjax.engine.sample import Sampling, sample
-from charjax.engine.score import Group, make_rows, reply_log_probs, reply_mask, score
+from charjax.engine.score import reply_log_probs, score
 from charjax.model import checkpoint_source
 from charjax.model.checkpoint_source import Checkpoint
 from charjax.model.config import ModelConfig

@@ -18,13 +18,15 @@ from llama_reference import (
 )
 
 from charjax.engine.batch import common_prefix, compute_prefix, item_keys, length_before, pad
+from charjax.engine.rows import Group, make_rows, reply_mask
 from charjax.engine.sample import Sampling, sample
-from charjax.engine.score import Group, make_rows, reply_log_probs, reply_mask
+from charjax.engine.score import reply_log_probs
 from charjax.errors import UserError
 from charjax.model import checkpoint_source
 from charjax.model.config import PROJECTIONS
-from charjax.model.decoder import Decoder, Runtime, Widened, forward, logits, lower_layers, make_cache, matmul
+from charjax.model.decoder import Decoder, Runtime, forward, logits, lower_layers, make_cache
 from charjax.model.lora import Adapter, merge
+from charjax.model.products import Widened, matmul
 from charjax.model.weights import make_decoder
 from charjax.training.heads import make_trainable
 

@@ -13,21 +13,16 @@ from scipy.stats import chi2
 from charjax.engine import draw as engine
 from charjax.engine.batch import bucket, common_prefix, item_keys, pad, prefill
 from charjax.engine.draw import draw
+from charjax.engine.rows import FixedShapes, Group, make_rows, pad_values, reply_mask, take_replies
 from charjax.engine.sample import Sampling, compilations, sample
 from charjax.engine.score import (
-  FixedShapes,
-  Group,
   hidden_states,
-  make_rows,
   map_rows,
   mean_over_tokens,
   mean_states,
   over_chunks,
-  pad_values,
-  reply_mask,
   score,
   score_options,
-  take_replies,
   token_log_probs,
 )
 from charjax.model.decoder import Runtime, forward, logits
@@ -146,7 +141,7 @@ def test_the_batches_of_a_training_run_have_one_shape_and_groups_of_replies_in_o
   shapes = FixedShapes(prompts, longest_reply=20)
   groups = [Group(prompts[0], [[10 + i] * i for i in range(5)]), Group(prompts[1], [[20], [21, 21]])]
   rows = shapes.rows(groups, each=5, count=3)
-  assert shapes.prefix.tolist() == [[1, 2]] and shapes.length.tolist() == [2]
+  assert shapes.opening.tokens.tolist() == [[1, 2]] and shapes.opening.length.tolist() == [2]
   assert rows.lengths.tolist() == [1, 2, 3, 4, 5, 2, 3, 0, 0, 0, 0, 0, 0, 0, 0]
   assert rows.prompt_lengths.tolist() == [1, 0, 0] and rows.prompts[0, 0] == 3
   assert rows.tokens[4, :5].tolist() == [4, 14, 14, 14, 14] and rows.tokens[5, :2].tolist() == [5, 20]

@@ -21,8 +21,9 @@ from verify_mesh import misplaced
 
 from charjax.engine import decode
 from charjax.engine.batch import item_keys
+from charjax.engine.rows import Group, make_rows
 from charjax.engine.sample import Sampling, sample
-from charjax.engine.score import Group, hidden_states, make_rows, map_rows, mean_states, reply_log_probs, score
+from charjax.engine.score import hidden_states, map_rows, mean_states, reply_log_probs, score
 from charjax.errors import UserError
 from charjax.mesh import constrain, make_mesh, replicate, shard_batch, shardings, spec
 from charjax.model import decoder as decoders

@@ -10,7 +10,7 @@ import optax
 import pytest
 from llama_reference import random_tensors, tiny_config
 
-from charjax.engine.score import FixedShapes, Group
+from charjax.engine.rows import FixedShapes, Group
 from charjax.mesh import lay_out, make_mesh
 from charjax.model.decoder import Runtime
 from charjax.model.weights import make_decoder
@@ -46,7 +46,7 @@ def labels(each, skipped):
 def preferences(loss):
   more, probabilities = labels(EACH, 0)
   weights, pairs = count_pairs(more['real'], WEIGHT)
-  whole = SHAPES.shared() | {'weights': weights, 'pairs': pairs}
+  whole = {'opening': SHAPES.opening, 'weights': weights, 'pairs': pairs}
   rows = {
     'rows': partial(SHAPES.rows, GROUPS, EACH, 0),
     'probabilities': probabilities,
@@ -83,7 +83,7 @@ def policies():
     'ranked_pairs': count_pairs(more['real'], WEIGHT)[1],
   }
   whole = {name: np.float32(value) for name, value in whole.items()}
-  return policy._loss, SHAPES.shared() | whole | {'ends': np.array([7, 9])}, arrays
+  return policy._loss, {'opening': SHAPES.opening} | whole | {'ends': np.array([7, 9])}, arrays
 
 
 TASKS = {

@@ -9,16 +9,8 @@ import pytest
 from llama_reference import numpy_reply, random_tensors, tiny_config
 from test_mesh import whole
 
-from charjax.engine.score import (
-  FixedShapes,
-  Group,
-  hidden_states,
-  make_rows,
-  mean_states,
-  pack_alike,
-  parts_of,
-  token_log_probs,
-)
+from charjax.engine.rows import FixedShapes, Group, make_rows, pack_alike, parts_of
+from charjax.engine.score import hidden_states, mean_states, token_log_probs
 from charjax.mesh import make_mesh, shard_batch
 from charjax.model.decoder import Runtime
 from charjax.model.packing import make_packing, pack, packed_size, unpack

@@ -10,8 +10,8 @@ from llama_reference import numpy_log_probs, random_tensors, tiny_config
 from ml_collections import ConfigDict
 
 from charjax.character import Character, Trait
-from charjax.engine.batch import compute_prefix
-from charjax.engine.score import FixedShapes, Group, hidden_states, reply_mask, token_log_probs
+from charjax.engine.rows import FixedShapes, Group, reply_mask
+from charjax.engine.score import hidden_states, token_log_probs
 from charjax.files import write_jsonl
 from charjax.model.decoder import Runtime, forward
 from charjax.model.weights import make_decoder
@@ -175,11 +175,12 @@ def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
     labels = [preferred[m, i, j] for i, j in pairs]
     expected.append(-np.mean([p * np.log(c) + (1 - p) * np.log(1 - c) for p, c in zip(labels, chance, strict=True)]))
 
-  hidden = hidden_states(decoders[0], rows, before=(compute_prefix(decoders[0], shapes.prefix, shapes.length),))
+  hidden = hidden_states(decoders[0], rows, opening=shapes.opening)
   before = np.asarray(token_log_probs(decoders[0], hidden, rows, 2.0, END)).reshape(2, 4, -1)
   drawn = np.asarray(token_log_probs(decoders[0], hidden, rows, 0.7)).reshape(2, 4, -1)[:, 0]
   neutral = shapes.rows([Group(prompts[0], [[9, 10]])], 1)
-  batch = shapes.shared() | {
+  batch = {
+    'opening': shapes.opening,
     'rows': rows, 'neutral': neutral, 'drawn': {'before': drawn, 'advantages': np.zeros(drawn.shape, np.float32)},
     'weight': weight, 'ends': np.array([END]),
     'temperature': np.array([0.7, 2.0, 2.0, 2.0] * 2), 'going_on': np.array([False, True, True, True] * 2),
@@ -232,7 +233,7 @@ def test_what_was_shown_is_distilled_by_the_exact_divergence_of_the_model_that_s
     some.rows([Group(prompt, few) for prompt, few in zip(asked, replies, strict=True)], 2)
     for some, asked in ((shapes, prompts), (shapes_shown, shown))
   )
-  batch = shapes.shared() | {f'shown_{name}': value for name, value in shapes_shown.shared().items()}
+  batch = {'opening': shapes.opening, 'shown_opening': shapes_shown.opening}
   batch |= {
     'shown': rows, 'teacher': teacher, 'shown_tokens': np.float32(sum(map(len, said))), 'shown_weight': 2.0,
     'neutral': shapes.rows([Group(prompts[0], [[9, 10]])], 1), 'neutral_tokens': 2.0, 'neutral_weight': 0.0,
@@ -261,7 +262,8 @@ def test_a_value_head_learns_from_states_that_it_leaves_as_they_are():
   mask = np.asarray(reply_mask(rows))
   drawn = {'before': np.zeros(mask.shape, np.float32), 'advantages': np.zeros(mask.shape, np.float32)}
   drawn['returns'] = rng.normal(size=mask.shape).astype(np.float32)
-  batch = shapes.shared() | {
+  batch = {
+    'opening': shapes.opening,
     'rows': rows, 'drawn': drawn, 'temperature': np.ones(4, np.float32), 'going_on': np.zeros(4, bool),
     'ends': np.array([END]), 'clip': 0.2, 'drawn_tokens': 10.0, 'neutral_weight': 0.0, 'neutral_tokens': 2.0,
     'neutral': shapes.rows([Group(prompts[0], [[9, 10]])], 1),

@@ -15,8 +15,9 @@ from charjax.engine.score import score
 from charjax.errors import UserError
 from charjax.mesh import make_mesh, shardings
 from charjax.model import lora
+from charjax.model.blocks import block_parameters
 from charjax.model.checkpoint_source import Tensors
-from charjax.model.decoder import Runtime, block_parameters, forward, lower_layers
+from charjax.model.decoder import Runtime, forward, lower_layers
 from charjax.model.weights import dequantized, make_decoder
 from charjax.training.heads import make_trainable
 from charjax.training.step import init_optimizer, make_batch, make_optimizer, make_step

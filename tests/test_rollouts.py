@@ -11,8 +11,9 @@ from llama_reference import numpy_reply, random_tensors, tiny_config
 from ml_collections import ConfigDict
 
 from charjax.engine.batch import item_keys
+from charjax.engine.rows import FixedShapes, Group, make_rows
 from charjax.engine.sample import Sampling, sample
-from charjax.engine.score import FixedShapes, Group, hidden_states, make_rows
+from charjax.engine.score import hidden_states
 from charjax.model.decoder import Runtime, lower_layers
 from charjax.model.weights import make_decoder
 from charjax.stages import rollouts

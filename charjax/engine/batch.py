@@ -15,7 +15,6 @@ from charjax.engine import work
 from charjax.mesh import replicate
 from charjax.model.attention import Places
 from charjax.model.decoder import Decoder, Prefix, forward
-from charjax.model.packing import Packing
 
 Tokens = Sequence[int]
 
@@ -73,9 +72,8 @@ def compute_prefix(
   lengths_a: jax.Array,
   adapter: Any = None,
   before: Sequence[Prefix] = (),
-  packing: Packing | None = None,
 ) -> Prefix:
-  """Runs texts that stand before rows through the model; inside a loss, gradients flow through them.
+  """Runs texts that stand before rows through the model.
 
   Args:
     decoder: the weights.
@@ -83,12 +81,11 @@ def compute_prefix(
     lengths_a: how many of each text's tokens are real.
     adapter: a LoRA adapter, or None.
     before: what stands before all of these texts.
-    packing: of the texts, outside attention.
   """
   slots = jnp.arange(tokens_ap.shape[1])
   positions = jnp.broadcast_to(length_before(before) + slots, tokens_ap.shape)
   texts = (slots < lengths_a[:, None]).astype(jnp.int32)
-  _, kv = forward(decoder, tokens_ap, positions, texts, adapter=adapter, before=before, packing=packing)
+  _, kv = forward(decoder, tokens_ap, positions, texts, adapter=adapter, before=before)
   return Prefix(kv, Places(positions, texts))
 
 

@@ -7,10 +7,9 @@ Letters: M prompts, P prompt tokens, K replies to a prompt, N = M K replies, T t
 D width, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,166 +24,67 @@ from charjax.engine.batch import (
   bucket,
   by_prompt,
   common_prefix,
-  compute_prefix,
   in_groups,
   length_before,
-  pad,
   prefill,
 )
+from charjax.engine.rows import Group, Opening, Rows, make_rows, pack_alike, reply_mask
 from charjax.mesh import batch_parts, constrain, fetch, no_silent_transfers, replicate, shard_batch
-from charjax.model.decoder import Decoder, Prefix, forward, logits
-from charjax.model.packing import Packing, make_packing, pack, packed_size, unpack
+from charjax.model.decoder import Decoder, Part, Prefix, forward_parts, logits
+from charjax.model.packing import pack, unpack
 
 _CHUNK = 512  # tokens whose full-vocabulary logits are held at once
-# How many sizes there are to pack batches into. Calls differ in what they need, and each size is a program to compile:
-# few, unless many batches share it.
-_SIZES, _SIZES_OF_MANY, _MANY = 8, 64, 8
-
-
-class Rows(NamedTuple):
-  """A batch of prompts and K replies to each, padded on the right.
-
-  Attributes:
-    prompts: [M, P] ids, without the last token.
-    prompt_lengths: [M] how many of them are real.
-    tokens: [N, T] the prompt's last token, from which a reply's first is predicted, then the reply.
-    lengths: [N] how many of them are real; 0 where there is no reply.
-    prompt_packing: of the prompts, where that is worth it.
-    packing: of the replies, where that is worth it.
-  """
-
-  prompts: Any
-  prompt_lengths: Any
-  tokens: Any
-  lengths: Any
-  prompt_packing: Packing | None = None
-  packing: Packing | None = None
-
-
-class Group(NamedTuple):
-  """A prompt and the replies to it."""
-
-  prompt: Tokens
-  replies: Sequence[Tokens]
-
-
-def make_rows(groups: Sequence[Group], each: int, prompt_width: int, width: int, count: int = 0) -> Rows:
-  """Lays groups of up to `each` replies out as host arrays, with empty groups up to `count`."""
-  groups = [*groups, *[Group([0], [])] * (count - len(groups))]
-  prompts, real = pad([group.prompt[:-1] for group in groups], prompt_width)
-  rows: list[Tokens] = []
-  for prompt, replies in groups:
-    rows += [[prompt[-1], *reply] for reply in replies] + [[]] * (each - len(replies))
-  tokens, said = pad(rows, width)
-  return Rows(prompts, real.sum(-1).astype(np.int32), tokens, said.sum(-1).astype(np.int32))
-
-
-def pack_rows(rows: Rows, prompt_size: int, size: int, parts: int) -> Rows:
-  """Rows of the host, which are computed in so many parts, packed where their tokens fit into these sizes."""
-  return rows._replace(
-    prompt_packing=make_packing(rows.prompt_lengths, rows.prompts.shape[1], prompt_size, parts),
-    packing=make_packing(rows.lengths, rows.tokens.shape[1], size, parts),
-  )
-
-
-def pack_alike(batches: Sequence[Rows], parts: int) -> list[Rows]:
-  """Batches of one shape, each computed in so many parts, packed into one size."""
-
-  def most(lengths: Sequence[np.ndarray], width: int) -> int:
-    tokens = max(some.reshape(parts, -1).sum(1).max() for some in lengths)
-    return packed_size(tokens, len(lengths[0]) // parts, width, _SIZES if len(batches) < _MANY else _SIZES_OF_MANY)
-
-  prompt_size = most([rows.prompt_lengths for rows in batches], batches[0].prompts.shape[1])
-  size = most([rows.lengths for rows in batches], batches[0].tokens.shape[1])
-  return [pack_rows(rows, prompt_size, size, parts) for rows in batches]
-
-
-class FixedShapes:
-  """Shapes that all batches of a training run share, so that each of its programs is compiled once: once more where the
-  tokens of a batch are so many more than usual that they are left padded.
-
-  Attributes:
-    cut: how many tokens all prompts begin with.
-    prefix: tokens [1, P] of them, padded to at least one; on the devices.
-    length: [1] how many of them are real; on the devices.
-  """
-
-  def __init__(self, prompts: Sequence[Tokens], longest_reply: int, replies: Sequence[Tokens] = ()):
-    """Args: prompts, all that will come; longest_reply, in tokens; replies, of lengths as will come."""
-    self.cut = common_prefix(prompts)
-    self._prompt_lengths = np.array([len(prompt) - self.cut - 1 for prompt in prompts])
-    # One program, whatever its widths are: no coarser steps for what is long.
-    self._prompt_width = max(1, math.ceil(self._prompt_lengths.max() / PROMPT_STEP)) * PROMPT_STEP
-    self._width = math.ceil((1 + longest_reply) / REPLY_STEP) * REPLY_STEP
-    self._lengths = np.array([1 + len(reply) for reply in replies] or [self._width])
-    prefix, _ = pad([prompts[0][: self.cut]], max(1, self.cut))
-    self.prefix, self.length = replicate((prefix, np.array([self.cut], np.int32)))
-
-  def rows(self, groups: Sequence[Group], each: int, count: int = 0, microbatches: int = 1) -> Rows:
-    """Groups of up to `each` replies, without the prefix, as host arrays, with empty groups up to `count`; for a batch
-    that goes through the model in so many `microbatches`."""
-    rest = [Group(prompt[self.cut :], replies) for prompt, replies in groups]
-    rows = make_rows(rest, each, self._prompt_width, self._width, count)
-    parts = microbatches * batch_parts()
-    if len(rows.prompts) % parts:  # Where the devices do not divide a batch, each computes all of it.
-      parts = microbatches
-    prompts = len(rows.prompts) // parts
-    return pack_rows(
-      rows,
-      _usual_size(self._prompt_lengths, prompts, self._prompt_width),
-      _usual_size(self._lengths, prompts * each, self._width),
-      parts,
-    )
-
-  def shared(self) -> dict[str, Any]:
-    """What every batch carries beside its rows."""
-    return {'prefix': self.prefix, 'prefix_length': self.length}
-
-
-def _usual_size(lengths: np.ndarray, rows: int, width: int) -> int:
-  """A packed size that hardly any batch exceeds, of rows of such lengths: four standard deviations above their mean."""
-  return packed_size(rows * lengths.mean() + 4 * math.sqrt(rows) * lengths.std(), rows, width, _SIZES_OF_MANY)
-
-
-def parts_of(rows: Rows, count: int) -> list[Rows]:
-  """Rows of the host in `count` parts of as many prompts, which it must divide."""
-  leaves, structure = jax.tree.flatten(rows)
-  cut = zip(*(np.split(array, count) for array in leaves), strict=True)
-  return [jax.tree.unflatten(structure, arrays) for arrays in cut]
-
-
-def reply_mask(rows: Rows) -> Any:
-  """[N, R] which tokens of the replies are real."""
-  return np.arange(rows.tokens.shape[1] - 1) < rows.lengths[:, None] - 1
-
-
-def take_replies(array: jax.Array, prompts: int, some: slice) -> jax.Array:
-  """Of an array [N, ...], the rows of the replies `some` among the K to each of M prompts."""
-  return array.reshape(prompts, -1, *array.shape[1:])[:, some].reshape(-1, *array.shape[1:])
-
-
-def pad_values(values: Sequence[Any], width: int) -> np.ndarray:
-  """One value a token of each reply, as [len(values), width] float32, 0 in the padding."""
-  out = np.zeros((len(values), width), np.float32)
-  for row, value in zip(out, values, strict=True):
-    row[: len(value)] = value
-  return out
 
 
 def hidden_states(
-  decoder: Decoder, rows: Rows, *, adapter: Any = None, before: Sequence[Prefix] = (), tap: int | None = None
+  decoder: Decoder,
+  rows: Rows,
+  *,
+  adapter: Any = None,
+  opening: Opening | None = None,
+  before: Sequence[Prefix] = (),
+  tap: int | None = None,
 ) -> Any:
-  """Final hidden states [N, T, D], each token attending to what stands before, to its prompt and to its own reply;
-  packed where the rows are, as the functions below take them.
+  """`all_hidden_states` of one batch."""
+  return all_hidden_states(decoder, [rows], adapter=adapter, opening=opening, before=before, tap=tap)[0]
 
-  With `tap` a pair, as `model.decoder.forward` gives it.
+
+def all_hidden_states(
+  decoder: Decoder,
+  batches: Sequence[Rows],
+  *,
+  adapter: Any = None,
+  opening: Opening | None = None,
+  before: Sequence[Prefix] = (),
+  tap: int | None = None,
+) -> list[Any]:
+  """Final hidden states [N, T, D] of batches that go through the model together, each token attending to what stands
+  before, to the opening, to its prompt and to its own reply; packed where the rows are, as the functions below take
+  them.
+
+  With `tap` pairs, as `model.decoder.forward` gives them.
   """
-  asked = compute_prefix(decoder, rows.prompts, rows.prompt_lengths, adapter, before, rows.prompt_packing)
-  before = (*before, asked)
-  count, width = rows.tokens.shape
-  slots = jnp.arange(width)
-  positions = length_before(before, count) + slots
-  return forward(decoder, rows.tokens, positions, adapter=adapter, before=before, tap=tap, packing=rows.packing)[0]
+  parts: list[Part] = []
+  start = length_before(before)
+  if opening is not None:
+    parts.append(_text(opening.tokens, opening.length, start))
+    start = start + opening.length[:, None]
+  first, said = tuple(range(len(parts))), []
+  for rows in batches:
+    asked = _text(rows.prompts, rows.prompt_lengths, start)._replace(reads=first, packing=rows.prompt_packing)
+    each = len(rows.tokens) // len(rows.prompts)
+    positions = start + jnp.repeat(rows.prompt_lengths, each)[:, None] + jnp.arange(rows.tokens.shape[1])
+    parts += [asked, Part(rows.tokens, positions, reads=(*first, len(parts)), packing=rows.packing)]
+    said.append(len(parts) - 1)
+  found = forward_parts(decoder, parts, adapter=adapter, before=before, tap=tap)
+  return [found[place] for place in said]
+
+
+def _text(tokens_bt: jax.Array, lengths_b: jax.Array, start: Any) -> Part:
+  """Texts of so many real tokens, which begin at a position."""
+  slots = jnp.arange(tokens_bt.shape[1])
+  positions = jnp.broadcast_to(start + slots, tokens_bt.shape)
+  return Part(tokens_bt, positions, (slots < lengths_b[:, None]).astype(jnp.int32))
 
 
 def in_rows(hidden: jax.Array, rows: Rows) -> jax.Array:

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from charjax.model.blocks import block_parameters
 from charjax.model.config import ModelConfig
-from charjax.model.decoder import block_parameters
 
 # Peak dense bfloat16 FLOP/s of a chip, by the name that JAX gives it; from the makers' data sheets. A TPU v4 or v5p is
 # one device.

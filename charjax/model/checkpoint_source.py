@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from charjax.errors import UserError
+from charjax.model.blocks import BlockParameter, block_parameters
 from charjax.model.chat import ChatTemplate
 from charjax.model.config import ModelConfig
-from charjax.model.decoder import BlockParameter, block_parameters
 from charjax.model.tokenizer import Tokenizer
 
 EMBEDDED = 'smollm2-135m-instruct'

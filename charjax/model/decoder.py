@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from charjax.mesh import constrain
-from charjax.model import quantized
-from charjax.model.attention import Before, Places, make_attention, softcap
+from charjax.mesh import common_parts, constrain
+from charjax.model.attention import Attend, Before, Places, make_attention, softcap
+from charjax.model.blocks import Blocks
 from charjax.model.config import LayerKind, ModelConfig
 from charjax.model.experts import mixture
 from charjax.model.packing import Packing, pack, unpack
+from charjax.model.products import Widened, frozen_matmul, matmul, rms_norm
 from charjax.model.rope import rotary, rotate
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -32,20 +33,6 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 _WHOLE = 2**30  # a window that no text fills
-
-
-class BlockParameter(NamedTuple):
-  """A parameter of all blocks, stacked over L.
-
-  Attributes:
-    shape: with L first; of experts' matrices E second.
-    axes: the logical axis of each dimension (see charjax.mesh).
-    inputs: of a matrix, how many of the dimensions after those are its inputs; 0: it is a vector.
-  """
-
-  shape: tuple[int, ...]
-  axes: tuple[str | None, ...]
-  inputs: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,78 +60,6 @@ class Runtime:
   remat: bool = False
   quantize: str = ''
   widen: bool = False
-
-
-def block_parameters(config: ModelConfig) -> dict[str, BlockParameter]:
-  """The parameters that the blocks of such a decoder have, by name."""
-  c = config
-  out: dict[str, BlockParameter] = {}
-
-  def add(name: str, *dims: tuple[int, str | None], inputs: int = 0) -> None:
-    sizes, axes = zip((c.num_layers, None), *dims, strict=True)
-    out[name] = BlockParameter(sizes, axes, inputs)
-
-  embed, head = (c.embed_dim, 'embed'), (c.head_dim, None)
-  mlp: tuple[int, str | None] = (c.mlp_dim, 'mlp')
-  heads, kv_heads = (c.num_heads, 'heads'), (c.num_kv_heads, 'kv_heads')
-  if c.pre_norms:
-    add('attn_norm', (c.embed_dim, None))
-  for name, some in (('q', heads), ('k', kv_heads), ('v', kv_heads)):
-    add(name, embed, some, head, inputs=1)
-    if c.qkv_bias:
-      add(f'{name}_bias', some, head)
-    if c.qk_norm and name != 'v':
-      add(f'{name}_norm', head if c.qk_norm == 'head' else (some[0] * c.head_dim, None))
-  add('o', heads, head, embed, inputs=2)
-  if c.o_bias:
-    add('o_bias', (c.embed_dim, None))
-  if c.post_norms:
-    add('attn_post_norm', (c.embed_dim, None))
-  if c.pre_norms:
-    add('mlp_norm', (c.embed_dim, None))
-  expert: list[tuple[int, str | None]] = []
-  if c.num_experts:
-    # Experts are split among devices, not their widths: the two would share a mesh axis.
-    expert, mlp = [(c.num_experts, 'experts')], (c.mlp_dim, None)
-    add('router', embed, (c.num_experts, None), inputs=1)
-  for name, dims in (('gate', (embed, mlp)), ('up', (embed, mlp)), ('down', (mlp, embed))):
-    add(name, *expert, *dims, inputs=1)
-    if c.mlp_bias:
-      add(f'{name}_bias', (dims[1][0], None))
-  if c.post_norms:
-    add('mlp_post_norm', (c.embed_dim, None))
-  return out
-
-
-def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Shapes of the stacked block parameters."""
-  return {name: parameter.shape for name, parameter in block_parameters(config).items()}
-
-
-class Blocks(nnx.Module):
-  """The parameters of all L blocks, each stacked along a first axis."""
-
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any, quantize: str = ''):
-    parameters, names = block_parameters(config), []
-    for name, (shape, axes, inputs) in parameters.items():
-      if name.endswith('norm'):
-        value = jnp.full(shape, 1 - config.norm_offset, dtype)
-      elif not inputs:
-        value = jnp.zeros(shape, dtype)
-      else:
-        first = 2 if axes[1] == 'experts' else 1
-        fan_in = math.prod(shape[first : first + inputs])
-        value = (jax.random.normal(rngs.params(), shape) * fan_in**-0.5).astype(dtype)
-      if quantize and name in config.dense_projections:
-        value, scale = quantized.quantize(value, inputs, quantize)
-        setattr(self, f'{name}_scale', nnx.Param(scale, axes=axes))
-        names.append(f'{name}_scale')
-      setattr(self, name, nnx.Param(value, axes=axes))
-      names.append(name)
-    self.names = tuple(names)
-
-  def arrays(self) -> dict[str, jax.Array]:
-    return {name: getattr(self, name)[...] for name in self.names}
 
 
 class Decoder(nnx.Module):
@@ -196,83 +111,45 @@ class Cache(NamedTuple):
   places: Places
 
 
-class Widened(NamedTuple):
-  """Operands of products that are rounded to `narrow` and multiplied in float32: the same numbers, since each is one in
-  float32, too, and the sums are kept there anyhow."""
+class Part(NamedTuple):
+  """Rows that go through the layers together with others, and may read them.
 
-  narrow: Any
-
-
-def rounded(x: jax.Array, dtype: Any) -> jax.Array:
-  """An operand of a product: in `dtype`, or with a `Widened` in float32 and rounded."""
-  if not isinstance(dtype, Widened):
-    return x.astype(dtype)
-  if x.dtype == dtype.narrow:
-    return x.astype(jnp.float32)
-  # Not by way of the narrow type: XLA may take two conversions that lead back for none.
-  kind = jnp.finfo(dtype.narrow)
-  return jax.lax.reduce_precision(x.astype(jnp.float32), kind.nexp, kind.nmant)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(x: jax.Array, weight: jax.Array, dtype: Any, axis: int = 0) -> jax.Array:
-  """x [..., I] @ weight [I, O] (or [O, I] with axis 1), operands `rounded`, accumulated and returned in float32.
-
-  The backward pass rounds the cotangent too: JAX's own would multiply it in float32, at half the
-  speed on hardware that has bfloat16 products. A weight is contracted where it lies: transposing the embedding
-  first would cost four times the product.
+  Attributes:
+    tokens: [B, T] ids.
+    positions: [B, T], as `forward` takes them.
+    texts: [B, T], as `forward` takes them.
+    reads: which parts before this one stand before its rows: A texts, each before B / A rows that follow one another.
+    packing: of the rows, outside attention.
   """
-  return _dot(rounded(x, dtype), rounded(weight, dtype), (x.ndim - 1,), (axis,))
 
+  tokens: jax.Array
+  positions: jax.Array
+  texts: jax.Array | None = None
+  reads: Sequence[int] = ()
+  packing: Packing | None = None
 
-def _dot(a: jax.Array, b: jax.Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...]) -> jax.Array:
-  return jax.lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32)
+  @property
+  def many(self) -> bool:
+    """Whether its rows can be split over devices: a single one is computed by each."""
+    return bool(self.packing) or len(self.tokens) > 1
 
+  def everywhere(self, devices: int) -> 'Part':
+    """A part of one row, with as many as there are devices; another as it is."""
+    if self.many:
+      return self
+    tokens, positions, texts = jax.tree.map(lambda array: jnp.repeat(array, devices, 0), self[:3])
+    return self._replace(tokens=tokens, positions=positions, texts=texts)
 
-def _matmul_forward(x: jax.Array, weight: jax.Array, dtype: Any, axis: int) -> tuple[jax.Array, Any]:
-  kept = rounded(x, dtype).astype(dtype.narrow if isinstance(dtype, Widened) else dtype)
-  return matmul(x, weight, dtype, axis), (kept, weight, jnp.zeros((), x.dtype))
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of its tokens outside attention."""
+    return (self.packing.slots if self.packing else self.tokens).shape
 
+  def pack(self, rows: jax.Array) -> jax.Array:
+    return pack(rows, self.packing) if self.packing else rows
 
-def _matmul_backward(dtype: Any, axis: int, saved: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-  x, weight, like = saved
-  x, grad = rounded(x, dtype), rounded(grad, dtype)
-  leading = tuple(range(x.ndim - 1))
-  grad_x = _dot(grad, rounded(weight, dtype), (x.ndim - 1,), (1 - axis,)).astype(like.dtype)
-  first, second = (x, grad) if axis == 0 else (grad, x)
-  return grad_x, _dot(first, second, leading, leading).astype(weight.dtype)
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def frozen_matmul(x: jax.Array, q: jax.Array, s: jax.Array, dtype: Any) -> jax.Array:
-  """x [..., I] @ a quantised weight, as `matmul`; the weight has no gradient.
-
-  The backward pass makes the weight anew from its few bits: else it would keep every one of them in full.
-  """
-  return matmul(x, quantized.dequantize(q, s).reshape(x.shape[-1], -1), dtype)
-
-
-def _frozen_forward(x: jax.Array, q: jax.Array, s: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
-  return frozen_matmul(x, q, s, dtype), (q, s, jnp.zeros((0, x.shape[-1]), x.dtype))
-
-
-def _frozen_backward(dtype: Any, saved: Any, grad: jax.Array) -> tuple[jax.Array, None, None]:
-  q, s, like = saved
-  weight = quantized.dequantize(q, s).reshape(like.shape[-1], -1)
-  return _dot(rounded(grad, dtype), rounded(weight, dtype), (grad.ndim - 1,), (1,)).astype(like.dtype), None, None
-
-
-frozen_matmul.defvjp(_frozen_forward, _frozen_backward)
-
-
-def rms_norm(x: jax.Array, scale_d: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
-  """x / sqrt(mean(x^2) + eps) * (offset + scale), in float32 (Zhang and Sennrich 2019, eq. 4)."""
-  x = x.astype(jnp.float32)
-  normed, scale_d = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps), scale_d.astype(jnp.float32)
-  return normed * (scale_d + offset if offset else scale_d)
+  def unpack(self, tokens: jax.Array) -> jax.Array:
+    return unpack(tokens, self.packing) if self.packing else tokens
 
 
 def forward(
@@ -287,7 +164,6 @@ def forward(
   cache_index: jax.Array | int = 0,
   layers: Any = None,
   tap: int | None = None,
-  packing: Packing | None = None,
 ) -> tuple[Any, Any]:
   """Hidden states after the final norm, and keys and values.
 
@@ -303,36 +179,164 @@ def forward(
     layers: `layer_weights(decoder, adapter)`, when the caller has it already: a decoding loop cuts the weights
       into layers once, not at each token.
     tap: a number of layers, for the states that `lower_layers` of so many would end in; without a cache.
-    packing: of the rows, outside attention; without a cache.
 
   Returns:
-    hidden states [B, T, D] float32, packed where the rows were (with `tap`, a pair: those after so many layers, and the
-    last), and the updated cache (without one: the KV of these tokens).
+    hidden states [B, T, D] float32 (with `tap`, a pair: those after so many layers, and the last), and the updated
+    cache (without one: the KV of these tokens).
+  """
+  queries = _places(positions_bt, texts_bt)
+  cached = None
+  if cache is not None:
+    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache_index, axis=1)
+    cached = jax.tree.map(put, cache.places, queries)
+  attend = _attention(decoder, queries, cached, [Before(prefix.places, prefix.read) for prefix in before])
+
+  def mix(q: jax.Array, k: jax.Array, v: jax.Array, beside: Any, window: Any) -> tuple[jax.Array, Any]:
+    kv, shared = beside
+    q, k, v = _by_head(q, k, v)
+    if kv is not None:
+      k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, cache_index, 3)
+      v = jax.lax.dynamic_update_slice_in_dim(kv[1], v, cache_index, 2)
+    k, v = (constrain(array, 'batch', 'kv_heads', None, None) for array in (k, v))
+    return _all_heads(attend(q, k, v, shared, window)), (k, v)
+
+  def beside(layer: Any) -> Any:
+    kv = None if cache is None else (cache.kv.k[layer], cache.kv.v[layer])
+    return kv, _of_layer(before, layer)
+
+  hidden, kv = _through_layers(
+    decoder, tokens_bt, positions_bt, mix, beside, adapter=adapter, layers=layers, tap=tap, decoding=cache is not None
+  )
+  return hidden, KV(*kv) if cached is None else Cache(KV(*kv), cached)
+
+
+def forward_parts(
+  decoder: Decoder,
+  parts: Sequence[Part],
+  *,
+  adapter: Any = None,
+  before: Sequence[Prefix] = (),
+  tap: int | None = None,
+) -> list[Any]:
+  """Hidden states of several parts, which go through each layer together: its weights are read, and their gradients
+  are summed, once for all of them.
+
+  All tokens are laid end to end as [D, S], one row to each of the D devices that a batch is split over; in attention
+  alone they lie in the rows of their part.
+
+  Args:
+    decoder: the weights.
+    parts: the tokens. Where the devices do not divide one of them, each computes all.
+    adapter: a LoRA adapter, or None.
+    before: what stands before the rows of all parts.
+    tap: as `forward` takes it.
+
+  Returns:
+    of each part the hidden states as `forward` gives them, packed where its rows are.
+  """
+  devices = common_parts([part.shape[0] for part in parts if part.many])
+  given, parts = parts, [part.everywhere(devices) for part in parts]
+  ends = np.cumsum([math.prod(part.shape) // devices for part in parts])[:-1]
+
+  def join(arrays: Sequence[jax.Array]) -> jax.Array:
+    flat = [part.pack(array) for part, array in zip(parts, arrays, strict=True)]
+    return jnp.concatenate([array.reshape(devices, -1, *array.shape[2:]) for array in flat], 1)
+
+  def cut(stream: jax.Array) -> list[jax.Array]:
+    found = zip(parts, jnp.split(stream, ends, axis=1), strict=True)
+    return [one.reshape(*part.shape, *one.shape[2:]) for part, one in found]
+
+  def in_rows(stream: jax.Array) -> list[jax.Array]:
+    return [part.unpack(one) for part, one in zip(parts, cut(stream), strict=True)]
+
+  places = [_places(part.positions, part.texts) for part in parts]
+  external = [Before(prefix.places, prefix.read) for prefix in before]
+  attends = [
+    _attention(decoder, where, None, [*external, *(Before(places[other], None) for other in part.reads)])
+    for part, where in zip(parts, places, strict=True)
+  ]
+
+  def mix(q: jax.Array, k: jax.Array, v: jax.Array, shared: Any, window: Any) -> tuple[jax.Array, None]:
+    read: list[tuple[jax.Array, jax.Array]] = []
+    mixed = []
+    for part, attend, *heads in zip(parts, attends, *map(in_rows, (q, k, v)), strict=True):
+      own_q, own_k, own_v = _by_head(*heads)
+      own_k, own_v = (constrain(array, 'batch', 'kv_heads', None, None) for array in (own_k, own_v))
+      mixed.append(_all_heads(attend(own_q, own_k, own_v, [*shared, *(read[i] for i in part.reads)], window)))
+      read.append((own_k, own_v))
+    return join(mixed), None
+
+  tokens, positions = (join([getattr(part, name) for part in parts]) for name in ('tokens', 'positions'))
+  hidden, _ = _through_layers(decoder, tokens, positions, mix, partial(_of_layer, before), adapter=adapter, tap=tap)
+  found = [
+    [one if part.many else one[:1] for part, one in zip(given, cut(states), strict=True)]
+    for states in (hidden if tap is not None else [hidden])
+  ]
+  return found[0] if tap is None else list(zip(*found, strict=True))
+
+
+def _places(positions_bt: jax.Array, texts_bt: jax.Array | None) -> Places:
+  return Places(positions_bt, jnp.ones_like(positions_bt) if texts_bt is None else texts_bt)
+
+
+def _attention(decoder: Decoder, queries: Places, cached: Places | None, before: Sequence[Before]) -> Attend:
+  c = decoder.config
+  return make_attention(
+    decoder.runtime.attention, queries, cached, before, scale=c.query_scale, cap=c.attention_softcap, windows=c.windows
+  )
+
+
+def _of_layer(before: Sequence[Prefix], layer: Any) -> list[tuple[Any, Any]]:
+  return [(prefix.kv.k[layer], prefix.kv.v[layer]) for prefix in before]
+
+
+def _by_head(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """As attention takes them: [B, T, K, G, H], [B, K, H, T], [B, K, T, H]."""
+  b, t, _, h = q_btnh.shape
+  return q_btnh.reshape(b, t, k_btkh.shape[2], -1, h), jnp.moveaxis(k_btkh, 1, 3), jnp.swapaxes(v_btkh, 1, 2)
+
+
+def _all_heads(mixed_btkgh: jax.Array) -> jax.Array:
+  b, t, k, g, h = mixed_btkgh.shape
+  return constrain(mixed_btkgh.reshape(b, t, k * g, h), 'batch', None, 'heads', None)
+
+
+def _through_layers(
+  decoder: Decoder,
+  tokens_bt: jax.Array,
+  positions_bt: jax.Array,
+  mix: Callable[..., tuple[jax.Array, Any]],
+  beside: Callable[[Any], Any],
+  *,
+  adapter: Any,
+  tap: int | None,
+  layers: Any = None,
+  decoding: bool = False,
+) -> tuple[Any, Any]:
+  """Tokens through all layers; rows are told apart by attention alone.
+
+  Args:
+    decoder: the weights.
+    tokens_bt: ids, in whichever rows `mix` knows.
+    positions_bt: as `forward` takes them.
+    mix: attention, of queries [B, T, N, H], keys and values [B, T, K, H], what is `beside` a layer, and its window; as
+      [B, T, N, H], and what is to be kept of the layer.
+    beside: of the number of a layer, or the slice of all.
+    adapter, tap, layers: as `forward` takes them.
+    decoding: one token a row with a cache.
+
+  Returns:
+    hidden states as `forward` gives them, and what `mix` kept, stacked over L or in tuples.
   """
   c, runtime = decoder.config, decoder.runtime
-  dtype = Widened(runtime.compute_dtype) if runtime.widen and cache is None else runtime.compute_dtype
-  groups = c.num_heads // c.num_kv_heads
+  dtype = Widened(runtime.compute_dtype) if runtime.widen and not decoding else runtime.compute_dtype
   activation = _ACTIVATIONS[c.activation]
   norm = partial(rms_norm, eps=c.norm_eps, offset=c.norm_offset)
-  queries = Places(positions_bt, jnp.ones_like(positions_bt) if texts_bt is None else texts_bt)
-  if packing is not None:  # all but attention takes each token by itself
-    tokens_bt, positions_bt = (pack(array, packing) for array in (tokens_bt, positions_bt))
   tables = [rotary(positions_bt, c.rotated, c.rope_theta, c.rope_factors, c.rope_gain)]
   if c.local_rope_theta:
     tables.append(rotary(positions_bt, c.rotated, c.local_rope_theta))
   if c.rope_layers:
     tables.append((jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][1])))
-  cached = None
-  if cache is not None:
-    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache_index, axis=1)
-    cached = jax.tree.map(put, cache.places, queries)
-  places = [Before(prefix.places, prefix.read) for prefix in before]
-  attend = make_attention(
-    runtime.attention, queries, cached, places, scale=c.query_scale, cap=c.attention_softcap, windows=c.windows
-  )
-
-  def in_rows(x: jax.Array) -> jax.Array:
-    return x if packing is None else unpack(x, packing)
 
   def linear(x: jax.Array, name: str, layer: Any, lora: Any, in_axes: int = 1) -> jax.Array:
     weight = layer[name]
@@ -365,28 +369,19 @@ def forward(
     said = mixture(flat, linear(flat, 'router', layer, None), layer, c, activation, runtime.compute_dtype)
     return said.reshape(normed.shape)
 
-  def block(x: jax.Array, scanned: Any, kind: LayerKind) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    layer, lora, kv, shared = scanned
+  def block(x: jax.Array, scanned: Any, kind: LayerKind) -> tuple[jax.Array, Any]:
+    layer, lora, there = scanned
     cos, sin = _choose(tables, kind.rotation)
     normed = norm(x, layer['attn_norm']) if c.pre_norms else x
     q, k, v = (heads(normed, name, layer, lora) for name in 'qkv')
     q = constrain(rotate(q, cos, sin), 'batch', None, 'heads', None)
-    q, k, v = (in_rows(array.astype(runtime.attention_dtype)) for array in (q, rotate(k, cos, sin), v))
-    b, t = q.shape[:2]
-    q = q.reshape(b, t, c.num_kv_heads, groups, c.head_dim)
-    k, v = jnp.moveaxis(k, 1, 3), jnp.swapaxes(v, 1, 2)
-    if kv is not None:
-      k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, cache_index, 3)
-      v = jax.lax.dynamic_update_slice_in_dim(kv[1], v, cache_index, 2)
-    k, v = (constrain(array, 'batch', 'kv_heads', None, None) for array in (k, v))
-    mixed = attend(q, k, v, shared, kind.window)
-    mixed = constrain(mixed.reshape(b, t, c.num_heads, c.head_dim), 'batch', None, 'heads', None)
-    mixed = mixed if packing is None else pack(mixed, packing)
+    q, k, v = (array.astype(runtime.attention_dtype) for array in (q, rotate(k, cos, sin), v))
+    mixed, kept = mix(q, k, v, there, kind.window)
     said = linear(mixed.reshape(*x.shape[:2], -1), 'o', layer, lora, in_axes=2)
     x = x + (norm(said, layer['attn_post_norm']) if c.post_norms else said)
     said = mlp(norm(x, layer['mlp_norm']) if c.pre_norms else x, layer, lora)
     x = x + (norm(said, layer['mlp_post_norm']) if c.post_norms else said)
-    return constrain(x, 'batch', None, None), (k, v)
+    return constrain(x, 'batch', None, None), kept
 
   # Looked up in a table that is split along its width, rows would come out so, for all the batch on every device.
   table = constrain(decoder.embed[...], 'vocab', None)
@@ -395,36 +390,32 @@ def forward(
   kinds = c.layer_kinds()
   recompute = jax.checkpoint if runtime.remat else lambda function: function
   steps = {kind: recompute(partial(block, kind=kind)) for kind in dict.fromkeys(kinds)}
-  tapped = []
-  if runtime.scan_layers and cache is None:
+  tapped, kept = [], []
+  if runtime.scan_layers and not decoding:
     step: Any = steps[kinds[0]]
-    scanned: Any = (*stacked_weights(decoder, adapter), None, [prefix.kv for prefix in before])
+    scanned: Any = (*stacked_weights(decoder, adapter), beside(slice(None)))
     if len(steps) > 1:
       step = recompute(lambda x, scanned: block(x, scanned[:-1], scanned[-1]))
       scanned = (*scanned, _stack_kinds(kinds))
     pieces = [scanned]
     if tap is not None:
       pieces = [jax.tree.map(lambda a, part=part: a[part], scanned) for part in (slice(tap), slice(tap, None))]
-    written = []
     for piece in pieces:
-      x, kv = jax.lax.scan(step, x, piece)
+      x, some = jax.lax.scan(step, x, piece)
       tapped.append(x)
-      written.append(kv)
-    k, v = written[0] if tap is None else jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *written)
+      kept.append(some)
+    every = kept[0] if tap is None else jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *kept)
   else:
-    written = []
     for i, (layer, lora) in enumerate(layers or layer_weights(decoder, adapter)):
-      kv = (cache.kv.k[i], cache.kv.v[i]) if cache is not None else None
-      shared = [(prefix.kv.k[i], prefix.kv.v[i]) for prefix in before]
-      x, kv = steps[kinds[i]](x, (layer, lora, kv, shared))
-      written.append(kv)
+      x, some = steps[kinds[i]](x, (layer, lora, beside(i)))
+      kept.append(some)
       if i + 1 == tap:
         tapped.append(x)
-    k, v = (tuple(arrays) for arrays in zip(*written, strict=True))
+    every = None if kept[0] is None else tuple(zip(*kept, strict=True))
   hidden: Any = norm(x, decoder.final_norm[...])
   if tap is not None:
     hidden = norm(tapped[0], decoder.final_norm[...]), hidden
-  return hidden, KV(k, v) if cached is None else Cache(KV(k, v), cached)
+  return hidden, every
 
 
 def _stack_kinds(kinds: Sequence[LayerKind]) -> LayerKind:

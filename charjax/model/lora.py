@@ -13,9 +13,10 @@ import numpy as np
 from flax import nnx
 
 from charjax.errors import UserError
+from charjax.model.blocks import block_parameters
 from charjax.model.checkpoint_source import Tensors, read_tensor
 from charjax.model.config import PROJECTIONS, ModelConfig
-from charjax.model.decoder import Decoder, block_parameters
+from charjax.model.decoder import Decoder
 from charjax.model.weights import dequantized
 
 # What an Adapter holds, by projection: 'a' [L, I, R] and 'b' [L, R, O], float32.

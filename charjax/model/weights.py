@@ -13,9 +13,10 @@ from jax.sharding import NamedSharding
 from charjax.errors import UserError
 from charjax.mesh import spec
 from charjax.model import quantized
+from charjax.model.blocks import block_parameters
 from charjax.model.checkpoint_source import Index, Tensors, empty, read_tensor
 from charjax.model.config import ModelConfig
-from charjax.model.decoder import Decoder, Runtime, block_parameters
+from charjax.model.decoder import Decoder, Runtime
 
 
 def abstract_decoder(config: ModelConfig, dtype: Any, runtime: Runtime) -> Decoder:

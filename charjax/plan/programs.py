@@ -18,13 +18,14 @@ from jax.sharding import NamedSharding
 
 from charjax.engine import decode, sample, work
 from charjax.engine.batch import PREFIX_STEP, bucket, compute_prefix
+from charjax.engine.rows import FixedShapes, Group, Rows, parts_of
 from charjax.engine.sample import Reply, Sampling
-from charjax.engine.score import FixedShapes, Group, Rows, parts_of
 from charjax.errors import UserError
 from charjax.mesh import batch_parts, describe, described, replicate, shard_batch, spec
 from charjax.model.attention import Places
+from charjax.model.blocks import block_parameters
 from charjax.model.config import ModelConfig
-from charjax.model.decoder import Cache, Decoder, Prefix, block_parameters, lower_layers
+from charjax.model.decoder import Cache, Decoder, Prefix, lower_layers
 from charjax.model.language_model import LanguageModel
 from charjax.model.language_model import describe as describe_model
 from charjax.stages import policy, preference, rollouts
@@ -180,7 +181,7 @@ def _policy(session: Session, reward: Any) -> list[Program]:
   _, done = _counted(lambda: work.count_rows(decoder.config, part, shapes.cut, times=2, heads=1))
   judging = Program(
     'scoring', 'policy', rollouts.judge_tokens,
-    (judge, shapes.prefix, shapes.length, shard_batch(part), replicate(np.float32(1)), None), {'longest': longest},
+    (judge, shapes.opening, shard_batch(part), replicate(np.float32(1)), None), {'longest': longest},
     residents | {'batch': shard_batch(part)}, done.flops, done.tokens, weight_reads=2,
   )  # fmt: skip
 

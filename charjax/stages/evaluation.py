@@ -20,8 +20,9 @@ import numpy as np
 from charjax import bounded
 from charjax.character import Trait
 from charjax.engine.batch import item_keys
+from charjax.engine.rows import Rows
 from charjax.engine.sample import Sampling, sample
-from charjax.engine.score import Rows, hidden_states, map_rows, mean_over_tokens, over_tokens, score
+from charjax.engine.score import hidden_states, map_rows, mean_over_tokens, over_tokens, score
 from charjax.errors import UserError
 from charjax.files import Row, chunks, numbered_rows, write_jsonl, write_text
 from charjax.mesh import fetch, replicate

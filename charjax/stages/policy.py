@@ -19,21 +19,13 @@ import numpy as np
 
 from charjax import hosts
 from charjax.engine import work
-from charjax.engine.batch import compute_prefix, item_keys
+from charjax.engine.batch import item_keys
+from charjax.engine.rows import FixedShapes, Group, reply_mask, take_replies
 from charjax.engine.sample import Sampling, end_ids, sample
-from charjax.engine.score import (
-  FixedShapes,
-  Group,
-  Rows,
-  hidden_states,
-  over_tokens,
-  reply_mask,
-  take_replies,
-  token_log_probs,
-)
+from charjax.engine.score import all_hidden_states, hidden_states, over_tokens, token_log_probs
 from charjax.errors import UserError
 from charjax.files import Row, chunks, read_jsonl, write_jsonl, write_text
-from charjax.model.decoder import Decoder, Prefix, logits
+from charjax.model.decoder import Decoder, logits
 from charjax.progress import Progress
 from charjax.stages import messages, prompts, replies
 from charjax.stages.rollouts import (
@@ -171,7 +163,8 @@ def make_policy_batch(
     'neutral': shapes.rows([Group(row['prompt'], [row['reply']]) for row in neutral], 1, microbatches=parts),
     'weight': np.array([item['weight'] for item in asked], np.float32),
   }
-  whole = shapes.shared() | {
+  whole: Row = {
+    'opening': shapes.opening,
     'ends': end_ids(session.model.eos_ids),
     'prompts': np.float32(len(asked)),
     'neutral_tokens': np.float32(sum(len(row['reply']) for row in neutral)),
@@ -201,7 +194,7 @@ def make_policy_batch(
     for some, prompt, name in pairs:
       arrays[name] = some.rows([Group(item[prompt], item['shown']) for item in asked], shown, microbatches=parts)
     whole['shown_tokens'] = np.float32(max(1, sum(len(reply) for item in asked for reply in item['shown'])))
-    whole |= {f'shown_{name}': value for name, value in shapes_shown.shared().items()}
+    whole['shown_opening'] = shapes_shown.opening
   if ranked:
     arrays['ranked'] = {key: np.stack([item[key] for item in asked]) for key in ('before', 'real', 'preferred', 'best')}
     _, whole['ranked_pairs'] = count_pairs(arrays['ranked']['real'], arrays['weight'])
@@ -320,37 +313,35 @@ def _neutral_replies(session: Session) -> list[Row]:
 def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
   """What drawn, ranked and shown replies teach, as far as there are any; the exact KL a token on neutral replies."""
   used, adapter = bind(decoder, trainable)
-  prefix = (compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter),)
+  names = [name for name in ('rows', 'shown', 'neutral') if name in batch]
+  found = all_hidden_states(used, [batch[name] for name in names], adapter=adapter, opening=batch['opening'])
+  hidden = dict(zip(names, found, strict=True))
   loss, metrics = jnp.float32(0), dict[str, jax.Array]()
-  if 'rows' in batch:
-    loss, metrics = _replies_loss(trainable, decoder, prefix, batch)
+  if 'rows' in hidden:
+    loss, metrics = _replies_loss(trainable, decoder, hidden['rows'], batch)
 
-  def kl_to(start: jax.Array, rows: Rows) -> jax.Array:
+  def kl_to(start: jax.Array, name: str) -> jax.Array:
     """Of the policy from a model whose states these are, summed over the tokens of replies."""
-    hidden = hidden_states(used, rows, adapter=adapter, before=prefix)
-    kl = over_tokens(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), rows, (start, hidden))
+    rows, both = batch[name], (jax.lax.stop_gradient(start), hidden[name])
+    kl = over_tokens(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), rows, both)
     return jnp.where(reply_mask(rows), kl, 0.0).sum()
 
-  if 'shown' in batch:
+  if 'shown' in hidden:
     # Context distillation (Askell et al. 2021, section 2.2), of the whole distribution of each token.
-    start = (compute_prefix(decoder, batch['shown_prefix'], batch['shown_prefix_length']),)
-    taught = kl_to(jax.lax.stop_gradient(hidden_states(decoder, batch['teacher'], before=start)), batch['shown'])
-    taught = taught / batch['shown_tokens']
+    teacher = hidden_states(decoder, batch['teacher'], opening=batch['shown_opening'])
+    taught = kl_to(teacher, 'shown') / batch['shown_tokens']
     loss, metrics = loss + batch['shown_weight'] * taught, metrics | {'shown_kl': taught}
   # In this very program: of states that another one rounded, the policy would not be at 0 before its first step.
-  start = (compute_prefix(decoder, batch['prefix'], batch['prefix_length']),)
-  neutral_kl = kl_to(jax.lax.stop_gradient(hidden_states(decoder, batch['neutral'], before=start)), batch['neutral'])
-  neutral_kl = neutral_kl / batch['neutral_tokens']
+  start = hidden_states(decoder, batch['neutral'], opening=batch['opening'])
+  neutral_kl = kl_to(start, 'neutral') / batch['neutral_tokens']
   return loss + batch['neutral_weight'] * neutral_kl, metrics | {'neutral_kl': neutral_kl}
 
 
 def _replies_loss(
-  trainable: Any, decoder: Any, prefix: Sequence[Prefix], batch: Row
+  trainable: Any, decoder: Any, hidden: jax.Array, batch: Row
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The clipped policy gradient a token of drawn replies, and what ranked ones teach."""
-  used, adapter = bind(decoder, trainable)
-  rows, drawn = batch['rows'], batch.get('drawn')
-  hidden = hidden_states(used, rows, adapter=adapter, before=prefix)
+  """The clipped policy gradient a token of drawn replies, and what ranked ones teach, from the states of both."""
+  rows, drawn, (used, _) = batch['rows'], batch.get('drawn'), bind(decoder, trainable)
   every = token_log_probs(used, hidden, rows, batch['temperature'], batch['ends'], batch['going_on'])
   prompts = len(rows.prompts)
   each = len(drawn['before']) // prompts if drawn else 0

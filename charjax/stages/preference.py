@@ -25,8 +25,8 @@ import numpy as np
 
 from charjax import hosts
 from charjax.engine import work
-from charjax.engine.batch import compute_prefix
-from charjax.engine.score import FixedShapes, Group, hidden_states, mean_states
+from charjax.engine.rows import FixedShapes, Group
+from charjax.engine.score import hidden_states, mean_states
 from charjax.errors import UserError
 from charjax.files import Row, read_jsonl, write_jsonl, write_text
 from charjax.mesh import fetch, put, replicate
@@ -157,8 +157,8 @@ def _loss(
   trainable: Any, decoder: Any, batch: Row, *, labels: str, loss: str
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   used, adapter = bind(decoder, trainable)
-  before = (compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter),)
-  states = mean_states(hidden_states(used, batch['rows'], adapter=adapter, before=before), batch['rows'])
+  rows = batch['rows']
+  states = mean_states(hidden_states(used, rows, adapter=adapter, opening=batch['opening']), rows)
   real = batch['real']
   every = read_rewards(trainable, states).reshape(*real.shape, -1)
   scores = jnp.take_along_axis(every, batch['trait'][:, None, None], 2)[..., 0]
@@ -258,7 +258,7 @@ def make_examples_batch(config: Any, lower: Decoder, shapes: FixedShapes, some: 
   work.count_rows(lower.config, rows, shapes.cut, times=2 if config.lora_rank else 3)
   labels = _labels(some, config.messages_per_batch, k)
   weights, pairs = count_pairs(labels['real'], labels['weight'])
-  whole = shapes.shared() | {'weights': weights, 'pairs': pairs}
+  whole = {'opening': shapes.opening, 'weights': weights, 'pairs': pairs}
   return make_batch(whole, {'rows': rows} | labels, config.microbatches)
 
 

@@ -16,20 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from charjax.engine.batch import compute_prefix, item_keys
+from charjax.engine.batch import item_keys
+from charjax.engine.rows import FixedShapes, Group, Opening, Rows, pad_values, parts_of, reply_mask
 from charjax.engine.sample import Reply, Sampling, end_ids, sample
-from charjax.engine.score import (
-  FixedShapes,
-  Group,
-  Rows,
-  hidden_states,
-  in_rows,
-  mean_over_tokens,
-  pad_values,
-  parts_of,
-  reply_mask,
-  token_log_probs,
-)
+from charjax.engine.score import hidden_states, in_rows, mean_over_tokens, token_log_probs
 from charjax.files import Row
 from charjax.mesh import fetch, no_silent_transfers, replicate, shard_batch
 from charjax.model.decoder import Decoder
@@ -115,17 +105,16 @@ def make_judge(session: Session, shapes: FixedShapes, asked: Sequence[Row]) -> J
   moments: Any = None
   for begin in range(0, max(1, len(groups)), size):
     rows = shapes.rows(groups[begin : begin + size], each, size)
-    more = fetch(_moments(trunk, model, shapes.prefix, shapes.length, shard_batch(rows), ends, longest))
+    more = fetch(_moments(trunk, model, shapes.opening, shard_batch(rows), ends, longest))
     moments = jax.tree.map(np.add, moments, more) if moments else more
   critic, mean = replicate(fit_values(*moments))
   return Judge(decoder, trunk, model, critic, mean, ends)
 
 
-def _token_states(trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows) -> jax.Array:
+def _token_states(trunk: Decoder, model: Any, opening: Opening, rows: Rows) -> jax.Array:
   """States [N, R, D] that the preference model reads of each token."""
   used, adapter = bind(trunk, model)
-  before = (compute_prefix(used, prefix, length, adapter),)
-  return in_rows(hidden_states(used, rows, adapter=adapter, before=before), rows)[:, 1:]
+  return in_rows(hidden_states(used, rows, adapter=adapter, opening=opening), rows)[:, 1:]
 
 
 def _token_scores(model: Any, states: jax.Array, rows: Rows, ends: jax.Array) -> jax.Array:
@@ -139,27 +128,24 @@ def _token_scores(model: Any, states: jax.Array, rows: Rows, ends: jax.Array) ->
 
 @no_silent_transfers
 @partial(jax.jit, static_argnames=('longest',))
-def _moments(
-  trunk: Decoder, model: Any, prefix: jax.Array, length: jax.Array, rows: Rows, ends: jax.Array, longest: int
-) -> Any:
-  mask, states = reply_mask(rows), _token_states(trunk, model, prefix, length, rows)
+def _moments(trunk: Decoder, model: Any, opening: Opening, rows: Rows, ends: jax.Array, longest: int) -> Any:
+  mask, states = reply_mask(rows), _token_states(trunk, model, opening, rows)
   return value_moments(states, _token_scores(model, states, rows, ends), mask, to_come(mask.shape[1], longest))
 
 
 @partial(jax.jit, static_argnames=('longest',))
 def judge_tokens(
-  judge: Judge, prefix: jax.Array, length: jax.Array, rows: Rows, temperature: jax.Array, barred: Any, longest: int
+  judge: Judge, opening: Opening, rows: Rows, temperature: jax.Array, barred: Any, longest: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Scores of each token by every trait, what the critic expects to follow, both [N, R, traits]; and log-probs [N, R]
   of the starting model."""
-  before, depth = (compute_prefix(judge.decoder, prefix, length),), judge.trunk.config.num_layers
   if not judge.model.keys() & {'decoder', 'adapter'}:
     # The heads read the starting weights: their states lie on the way to the log-probs.
-    states, hidden = hidden_states(judge.decoder, rows, before=before, tap=depth)
+    states, hidden = hidden_states(judge.decoder, rows, opening=opening, tap=judge.trunk.config.num_layers)
     states = in_rows(states, rows)[:, 1:]
   else:
-    states = _token_states(judge.trunk, judge.model, prefix, length, rows)
-    hidden = hidden_states(judge.decoder, rows, before=before)
+    states = _token_states(judge.trunk, judge.model, opening, rows)
+    hidden = hidden_states(judge.decoder, rows, opening=opening)
   scores = _token_scores(judge.model, states, rows, judge.ends)
   values = read_values(judge.critic, states, to_come(states.shape[1], longest))
   return scores - judge.mean, values, token_log_probs(judge.decoder, hidden, rows, temperature, barred)
@@ -191,9 +177,7 @@ def judge_ranked(session: Session, shapes: FixedShapes, judge: Judge, asked: Seq
       earns = np.zeros((len(real), len(session.character.traits)), np.float32)
       earns[: len(some)] = [item['earns'] for item in some]
       rows, earns = shard_batch((rows, earns))
-      scores, _, before = judge_tokens(
-        judge, shapes.prefix, shapes.length, rows, temperature, judge.ends, config.max_new_tokens
-      )
+      scores, _, before = judge_tokens(judge, shapes.opening, rows, temperature, judge.ends, config.max_new_tokens)
       preferred, before = fetch((_preferences(scores, rows, earns, *limits), before))
       before = before.reshape(-1, places, before.shape[1])
       preferred, best = mix_labels(preferred, [item['ranked'].preferred for item in some], real, config.ranked_labels)
@@ -259,8 +243,7 @@ def roll_out(
   # In as many parts as the step learns from it: all states of a batch would not fit.
   parts = [shard_batch(part) for part in parts_of(rows, config.microbatches)]
   judged = [
-    fetch(judge_tokens(judge, shapes.prefix, shapes.length, part, temperature, None, config.max_new_tokens))
-    for part in parts
+    fetch(judge_tokens(judge, shapes.opening, part, temperature, None, config.max_new_tokens)) for part in parts
   ]
   scores, values, reference = (np.concatenate(arrays) for arrays in zip(*judged, strict=True))
   mask = reply_mask(rows)
@@ -272,9 +255,7 @@ def roll_out(
   rewards = fetch(_mean_over_tokens(*shard_batch((scores, rows))))
   returns = None
   if config.advantages == 'ppo':
-    expected = np.concatenate(
-      [fetch(_expected(model.decoder, trainable, shapes.prefix, shapes.length, part)) for part in parts]
-    )
+    expected = np.concatenate([fetch(_expected(model.decoder, trainable, shapes.opening, part)) for part in parts])
     advantages, returns = fetch(_ppo(*shard_batch((scores, expected, log_ratio, mask)), trace, kl))
   else:
     grouped = shard_batch(tuple(array.reshape(len(asked), each, -1) for array in (scores, values, log_ratio, mask)))
@@ -338,11 +319,10 @@ def _ppo(
 
 @no_silent_transfers
 @jax.jit
-def _expected(decoder: Decoder, trainable: Any, prefix: jax.Array, length: jax.Array, rows: Rows) -> jax.Array:
+def _expected(decoder: Decoder, trainable: Any, opening: Opening, rows: Rows) -> jax.Array:
   """What the policy's value head expects before each reply token, [N, R]."""
   used, adapter = bind(decoder, trainable)
-  before = (compute_prefix(used, prefix, length, adapter),)
-  return read_expected(trainable, hidden_states(used, rows, adapter=adapter, before=before), rows)
+  return read_expected(trainable, hidden_states(used, rows, adapter=adapter, opening=opening), rows)
 
 
 def read_expected(trainable: Any, hidden: jax.Array, rows: Rows) -> jax.Array:

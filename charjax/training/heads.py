@@ -14,7 +14,8 @@ import optax
 from flax import nnx
 
 from charjax.engine.batch import Tokens
-from charjax.engine.score import Rows, hidden_states, map_rows, mean_states
+from charjax.engine.rows import Rows
+from charjax.engine.score import hidden_states, map_rows, mean_states
 from charjax.mesh import lay_out
 from charjax.model.decoder import Decoder, Prefix
 from charjax.model.lora import Adapter

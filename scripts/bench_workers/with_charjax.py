@@ -11,9 +11,10 @@ from tasks import EACH
 
 from charjax import defaults, main
 from charjax.engine import work
-from charjax.engine.batch import Tokens, compute_prefix, item_keys
+from charjax.engine.batch import Tokens, item_keys
+from charjax.engine.rows import FixedShapes, Group, pad_values, reply_mask
 from charjax.engine.sample import Reply, Sampling, sample
-from charjax.engine.score import FixedShapes, Group, hidden_states, pad_values, reply_mask, score, token_log_probs
+from charjax.engine.score import hidden_states, score, token_log_probs
 from charjax.mesh import shard_batch
 from charjax.model import checkpoint_source, language_model
 from charjax.model.decoder import Decoder, lower_layers
@@ -138,8 +139,7 @@ class Reward:
 def _policy_loss(trainable: Any, decoder: Decoder, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The clipped policy gradient a token, as in stages.policy."""
   used, adapter = bind(decoder, trainable)
-  prefix = (compute_prefix(used, batch['prefix'], batch['prefix_length'], adapter),)
-  hidden = hidden_states(used, batch['rows'], adapter=adapter, before=prefix)
+  hidden = hidden_states(used, batch['rows'], adapter=adapter, opening=batch['opening'])
   log_probs = token_log_probs(used, hidden, batch['rows'], 1.0)
   mask = reply_mask(batch['rows'])
   gradient, _, _ = policy_gradient(log_probs, batch['before'], batch['advantages'], mask, 0.2)
@@ -189,7 +189,7 @@ class Policy:
     grouped = shard_batch(tuple(array.reshape(size, each, *array.shape[1:]) for array in (rewards, log_ratio, mask)))
     advantages = jax.device_get(_advantages(*grouped)).reshape(mask.shape)
     count = sum(map(len, tokens))
-    whole = self._shapes.shared() | {'drawn_tokens': np.float32(count)}
+    whole = {'opening': self._shapes.opening, 'drawn_tokens': np.float32(count)}
     arrays = {'rows': rows, 'before': before, 'advantages': advantages}
     batch = make_batch(whole, arrays, self._microbatches)
     self._trainable, self._state, values = self._learn(self._trainable, self._state, self._decoder, batch)
