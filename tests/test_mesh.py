@@ -186,17 +186,19 @@ def test_activations_are_split_inside_a_program(mesh):
 # ---- what a program says of its activations, and what it becomes ----
 
 # Numbers of rows and tokens that no other dimension has.
-ROWS, WIDTH, PROMPT = 40, 24, 16
+ROWS, WIDTH, PROMPT = 56, 24, 16
+EACH = 14 * (PROMPT + WIDTH)  # tokens of each of the four devices that rows are split over, end to end
 SPLIT = Counter({
-  # Of the forward pass of the prompts, and of the rows after them.
-  ((48, 32), 'tensor,-'): 2,  # the embedding, for looking rows up
-  ((ROWS, PROMPT, 32), 'data+fsdp,-,-'): 2, ((ROWS, WIDTH, 32), 'data+fsdp,-,-'): 2,  # between blocks
-  ((ROWS, PROMPT, 4, 8), 'data+fsdp,-,tensor,-'): 2, ((ROWS, WIDTH, 4, 8), 'data+fsdp,-,tensor,-'): 2,  # queries, mixed
+  ((48, 32), 'tensor,-'): 1,  # the embedding, for looking rows up
+  ((4, EACH, 32), 'data+fsdp,-,-'): 2,  # between blocks
+  ((4, EACH, 4, 8), 'data+fsdp,-,tensor,-'): 1,  # queries
+  # In attention, of the prompts and of the rows after them.
+  ((ROWS, PROMPT, 4, 8), 'data+fsdp,-,tensor,-'): 1, ((ROWS, WIDTH, 4, 8), 'data+fsdp,-,tensor,-'): 1,  # mixed
   ((ROWS, 2, 8, PROMPT), 'data+fsdp,tensor,-,-'): 1, ((ROWS, 2, 8, WIDTH), 'data+fsdp,tensor,-,-'): 1,  # keys
   ((ROWS, 2, PROMPT, 8), 'data+fsdp,tensor,-,-'): 1, ((ROWS, 2, WIDTH, 8), 'data+fsdp,tensor,-,-'): 1,  # values
-  ((ROWS, PROMPT, 64), 'data+fsdp,-,tensor'): 1, ((ROWS, WIDTH, 64), 'data+fsdp,-,tensor'): 1,  # gated
+  ((4, EACH, 64), 'data+fsdp,-,tensor'): 1,  # gated
   # Of the output head, in chunks: hidden states, ids and logits.
-  ((2, 512, 32), '-,data+fsdp,-'): 1, ((2, 512), '-,data+fsdp'): 1, ((512, 48), 'data+fsdp,tensor'): 1,
+  ((3, 512, 32), '-,data+fsdp,-'): 1, ((3, 512), '-,data+fsdp'): 1, ((512, 48), 'data+fsdp,tensor'): 1,
 })  # fmt: skip
 
 

@@ -7,6 +7,7 @@ heads a key/value head, H head size.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -99,7 +100,12 @@ def make_attention(
 
   def attend(q_btkgh: jax.Array, k_bkhs: jax.Array, v_bksh: jax.Array, shared: Any, window: Any) -> jax.Array:
     own, seen = masks(window)
-    return _over_all(q_btkgh, k_bkhs, v_bksh, own, list(zip(shared, seen, strict=True)), scale, cap)
+    factor = scale or q_btkgh.shape[-1] ** -0.5
+    # Of many queries a row, the scores take more memory than keys that are laid before its own once for each row would.
+    if q_btkgh.shape[1] >= q_btkgh.shape[-1]:
+      k_bkhs, v_bksh, own = _laid_before(k_bkhs, v_bksh, own, shared, seen)
+      shared, seen = [], []
+    return _over_all(q_btkgh, k_bkhs, v_bksh, own, list(zip(shared, seen, strict=True)), factor, cap)
 
   if kind == 'xla':
     return attend
@@ -135,6 +141,24 @@ def softcap(x: jax.Array, bound: float) -> jax.Array:
   return jnp.tanh(x / bound) * bound if bound else x
 
 
+def _laid_before(
+  k_bkhs: jax.Array, v_bksh: jax.Array, mask_bts: jax.Array, shared: Any, seen: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Keys, values and masks of rows with those of what stands before them."""
+  b, t, _ = mask_bts.shape
+
+  def each_row(array: jax.Array) -> jax.Array:
+    return jnp.repeat(array, b // len(array), 0)
+
+  masks = [each_row(m)[:, None].repeat(t, 1) if m.ndim == 2 else m.reshape(b, t, -1) for m in seen]
+  keys = [each_row(k) for k, _ in shared]
+  values = [each_row(v) for _, v in shared]
+  return tuple(
+    jnp.concatenate([*before, own], axis)
+    for before, own, axis in ((keys, k_bkhs, 3), (values, v_bksh, 2), (masks, mask_bts, 2))
+  )
+
+
 def _over_all(
   q_btkgh: jax.Array,
   k_bkhs: jax.Array,
@@ -145,17 +169,80 @@ def _over_all(
   cap: float,
 ) -> jax.Array:
   """The form for XLA: over the row's own keys where `mask_bts`, and over what is shared."""
-  scale, f32 = scale or q_btkgh.shape[-1] ** -0.5, jnp.float32
-  # Scores are kept in the order in which the products come out: transposing them would cost as much as the products.
-  score = jnp.einsum('btkgh,bkhs->bktgs', q_btkgh, k_bkhs, preferred_element_type=f32) * scale
-  score = jnp.where(mask_bts[:, None, :, None], softcap(score, cap), _MASKED)
+  q_bktgh = jnp.moveaxis(q_btkgh, 1, 2)
+  if not shared:
+    return jnp.moveaxis(_mix(q_bktgh, k_bkhs, v_bksh, mask_bts, scale, cap), 2, 1)
+  score, _ = _scores(q_bktgh, k_bkhs, mask_bts, scale, cap)
 
   def own(top_bktg: jax.Array) -> tuple[jax.Array, jax.Array]:
     weight = jnp.exp(score - top_bktg[..., None])
-    total = weight.sum(-1)
-    return total, jnp.einsum('bktgs,bksh->bktgh', weight.astype(v_bksh.dtype), v_bksh, preferred_element_type=f32)
+    return weight.sum(-1), _weigh(weight, v_bksh)
 
   return with_shared(q_btkgh, score.max(-1), own, shared, scale, cap)
+
+
+def _scores(
+  q_bktgh: jax.Array, k_bkhs: jax.Array, mask_bts: jax.Array, scale: float, cap: float
+) -> tuple[jax.Array, jax.Array]:
+  """Scores [B, K, T, G, S] where they are seen, and everywhere.
+
+  They are kept in the order in which the products come out: transposing them would cost as much as the products.
+  """
+  every = jnp.einsum('bktgh,bkhs->bktgs', q_bktgh, k_bkhs, preferred_element_type=jnp.float32) * scale
+  every = softcap(every, cap)
+  return jnp.where(mask_bts[:, None, :, None], every, _MASKED), every
+
+
+def _weigh(weight_bktgs: jax.Array, v_bksh: jax.Array) -> jax.Array:
+  return jnp.einsum('bktgs,bksh->bktgh', weight_bktgs.astype(v_bksh.dtype), v_bksh, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _mix(
+  q_bktgh: jax.Array, k_bkhs: jax.Array, v_bksh: jax.Array, mask_bts: jax.Array, scale: float, cap: float
+) -> jax.Array:
+  """softmax(q k) v over one set of keys, [B, K, T, G, H] float32.
+
+  For the way back only what it gave and the logarithm of each sum are kept, and scores are computed again (Dao et al.
+  2022, arXiv 2205.14135, appendix B.2): kept, those of all layers would take more memory than all else.
+  """
+  return _mix_forward(q_bktgh, k_bkhs, v_bksh, mask_bts, scale, cap)[0]
+
+
+def _mix_forward(
+  q_bktgh: jax.Array, k_bkhs: jax.Array, v_bksh: jax.Array, mask_bts: jax.Array, scale: float, cap: float
+) -> tuple[jax.Array, Any]:
+  score, _ = _scores(q_bktgh, k_bkhs, mask_bts, scale, cap)
+  top = score.max(-1)
+  weight = jnp.exp(score - top[..., None])
+  total = weight.sum(-1)
+  out = _weigh(weight, v_bksh) / total[..., None]
+  return out, (q_bktgh, k_bkhs, v_bksh, mask_bts, out, top + jnp.log(total))
+
+
+def _mix_backward(scale: float, cap: float, saved: Any, grad: jax.Array) -> tuple[Any, Any, Any, None]:
+  q, k, v, mask, out, log_sum = saved
+  score, every = _scores(q, k, mask, scale, cap)
+  weight = jnp.exp(score - log_sum[..., None])
+  inner = (grad * out).sum(-1)
+  # Of each product the operand with the axis H is the one to be transposed: the others are far larger.
+  narrow = grad.astype(v.dtype)
+  grad_weight = jnp.einsum('bktgh,bkhs->bktgs', narrow, jnp.swapaxes(v, 2, 3), preferred_element_type=jnp.float32)
+  grad_score = weight * (grad_weight - inner[..., None])
+  if cap:
+    grad_score *= 1 - jnp.square(every / cap)
+  grad_score = (grad_score * scale).astype(k.dtype)
+  grad_q = _weigh(grad_score, jnp.swapaxes(k, 2, 3))
+
+  def over_queries(x_bktgh: jax.Array, y_bktgs: jax.Array) -> jax.Array:
+    x_bkht, y_bkts = (array.reshape(*array.shape[:2], -1, array.shape[-1]) for array in (x_bktgh, y_bktgs))
+    return jnp.einsum('bkht,bkts->bkhs', jnp.swapaxes(x_bkht, 2, 3), y_bkts, preferred_element_type=jnp.float32)
+
+  grad_k, grad_v = over_queries(q, grad_score), jnp.swapaxes(over_queries(narrow, weight.astype(v.dtype)), 2, 3)
+  return grad_q.astype(q.dtype), grad_k.astype(k.dtype), grad_v.astype(v.dtype), None
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
 
 
 def with_shared(

@@ -197,7 +197,7 @@ def forward(
     if kv is not None:
       k = jax.lax.dynamic_update_slice_in_dim(kv[0], k, cache_index, 3)
       v = jax.lax.dynamic_update_slice_in_dim(kv[1], v, cache_index, 2)
-    k, v = (constrain(array, 'batch', 'kv_heads', None, None) for array in (k, v))
+    k, v = _split_kv(k, v)
     return _all_heads(attend(q, k, v, shared, window)), (k, v)
 
   def beside(layer: Any) -> Any:
@@ -260,8 +260,8 @@ def forward_parts(
     read: list[tuple[jax.Array, jax.Array]] = []
     mixed = []
     for part, attend, *heads in zip(parts, attends, *map(in_rows, (q, k, v)), strict=True):
-      own_q, own_k, own_v = _by_head(*heads)
-      own_k, own_v = (constrain(array, 'batch', 'kv_heads', None, None) for array in (own_k, own_v))
+      own_q, *own = _by_head(*heads)
+      own_k, own_v = _split_kv(*own)
       mixed.append(_all_heads(attend(own_q, own_k, own_v, [*shared, *(read[i] for i in part.reads)], window)))
       read.append((own_k, own_v))
     return join(mixed), None
@@ -294,6 +294,10 @@ def _by_head(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array) -> tuple[j
   """As attention takes them: [B, T, K, G, H], [B, K, H, T], [B, K, T, H]."""
   b, t, _, h = q_btnh.shape
   return q_btnh.reshape(b, t, k_btkh.shape[2], -1, h), jnp.moveaxis(k_btkh, 1, 3), jnp.swapaxes(v_btkh, 1, 2)
+
+
+def _split_kv(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  return tuple(constrain(array, 'batch', 'kv_heads', None, None) for array in arrays)
 
 
 def _all_heads(mixed_btkgh: jax.Array) -> jax.Array:
