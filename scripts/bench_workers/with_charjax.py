@@ -21,11 +21,12 @@ from charjax.model.decoder import Decoder, lower_layers
 from charjax.model.language_model import LanguageModel
 from charjax.stages import preference
 from charjax.training.advantages import token_advantages, token_returns
-from charjax.training.heads import bind, make_trainable, read_rewards, reply_states
+from charjax.training.heads import bind, fit_head, make_trainable, read_rewards, reply_states
 from charjax.training.losses import policy_gradient
 from charjax.training.step import init_optimizer, make_batch, make_optimizer, make_step
 
 _NO_EOS = ()
+_ROUNDS = 4  # one to warm up, and those of bench.py's --rounds
 _STEPS = 10**6  # of the schedule, which so stays where it begins
 
 
@@ -102,12 +103,30 @@ class Reward:
     replies = [reply for row in rows for reply in row['replies']]
     self._shapes = FixedShapes([row['prompt'] for row in rows], max(map(len, replies)), replies)
     self._trainable = make_trainable(self._lower, 0, 0, traits=1)
-    # Peers begin with a head of random numbers.
-    head = self._trainable['head'].w
-    head[...] = jax.device_put(np.random.default_rng(0).normal(0, 0.02, head.shape).astype('f'), head[...].sharding)
+    # It begins as the stage has it begin, on all that is learned from in a few rounds.
+    head, first = self._trainable['head'].w, rows[: _ROUNDS * self._data['prompts_a_step']]
+    head[...] = jax.device_put(self._fitted(first), head[...].sharding)
     loss, optimizer = preference.learning(self._config, _STEPS)
     self._state, layout = init_optimizer(optimizer, self._trainable)
     self._learn = make_step(loss, optimizer, self._trainable, layout)
+
+  def _states(self, rows: Sequence[Any]) -> np.ndarray:
+    """The states [M, K, D] of replies in the starting model."""
+    asked = [row['prompt'] for row in rows for _ in row['replies']]
+    said = [reply for row in rows for reply in row['replies']]
+    return reply_states(self._lower, {}, asked, said).reshape(len(rows), self._each, -1)
+
+  def _order(self) -> np.ndarray:
+    """The first of two replies is the better one."""
+    return np.triu(np.ones((self._each, self._each), np.float32), 1) + np.eye(self._each, dtype=np.float32) / 2
+
+  def _fitted(self, rows: Sequence[Any]) -> np.ndarray:
+    config, states = self._config, self._states(rows)
+    order = np.broadcast_to(self._order(), (len(rows), self._each, self._each))
+    return fit_head(
+      states, order, np.ones(order.shape[:2], bool), np.zeros(len(rows), np.int32), states[:0, 0], 1,
+      config.head_decay, 0.0, config.head_steps, config.labels, config.loss,
+    )  # fmt: skip
 
   def warm_up(self) -> dict[str, Any]:
     """The first step, from which both sides learn alike."""
@@ -117,8 +136,9 @@ class Reward:
     size, each = self._data['prompts_a_step'], self._each
     some = _part(self._data['train'], self._step, size)
     self._step += 1
-    # The first of two replies is the better one.
-    order = np.triu(np.ones((each, each), np.float32), 1) + np.eye(each, dtype=np.float32) / 2
+    # For the head's first values each message was read once, which is paid for here.
+    self._states(some)
+    order = self._order()
     examples = [row | {'probabilities': order, 'trait': 0, 'weight': 1.0} for row in some]
     batch = preference.make_examples_batch(self._config, self._lower, self._shapes, examples, each)
     self._trainable, self._state, values = self._learn(self._trainable, self._state, self._lower, batch)
