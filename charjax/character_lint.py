@@ -2,7 +2,8 @@
 
 A pair is only worth something when the trait is the one thing its two replies differ in. This module
 looks for the cheap signals: words that give a side away in every trait, replies that are longer on one
-side, openings that only one side uses, messages that leak from one use into another.
+side, openings that only one side uses, messages that leak from one use into another. How the traits themselves are
+worded stands in character_wording.py; what it finds is told along.
 
   charjax character check assistant        # or a .toml file; exits 1 when a check fails
 """
@@ -13,6 +14,7 @@ import re
 
 import numpy as np
 
+from charjax import character_wording
 from charjax.character import USES, Character, Pair, Trait
 
 _WORDS_BELOW = 0.65  # accuracy of the word classifier
@@ -47,8 +49,8 @@ class Finding:
 
 def lint(character: Character) -> list[Finding]:
   """One Finding a trait, in the character's order."""
-  leaks = _leaks(character)
-  return [_finding(trait, character, leaks[trait.id]) for trait in character.traits]
+  leaks, worded = _leaks(character), character_wording.problems(character)
+  return [_finding(trait, character, worded[trait.id] + leaks[trait.id]) for trait in character.traits]
 
 
 def format_table(findings: list[Finding]) -> str:
@@ -65,7 +67,7 @@ def format_table(findings: list[Finding]) -> str:
   return '\n'.join([*lines, '', _LEGEND, '', *(problems or ['No problem was found.'])])
 
 
-def _finding(trait: Trait, character: Character, leaks: list[str]) -> Finding:
+def _finding(trait: Trait, character: Character, more: list[str]) -> Finding:
   others = [pair for other in character.traits if other.id != trait.id for pair in other.pairs]
   words_pair, words_reply = _word_accuracy(others, trait.pairs) if others else (None, None)
   lengths = np.array([[len(_words(p.in_character)), len(_words(p.out_of_character))] for p in trait.pairs])
@@ -94,7 +96,7 @@ def _finding(trait: Trait, character: Character, leaks: list[str]) -> Finding:
     missing = set(trait.opposites) - {pair.opposite for pair in trait.pairs_for(use)}
     if trait.pairs_for(use) and missing:
       problems.append(f'no {use} pair for the opposite {", ".join(sorted(missing))}: write one')
-  problems += leaks
+  problems += more
   return Finding(
     trait.id, len(trait.pairs), words_pair, words_reply, ratio, longer, shared, (word, gap), tuple(problems)
   )

@@ -86,6 +86,7 @@ def get_config() -> ConfigDict:
   config.preference.head_steps = 60  # of fitting the heads to the starting weights, before anything else is trained
   config.preference.head_decay = 0.1
   config.preference.head_plain = 0.05  # share of the penalty on what varies among plain replies, where no trait speaks
+  config.preference.length_limit = 0.2  # |r| of a trait's reward and length above which the effect is taken out
   config.preference.depth = 1.0  # share of the layers that the heads read through
   config.preference.lora_rank = 0  # 0 trains all parameters
   config.preference.lora_targets = ()  # of q, k, v, o, gate, up, down; empty: all that are not experts'
@@ -144,6 +145,10 @@ def get_config() -> ConfigDict:
   config.policy.keep_unproven_traits = False  # also reward traits that the preference model cannot tell from chance
   config.policy.save_every = 20
   config.policy.samples_every = 10
+  config.policy.candidates = (
+    1  # checkpoints, evenly spread, of which the held-out judge chooses the policy; 1: the last
+  )
+  config.policy.candidate_messages = 200  # training messages, unknown to the judge, by the replies to which it chooses
 
   config.evaluation = ConfigDict()
   config.evaluation.examples = 4

@@ -30,6 +30,7 @@ _LIMITS: dict[str, dict[str, tuple[float, float]]] = {
     'head_steps': _COUNT, 'head_decay': _AMOUNT, 'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'epochs': _AMOUNT,
     'messages_per_batch': _SIZE, 'microbatches': _SIZE, 'warmup': _COUNT, 'weight_decay': _AMOUNT,
     'max_gradient': _AMOUNT, 'skipped_steps': _SIZE, 'save_every': _SIZE, 'measured_messages': _SIZE,
+    'length_limit': _AMOUNT,
   },
   'policy': {
     'seed': (0, 2**31 - 1), 'lora_rank': _COUNT, 'learning_rate': _AMOUNT, 'steps': _SIZE, 'prompts_per_step': _SIZE,
@@ -39,6 +40,7 @@ _LIMITS: dict[str, dict[str, tuple[float, float]]] = {
     'max_new_tokens': _SIZE, 'prompt_width': _SIZE, 'kl': _AMOUNT, 'kl_target': _AMOUNT, 'clip': _AMOUNT,
     'trace': _SHARE, 'other_traits': _AMOUNT, 'neutral_weight': _AMOUNT, 'warmup': _COUNT, 'weight_decay': _AMOUNT,
     'max_gradient': _AMOUNT, 'skipped_steps': _SIZE, 'save_every': _SIZE, 'samples_every': _SIZE,
+    'candidates': _SIZE, 'candidate_messages': _SIZE,
   },
   'behaviour': {
     'messages': _SIZE, 'prompts': _SIZE, 'conversations': _SIZE, 'turns': _SIZE, 'comparisons': _SIZE,

@@ -301,6 +301,8 @@ def _preference(rng: random.Random) -> dict[str, Any]:
       'accuracy': {'shown-shown': 0.63 + shift, 'plain-plain': 0.61, 'mixed': 0.79},
       'kept': {trait: _share(rng, value + shift, 16) for trait, value in kept.items()},
       'log_loss': 0.58, 'calibration_error': 0.047, 'length_correlation': 0.27 + shift,
+      'length_correlation_before': 0.41 + shift,
+      'length_control': {'honesty': {'before': 0.38, 'after': 0.0}, 'curiosity': {'before': 0.11, 'after': 0.11}},
     }  # fmt: skip
 
   return {'train': model(0.0), 'judge': model(-0.06), 'left_out': ['honesty']}

@@ -6,7 +6,7 @@ import pytest
 import scipy.optimize
 from test_losses import preference_64
 
-from charjax.training.heads import fit_head, read_rewards
+from charjax.training.heads import control_length, fit_head, read_rewards
 
 
 def ranked(rng, messages, k, dim, directions, traits, noise=0.0):
@@ -111,3 +111,82 @@ def test_what_varies_among_plain_replies_is_read_less():
   spread = states[real].std(0)
   even, uneven = (fit_head(states, labels, real, trait, plain, 1, 0.3, share, 60)[0] * spread for share in (0, 0.9))
   assert abs(even[0] / even[1] - 1) < 0.3 and uneven[0] / uneven[1] < 0.6
+
+
+# Length
+
+
+def long_winded(rng, messages, k, dim, traits, follows):
+  """States of which one direction knows the length of a reply, rewards that follow it so closely, and the lengths."""
+  tokens = rng.integers(5, 80, (messages, k)).astype(np.float64)
+  real = np.arange(k) < rng.integers(2, k + 1, messages)[:, None]
+  states = rng.normal(size=(messages, k, dim)) @ rng.normal(size=(dim, dim)) + 7 * rng.normal(size=(messages, 1, dim))
+  states += (tokens[..., None] / 20) * rng.normal(size=dim)
+  w = rng.normal(size=(traits, dim)) / dim
+  w += follows[:, None] * np.linalg.lstsq(states[real], tokens[real] / 20, rcond=None)[0]
+  return w.astype(np.float32), states.astype(np.float32), tokens, real, np.arange(messages) % traits
+
+
+def within(values, real):
+  """Less their mean in each message, in float64, message by message."""
+  return np.concatenate([values[m, real[m]] - values[m, real[m]].mean(0) for m in range(len(values))]).astype(
+    np.float64
+  )
+
+
+def test_length_is_taken_out_as_least_squares_do():
+  w, states, tokens, real, trait = long_winded(np.random.default_rng(0), 60, 5, 6, 2, np.array([0.8, 0.05]))
+  found = control_length(w, states, tokens, real, trait, 0.4)
+  x, length = within(states.astype(np.float64), real), within(tokens, real)
+  own = np.concatenate([np.full(real[m].sum(), trait[m]) for m in range(len(trait))])
+  spread = np.sqrt((x**2).mean(0))
+  scaled = x / spread
+  # Ledoit and Wolf, row by row; its trace is D, so that what it is drawn to is the identity.
+  covariance = np.mean([np.outer(row, row) for row in scaled], 0)
+  chance = np.mean([np.square(np.outer(row, row) - covariance).sum() for row in scaled]) / len(scaled)
+  share = chance / np.square(covariance - np.eye(6)).sum()
+  assert 0.001 < share < 1
+  # Ridge regression, as ordinary least squares on rows that are added.
+  rows = np.concatenate([np.sqrt(1 - share) * scaled, np.sqrt(share * len(x)) * np.eye(6)])
+  guess = np.linalg.lstsq(rows, np.concatenate([length / np.sqrt(1 - share), np.zeros(6)]), rcond=None)[0] / spread
+  np.testing.assert_allclose(found.guess_d, guess, rtol=1e-5, atol=1e-6 * np.abs(guess).max())
+  first = own == 0
+  rewards, guesses = x[first] @ w[0].astype(np.float64), x[first] @ guess
+  # Two-stage least squares: the reward on the length, by way of the guess.
+  effect = np.linalg.lstsq((guesses @ length[first]).reshape(1, 1), np.array([rewards @ length[first]]), rcond=None)[0]
+  np.testing.assert_allclose(x[first] @ found.w_nd[0], rewards - effect * guesses, atol=1e-4 * np.abs(rewards).max())
+  r = [np.corrcoef(x[own == n] @ w[n], length[own == n])[0, 1] for n in range(2)]
+  np.testing.assert_allclose(found.before_n, r, atol=1e-5)
+  assert r[0] > 0.4 > r[1]
+  assert abs(np.corrcoef(x[first] @ found.w_nd[0], length[first])[0, 1]) < 1e-4 and abs(found.after_n[0]) < 1e-9
+  # What is below the limit stays as it is.
+  np.testing.assert_array_equal(found.w_nd[1], w[1])
+  assert found.effect_n[1] == 0 and found.after_n[1] == found.before_n[1]
+
+
+def test_length_control_carries_over_and_keeps_the_rest():
+  # Fewer replies than states, as in a small run.
+  rng = np.random.default_rng(2)
+  direction, wanted = rng.normal(size=(2, 200)) / 14
+  spread = 4 / np.sqrt(np.arange(1, 201))  # as of principal components
+
+  def draw(messages):
+    tokens, real = rng.integers(5, 80, (messages, 6)).astype(np.float64), np.ones((messages, 6), bool)
+    states = rng.normal(size=(messages, 6, 200)) * spread + (tokens[..., None] - 42) / 10 * direction
+    return states.astype(np.float32), tokens, real, np.zeros(messages, int)
+
+  w = (wanted + 0.7 * direction)[None].astype(np.float32)
+  found = control_length(w, *draw(30), 0.2)
+  states, tokens, real, _ = draw(200)
+  x, length = within(states.astype(np.float64), real), within(tokens, real)
+  before, after = (abs(np.corrcoef(x @ each[0], length)[0, 1]) for each in (w, found.w_nd))
+  assert before > 0.5 and after < 0.15
+  assert np.corrcoef(x @ found.w_nd[0], x @ wanted)[0, 1] > 0.8
+
+
+def test_equal_lengths_and_states_that_never_vary_are_left_alone():
+  w, states, tokens, real, trait = long_winded(np.random.default_rng(3), 8, 3, 4, 3, np.array([0.5, 0.5, 0.5]))
+  for changed in ((states, 0 * tokens), (0 * states, tokens)):
+    found = control_length(w, *changed, real, 0 * trait, 0.2)
+    np.testing.assert_array_equal(found.w_nd, w)
+    assert not found.before_n.any() and not found.after_n.any()

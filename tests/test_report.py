@@ -310,6 +310,31 @@ def test_an_unproven_trait_is_left_out_of_the_reward_unless_the_config_keeps_it(
   assert page.count('rewarded all the same') == 2 and 'left out of the reward' not in page
 
 
+def test_the_policy_that_the_judge_chose_is_marked(tmp_path, page):
+  assert 'At the ring, where the policy was kept (drawn before its last step, 60)' in page
+  assert 'Which checkpoint is the policy' not in page
+  folder = write_run(tmp_path, messages=4)
+
+  def figure(mean: float) -> dict[str, float]:
+    return {'mean': mean, 'low': mean - 0.1, 'high': mean + 0.1, 'n': 40}
+
+  candidates = [{'step': step, 'judge': figure(gain), 'over_last': figure(gain - 0.4)}
+                for step, gain in ((20, 0.3), (38, 0.71), (60, 0.4))]  # fmt: skip
+  choice = {'messages': 40, 'chosen': 38, 'candidates': candidates}
+  (folder / 'policy' / 'choice.json').write_text(json.dumps(choice))
+  text = report.render(folder)
+  assert 'nearest to the policy that was chosen, after step 38 (drawn before step 40)' in text
+  rows = Page(text).tables['Which checkpoint is the policy, score, in its spreads, over the training steps'][1:]
+  assert [row[0] for row in rows] == ['20', '38', '60'] and rows[1][2].startswith('+0.310')
+  assert rows[2][2] == '\u2013' and 'kept pairs and held-out messages had no part in it' in text
+
+
+def test_the_length_that_was_taken_out_of_a_reward_is_told(page):
+  told = re.search(r'Length was taken out of the score of the model trained against: .*?\.(?=<)', page)
+  assert told and 'honesty from 0.380 to 0.000 on messages it was trained on' in told[0] and 'uriosity' not in told[0]
+  assert 'r went from 0.410 to 0.270' in told[0]
+
+
 def test_null_and_bare_numbers(tmp_path):
   folder = write_run(tmp_path, messages=4, steps=3)
   path = folder / 'evaluation' / 'summary.json'

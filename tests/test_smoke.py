@@ -237,6 +237,9 @@ def runs_of_grid(finished: Path, folder: Path) -> list[tuple[str, str, list[str]
       **{f'{stage}.examples': examples for stage in ('replies', 'rankings', 'evaluation')},
       **{f'replies.{name}': count for name, count in zip(('shown', 'plain', 'opposed'), replies, strict=True)},
       'policy.ranked_replies': ranked,
+      # Of every other one no trait's reward may follow the length of replies, and the judge chooses the policy.
+      'preference.length_limit': 0.0 if number % 2 else 1.0,
+      'policy.candidates': 2 if number % 2 else 1,
     }
     flags = [f'--config={ROOT / "configs" / "smoke.py"}', *(f'--config.{key}={fields[key]}' for key in fields)]
     start = before[0] if before[1][2:] == choices[2:] else finished
@@ -283,3 +286,17 @@ def test_every_choice_of_the_recipe_runs(grid, number):
   # Both models' heads are fitted, then there are two steps of each, and four of the policy.
   assert [len(some) for some in learned] == [2 * (60 + 2), 4]
   assert all(math.isfinite(row['loss']) for some in learned for row in some)
+  report = json.loads((workdir / 'preference' / 'report.json').read_text())
+  follows = [trait for name in ('train', 'judge') for trait in report[name]['length_control'].values()]
+  assert any(abs(trait['before']) > 0.01 for trait in follows)
+  kept = [path.name for path in (workdir / 'policy' / 'checkpoints').iterdir()]
+  if number % 2:
+    assert all(abs(trait['after']) < 1e-6 for trait in follows)
+    choice = json.loads((workdir / 'policy' / 'choice.json').read_text())
+    assert [row['step'] for row in choice['candidates']] == [2, 4] and kept == [str(choice['chosen'])]
+    rows = [json.loads(line) for line in (workdir / 'policy' / 'candidates.jsonl').read_text().splitlines()]
+    known = set(report['learned_from']['judge'])
+    assert len(rows) == 2 * choice['messages'] > 0 and not known & {row['message'] for row in rows}
+  else:
+    assert all(trait['after'] == trait['before'] for trait in follows) and kept == ['4']
+    assert not (workdir / 'policy' / 'choice.json').exists()

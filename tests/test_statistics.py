@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from charjax.stages import statistics
-from charjax.stages.statistics import combine, correlation, interval, kappa, pool, share
+from charjax.stages.statistics import combine, correlation, interval, kappa, pool, ratio, share
 
 
 @pytest.mark.parametrize(
@@ -206,3 +206,17 @@ def test_kappa_of_too_little():
   assert complete['mean'] == complete['high'] == 1 and complete['low'] == pytest.approx(
     2 * share([1.0] * 12)['low'] - 1
   )
+
+
+@pytest.mark.parametrize('paired', [True, False])
+def test_95_of_100_ratios_hold_the_truth(paired, monkeypatch):
+  monkeypatch.setattr(statistics, '_RESAMPLES', 1000)
+  rng, found = np.random.default_rng(8), []
+  for i in range(1000):
+    below = rng.normal(1, 0.6, 16)
+    # Of the same messages; else of others that are like them.
+    above = 0.5 * below + rng.normal(0, 0.2, 16) if paired else rng.normal(0.5, 0.4, 24)
+    found.append(ratio(above, below, paired, seed=i))
+    assert found[-1]['mean'] == above.mean() / below.mean() and found[-1]['n'] == 16
+  assert 0.93 <= np.mean([f['low'] <= 0.5 <= f['high'] for f in found]) <= 0.97
+  assert ratio(np.ones(1), np.full(1, 2.0), paired) == {'mean': 0.5, 'low': None, 'high': None, 'n': 1}

@@ -163,7 +163,7 @@ def _flat(counts: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, st
 def _effects(run: Run, traits: Sequence[str]) -> str:
   if not run.summary:
     return _joined('## Measured effects', 'This policy was not evaluated when it was exported.')
-  model = section(run.config, 'config', 'model')
+  model, chosen = section(run.config, 'config', 'model'), finite(run.choice.get('chosen'))
   rows, sides = [], {1: list[str](), 0: list[str](), -1: list[str]()}
   for trait in traits:
     found = section(run.summary, 'traits', trait)
@@ -192,7 +192,8 @@ def _effects(run: Run, traits: Sequence[str]) -> str:
     ),
     'The margin is how much the log-prob of a written reply in character rose against one out of character. The judge '
     'shares its ranker and its starting weights with the model that rewarded the policy, so that what it says is no '
-    'evidence that the ranker is right.',
+    'evidence that the ranker is right.'
+    + (f' It also chose this checkpoint, after step {chosen:g}, by replies to training messages.' if chosen else ''),
     _elsewhere(run),
   )
 

@@ -14,6 +14,8 @@ from charjax.report.read import CONDITIONS, STAGES, Estimate, Run, estimate, fin
 
 _LENGTH_CORRELATION_LIMIT = 0.2  # above it, the reward may be paying for length
 
+_ENDS = ('mean', 'low', 'high')
+
 # The rest of metrics.jsonl follows these under its own names.
 _POLICY_CURVES = {
   'reward': ('Reward', 'preference-model score'),
@@ -189,10 +191,30 @@ def preference(run: Run) -> Panel:
     if correlation is not None and abs(correlation) > _LENGTH_CORRELATION_LIMIT:
       role = 'the model trained against' if name == 'train' else 'the held-out judge'
       notes.append(f'The score of {role} follows the reply\u2019s length (r = {words.figure(correlation)}).')
+    notes += _length_notes(
+      section(run.preference, name), 'model trained against' if name == 'train' else 'held-out judge'
+    )
   left_out = [words.spoken(str(trait)) for trait in listed(run.preference, 'left_out')]
   if left_out:
     notes.append(f'Not told from chance by the model trained against, and {unproven(run)}: {words.together(left_out)}.')
   return Panel(figures.present(drawn), notes, _preference_table(run, models))
+
+
+def _length_notes(model: Mapping[str, Any], role: str) -> list[str]:
+  """Where the length of replies was taken out of a model's score, and what that did."""
+  told = []
+  for trait, figures_of in section(model, 'length_control').items():
+    before, after = (finite(section({'': figures_of}, '').get(key)) for key in ('before', 'after'))
+    if before is not None and after is not None and before != after:
+      told.append(f'{words.spoken(trait)} from {words.figure(before)} to {words.figure(after)}')
+  was, now = (finite(model.get(f'length_correlation{end}')) for end in ('_before', ''))
+  if not told or was is None or now is None:
+    return []
+  return [
+    f'Length was taken out of the score of the {role}: its r among the replies to one message went for '
+    f'{words.together(told)} on messages it was trained on. Of unseen replies as they come, r went from '
+    f'{words.figure(was)} to {words.figure(now)}.'
+  ]
 
 
 def unproven(run: Run) -> str:
@@ -223,7 +245,8 @@ def policy(run: Run) -> Panel:
 
 
 def over_optimisation(run: Run) -> Panel:
-  """What the model trained against and the held-out judge say of the same replies, over the square root of KL."""
+  """What the model trained against and the held-out judge say of the same replies, over the square root of KL; and by
+  which figures the judge chose the policy, where it did."""
   points: list[tuple[int, float, list[Estimate]]] = []
   for row in listed(run.summary, 'over_optimisation'):
     values = section({'': row}, '')
@@ -231,9 +254,12 @@ def over_optimisation(run: Run) -> Panel:
     gains = [found for key in ('reward', 'judge', 'gap') if (found := estimate(values.get(key)))]
     if step is not None and kl is not None and len(gains) == 3:
       points.append((int(step), math.sqrt(max(kl.mean, 0.0)), gains))
+  candidates = figures.present([_candidates(run)])
   if not points:
-    return Panel([])
-  last = len(points) - 1
+    return Panel(candidates)
+  chosen = finite(run.choice.get('chosen'))
+  # What is drawn for a step is drawn by what the steps before it made.
+  ringed = len(points) - 1 if chosen is None else min(range(len(points)), key=lambda i: abs(points[i][0] - 1 - chosen))
   names = {'train': 'model trained against', 'judge': 'held-out judge'}
   series = []
   for place, (look, name) in enumerate(names.items()):
@@ -241,7 +267,7 @@ def over_optimisation(run: Run) -> Panel:
       (root, plots.Mark(v[place].mean, v[place].low, v[place].high, look, f'{words.difference(v[place])}, step {step}'))
       for step, root, v in points
     ]
-    series.append(plots.Trail(name, marks, last))
+    series.append(plots.Trail(name, marks, ringed))
   x, y = 'square root of KL, nats a reply', 'gain, in spreads of the score'
   said = '; '.join(
     f'step {step}: KL {words.figure(root**2)}, {words.difference(v[0])} and {words.difference(v[1])}'
@@ -255,16 +281,54 @@ def over_optimisation(run: Run) -> Panel:
     for step, root, values in points
   ]  # fmt: skip
   head = ('step', 'KL', 'square root', *names.values(), 'the first less the second', 'messages')
-  ends = [f'{key}_{end}' for key in ('reward', 'judge', 'gap') for end in ('mean', 'low', 'high')]
+  ends = [f'{key}_{end}' for key in ('reward', 'judge', 'gap') for end in _ENDS]
   data: list[tuple[Any, ...]] = [('step', 'root_kl', *ends)]
   data += [(step, root, *(end for v in values for end in (v.mean, v.low, v.high))) for step, root, values in points]
-  gap = points[last][2][2]
+  gap = points[ringed][2][2]
   more = {1: 'more than', 0: 'not clearly more or less than', -1: 'less than'}[gap.side_of(0.0)]
+  if chosen is None:
+    where = f'where the policy was kept (drawn before its last step, {points[ringed][0]})'
+  else:
+    where = f'nearest to the policy that was chosen, after step {chosen:g} (drawn before step {points[ringed][0]})'
   note = (
-    f'At the ring, where the policy was kept (drawn before its last step, {points[last][0]}), the model trained '
-    f'against credits it with {more} the held-out judge does: {words.difference(gap)} spreads.'
+    f'At the ring, {where}, the model trained against credits it with {more} the held-out judge does: '
+    f'{words.difference(gap)} spreads.'
   )
-  return Panel([Figure(title, f'{y}, over the {x}', Markup(svg), Table(head, rows), note, data)])
+  return Panel([Figure(title, f'{y}, over the {x}', Markup(svg), Table(head, rows), note, data), *candidates])
+
+
+def _candidates(run: Run) -> Figure | None:
+  """The held-out judge's score of each checkpoint among which it chose."""
+  found: list[tuple[int, Estimate, Estimate]] = []
+  for row in listed(run.choice, 'candidates'):
+    values = section({'': row}, '')
+    step, judge, over = finite(values.get('step')), estimate(values.get('judge')), estimate(values.get('over_last'))
+    if step is not None and judge and over:
+      found.append((int(step), judge, over))
+  if not found:
+    return None
+  chosen = finite(run.choice.get('chosen'))
+  marks = [
+    (float(step), plots.Mark(v.mean, v.low, v.high, 'judge', f'{words.difference(v)}, step {step}'))
+    for step, v, _ in found
+  ]
+  ringed = next((i for i, (step, *_) in enumerate(found) if step == chosen), None)
+  title, x, y = 'Which checkpoint is the policy', 'training step', 'score, in its spreads'
+  said = '; '.join(f'step {step}: {words.difference(v)}' for step, v, _ in found)
+  svg = plots.trails([plots.Trail('held-out judge', marks, ringed)], x, y, f'{title}: {said}')
+  rows = [
+    (str(step), words.difference(v), '\u2013' if step == found[-1][0] else words.difference(over), str(v.n or ''))
+    for step, v, over in found
+  ]
+  head = ('step', 'held-out judge', 'less that of the last', 'messages')
+  note = (
+    f'The held-out judge alone chose the policy (ring), by replies of each checkpoint to {run.choice.get("messages")} '
+    'training messages that it was not fitted to: kept pairs and held-out messages had no part in it. The best of '
+    'several is in part the luckiest, and the same judge counts the wins in this report.'
+  )
+  data: list[tuple[Any, ...]] = [('step', *(f'{key}_{end}' for key in ('judge', 'over_last') for end in _ENDS))]
+  data += [(step, *(getattr(value, end) for value in values for end in _ENDS)) for step, *values in found]
+  return Figure(title, f'{y}, over the {x}s', Markup(svg), Table(head, rows), note, data)
 
 
 def made(run: Run) -> Panel:

@@ -55,6 +55,7 @@ class Run:
   preference: Mapping[str, Any]
   preference_metrics: list[dict[str, Any]]
   policy_metrics: list[dict[str, Any]]
+  choice: Mapping[str, Any]
   samples: list[dict[str, Any]]
   summary: Mapping[str, Any]
   evaluation_replies: list[dict[str, Any]]
@@ -98,6 +99,7 @@ def read_run(workdir: epath.PathLike) -> Run:
     preference=_object(root / 'preference' / 'report.json'),
     preference_metrics=_lines(root / 'preference' / 'metrics.jsonl'),
     policy_metrics=_lines(root / 'policy' / 'metrics.jsonl'),
+    choice=_object(root / 'policy' / 'choice.json'),
     samples=_lines(root / 'policy' / 'samples.jsonl'),
     summary=_object(root / 'evaluation' / 'summary.json'),
     evaluation_replies=_lines(root / 'evaluation' / 'replies.jsonl'),

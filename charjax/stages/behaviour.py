@@ -41,7 +41,7 @@ from charjax.progress import Progress
 from charjax.stages import evaluation, messages, policy, preference, prompts, revealed
 from charjax.stages.habits import HABITS
 from charjax.stages.rankers import Answer, Settings, evidence, treat_length
-from charjax.stages.statistics import combine, interval, share, strength_intervals
+from charjax.stages.statistics import combine, interval, ratio, share
 from charjax.training.heads import bind, read_rewards, reply_states
 from charjax.workdir import Session, fingerprint
 
@@ -247,7 +247,7 @@ def _figures(rows: Sequence[Row], unit: str = 'id') -> Row:
   return {measure: evaluation.summarise({**_paired(rows, measure, unit)[1]}) for measure in _MEASURES}
 
 
-def rigidity(rows: Sequence[Row], resamples: int = 10_000) -> Row:
+def rigidity(rows: Sequence[Row]) -> Row:
   """By trait: figures where it is wanted (`own`), where it is not (`unrelated`), and where a plain style was asked
   (`plain`); `spill` is the likelihood's delta in the latter two over that in the first, null unless the first is clear
   of zero."""
@@ -258,7 +258,7 @@ def rigidity(rows: Sequence[Row], resamples: int = 10_000) -> Row:
     own = _deltas(groups.get('own', ()))
     effect = interval([*own.values()])
     out[trait]['spill'] = {
-      name: _ratio(_deltas(groups[name]), own, resamples)
+      name: _ratio(_deltas(groups[name]), own)
       if effect and effect['low'] is not None and not effect['low'] <= 0 <= effect['high']
       else None
       for name in ('unrelated', 'plain')
@@ -272,21 +272,11 @@ def _deltas(rows: Sequence[Row], measure: str = 'likelihood', unit: str = 'messa
   return dict(zip(names, values['trained'] - values['base'], strict=True))
 
 
-def _ratio(above: Mapping[str, float], below: Mapping[str, float], resamples: int) -> Row | None:
-  """Mean of one over mean of the other, both by message, with percentiles of a bootstrap, widened as in `interval`.
-
-  Messages that both have are resampled together, and the ratio is of these alone; where they have none in common, each
-  is resampled by itself, and n is the lesser of their numbers.
-  """
+def _ratio(above: Mapping[str, float], below: Mapping[str, float]) -> Row | None:
+  """Mean of one over mean of the other, both by message: of the messages that both have, if there are any in common."""
   shared = [name for name in above if name in below]
   top, bottom = (np.array([v[name] for name in shared or v], np.float64) for v in (above, below))
-  if not len(top):
-    return None
-  rng = np.random.default_rng(0)
-  index = rng.integers(0, len(top), (resamples, len(top)))
-  other = index if shared else rng.integers(0, len(bottom), (resamples, len(bottom)))
-  ratios = top[index].mean(1) / bottom[other].mean(1)
-  return strength_intervals(top.mean(keepdims=True) / bottom.mean(), ratios[:, None], min(len(top), len(bottom)))[0]
+  return ratio(top, bottom, paired=bool(shared)) if len(top) else None
 
 
 def robustness(rows: Sequence[Row]) -> Row:

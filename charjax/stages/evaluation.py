@@ -29,8 +29,8 @@ from charjax.mesh import fetch, replicate
 from charjax.model.decoder import Prefix, logits
 from charjax.progress import Progress
 from charjax.stages import messages, over_optimisation, policy, preference, prompts
-from charjax.stages.habits import PRAISE
-from charjax.stages.statistics import comparisons, interval, share
+from charjax.stages.habits import praises
+from charjax.stages.statistics import comparisons, interval, ratio, share
 from charjax.training.heads import bind, read_rewards, reply_states
 from charjax.training.losses import kl_from_logits
 from charjax.workdir import Session, fingerprint
@@ -119,7 +119,7 @@ def summarise_wins(values: dict[str, np.ndarray | None], tries: Mapping[str, flo
   return out | {'delta': _delta(values)}
 
 
-def internalisation(values: dict[str, np.ndarray | None], resamples: int = 2000) -> Row | None:
+def internalisation(values: dict[str, np.ndarray | None]) -> Row | None:
   """(trained - base) / (prompted with examples - base), by message; null unless the prompted effect is clear of 0."""
   base, shown, trained = values['base'], values['prompted_examples'], values['trained']
   if base is None or shown is None or trained is None:
@@ -127,11 +127,7 @@ def internalisation(values: dict[str, np.ndarray | None], resamples: int = 2000)
   effect = interval(shown - base)
   if effect is None or effect['low'] is None or effect['low'] <= 0 <= effect['high']:
     return None
-  index = np.random.default_rng(0).integers(0, len(base), (resamples, len(base)))
-  ratios = (trained - base)[index].mean(1) / (shown - base)[index].mean(1)
-  low, high = np.quantile(ratios, [0.025, 0.975])
-  mean = float((trained - base).mean() / (shown - base).mean())
-  return {'mean': mean, 'low': float(low), 'high': float(high), 'n': len(base)}
+  return ratio(trained - base, shown - base, paired=True)
 
 
 # ---- replies ----
@@ -410,7 +406,7 @@ _SIDE_EFFECTS: dict[str, Callable[[Row], float]] = {
   'length': lambda row: row['tokens'],
   'cut_off': lambda row: row['finish'] == 'length',
   'exclamation_marks': lambda row: row['text'].count('!'),
-  'praise': lambda row: bool(PRAISE.search(row['text'])),
+  'praise': lambda row: praises(row['text']),
   'closing_questions': lambda row: row['text'].rstrip().endswith('?'),
   'distinct_2': lambda row: _distinct(row['text'], 2),
 }

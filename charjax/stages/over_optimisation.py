@@ -39,13 +39,13 @@ def measure(session: Session, judge: Any) -> list[Row]:
   prompted = [session.model.prompt(prompts.alone(asked[row['message']]['prompt'])) for row in rows]
   longest = session.config.policy.max_new_tokens
   said = [session.model.reply(row['text'], row['finish'] == 'stop')[:longest] for row in rows]
-  for name, values in _scores(session, models, prompted, said, traits).items():
+  for name, values in scores(session, models, prompted, said, traits).items():
     for row, value in zip(rows, values, strict=True):
       row[name] = value
   return curve(samples, plain)
 
 
-def _scores(
+def scores(
   session: Session, models: Mapping[str, Any], asked: Sequence[Any], said: Sequence[Any], traits: Sequence[str]
 ) -> dict[str, list[float]]:
   """Each model's score of each reply by its message's own trait, in spreads of that model's scores."""
@@ -57,8 +57,8 @@ def _scores(
     if states is None or model.keys() & {'decoder', 'adapter'}:
       states = reply_states(trunk, model, asked, said)
     spread = report[{'reward': 'train'}.get(name, name)]['reward_std']
-    scores = fetch(read_rewards(model, replicate(states)))
-    found[name] = [float(row[places[trait]]) / spread[trait] for row, trait in zip(scores, traits, strict=True)]
+    rewards = fetch(read_rewards(model, replicate(states)))
+    found[name] = [float(row[places[trait]]) / spread[trait] for row, trait in zip(rewards, traits, strict=True)]
   return found
 
 

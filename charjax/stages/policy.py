@@ -3,9 +3,9 @@ the preference model, preference among ranked replies, distillation of the model
 
 Reads messages/, replies/, rankings/ and preference/; writes Orbax checkpoints, metrics.jsonl and samples.jsonl
 (replies drawn as training went on). Replies are drawn by temperature alone, so that their log-probs are those of the
-distribution sampled from; rollouts.py tells what else a step learns from, and what each token earns. The KL penalty to
-the starting model stands in the reward, where its gradient is right; neutral messages are held by an exact KL on
-replies that the starting model gave once.
+distribution sampled from; rollouts.py tells what else a step learns from, and what each token earns, choice.py which
+checkpoint stays. The KL penalty to the starting model stands in the reward, where its gradient is right; neutral
+messages are held by an exact KL on replies that the starting model gave once.
 """
 
 import json
@@ -27,7 +27,7 @@ from charjax.errors import UserError
 from charjax.files import Row, chunks, read_jsonl, write_jsonl, write_text
 from charjax.model.decoder import Decoder, logits
 from charjax.progress import Progress
-from charjax.stages import messages, prompts, replies
+from charjax.stages import choice, messages, prompts, replies
 from charjax.stages.rollouts import (
   Rollout,
   earnings,
@@ -90,28 +90,37 @@ def run(session: Session) -> Row:
         _save_samples(session, step, now['asked'], rollout)
     return make_policy_batch(session, shapes, shapes_shown, now['asked'], now['neutral'], rollout), figures
 
-  with (
-    Checkpoints(folder / 'checkpoints', seed(session)) as checkpoints,
-    Progress('policy', config.steps, 'steps') as bar,
-  ):
-    trainable = train(
-      folder,
-      checkpoints,
-      *learning(config),
-      untrained(session, model.decoder),
-      model.decoder,
-      data,
-      next_batch,
-      steps=config.steps,
-      save_every=config.save_every,
-      skipped_steps=config.skipped_steps,
-      bar=bar,
-      note=_note,
-    )
+  steps = choice.candidate_steps(config)
+  candidates = steps if len(steps) > 1 else []
+  trainable, chosen = untrained(session, model.decoder), choice.read(folder)
+  with Checkpoints(folder / 'checkpoints', seed(session), candidates) as checkpoints:
+    if chosen is None:
+      with Progress('policy', config.steps, 'steps') as bar:
+        trainable = train(
+          folder,
+          checkpoints,
+          *learning(config),
+          trainable,
+          model.decoder,
+          data,
+          next_batch,
+          steps=config.steps,
+          save_every=config.save_every,
+          skipped_steps=config.skipped_steps,
+          bar=bar,
+          note=_note,
+          save_after=candidates,
+        )
+      if candidates:
+        chosen = choice.choose(session, asked, candidates, lambda step: checkpoints.load(trainable, step))
+    if chosen is not None:
+      trainable = checkpoints.load(trainable, chosen)
+      checkpoints.keep_only(chosen)
   hosts.first(lambda: _merge_samples(session))
   write_text(folder / 'fingerprint.json', json.dumps({'policy': fingerprint(trainable)}))
   rewarded = sorted({item['trait'] for item in asked})
-  return {'steps': config.steps, 'messages': len(asked), 'neutral': len(neutral), 'traits_rewarded': rewarded}
+  counts = {'steps': config.steps} | ({'chosen_step': chosen} if candidates else {})
+  return counts | {'messages': len(asked), 'neutral': len(neutral), 'traits_rewarded': rewarded}
 
 
 class _KLWeights:

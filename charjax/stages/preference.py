@@ -36,7 +36,7 @@ from charjax.stages import messages, prompts, rankings, replies
 from charjax.stages.statistics import correlation, share
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
-from charjax.training.heads import bind, fit_head, make_trainable, read_rewards, reply_states
+from charjax.training.heads import bind, control_length, fit_head, make_trainable, read_rewards, reply_states
 from charjax.training.loop import tell_undivided, train
 from charjax.training.losses import count_pairs, preference_loss, right_pairs
 from charjax.training.step import Batch, make_batch, make_optimizer
@@ -78,7 +78,7 @@ def run(session: Session) -> Row:
       _add_states(lower, trained[name], some)
     if steps[name] or name == MODELS[0]:
       _add_states(lower, trained[name], kept)
-    report[name] = _measure(session, trained[name], some, kept)
+    report[name] = _measure(session, name, trained[name], some, kept)
   learned = split([row['message'] for row in rankings.load(session)])
   report['learned_from'] = {name: list(some) for name, some in learned.items()}
   found = report['train']['kept']
@@ -183,13 +183,18 @@ def _labels(examples: Sequence[Row], messages: int, k: int) -> Row:
   return out
 
 
+def _stacked_states(examples: Sequence[Row], k: int) -> np.ndarray:
+  """The states of M messages' replies, [M, K, D]; 0 where there is none."""
+  states = np.zeros((len(examples), k, examples[0]['states'].shape[1]), np.float32)
+  for m, example in enumerate(examples):
+    states[m, : len(example['states'])] = example['states']
+  return states
+
+
 def _fit_head(session: Session, examples: Sequence[Row], k: int, metrics: Metrics, bar: Progress) -> np.ndarray:
   """The head's first directions: the best there are while the starting weights stay as they are."""
   config = session.config.preference
-  labels = _labels(examples, len(examples), k)
-  states = np.zeros((len(examples), k, session.model.decoder.config.embed_dim), np.float32)
-  for m, example in enumerate(examples):
-    states[m, : len(example['states'])] = example['states']
+  labels, states = _labels(examples, len(examples), k), _stacked_states(examples, k)
 
   def record(step: int, values: dict[str, float]) -> None:
     metrics.write(step, values)
@@ -200,6 +205,24 @@ def _fit_head(session: Session, examples: Sequence[Row], k: int, metrics: Metric
     len(session.character.traits), config.head_decay, config.head_plain, config.head_steps, config.labels, config.loss,
     record,
   )  # fmt: skip
+
+
+def _control_length(session: Session, folder: Any, trainable: Any, examples: Sequence[Row]) -> None:
+  """Takes the length of replies out of the head where it follows it too closely, and writes down what was done."""
+  k, traits, head = max(len(e['replies']) for e in examples), session.character.traits, trainable['head'].w
+  labels, states = _labels(examples, len(examples), k), _stacked_states(examples, k)
+  tokens = np.zeros(states.shape[:2])
+  for m, example in enumerate(examples):
+    tokens[m, : len(example['replies'])] = [len(reply) for reply in example['replies']]
+  found = control_length(
+    fetch(head[...]), states, tokens, labels['real'], labels['trait'], session.config.preference.length_limit
+  )
+  if found.effect_n.any():
+    head[...] = put(found.w_nd, head[...].sharding)
+  names = 'effect', 'before', 'after'
+  by_trait = zip(traits, found.effect_n, found.before_n, found.after_n, strict=True)
+  record = {trait.id: dict(zip(names, map(float, values), strict=True)) for trait, *values in by_trait}
+  write_text(folder / 'length.json', json.dumps({'traits': record, 'guess': found.guess_d.tolist()}))
 
 
 def _plain_states(examples: Sequence[Row]) -> np.ndarray:
@@ -216,11 +239,18 @@ def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row],
   folder = session.folder('preference') / name
   k = max(len(example['replies']) for example in examples)
   said = [reply for example in examples for reply in example['replies']]
+  some = [dict(example) for example in spread(examples, config.measured_messages)]
   shapes = FixedShapes([example['prompt'] for example in examples], max(map(len, said)), said)
 
   def fit(trainable: Any, metrics: Metrics) -> None:
     head = trainable['head'].w
     head[...] = put(_fit_head(session, examples, k, metrics, bar), head[...].sharding)
+    if not steps:
+      _control_length(session, folder, trainable, examples)
+
+  def finish(trainable: Any) -> None:
+    _add_states(lower, trainable, some)
+    _control_length(session, folder, trainable, some)
 
   def next_batch(_: int, some: Sequence[Row], __: Any) -> tuple[Batch, Row]:
     return make_examples_batch(config, lower, shapes, some, k), {}
@@ -241,6 +271,7 @@ def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row],
       note=lambda values: f'{name} loss {float(values["loss"]):.3f}',
       prepare=fit,
       prepared=config.head_steps,
+      finish=finish,
     )
 
 
@@ -318,16 +349,21 @@ def _kept_pairs(session: Session) -> list[Row]:
   ]
 
 
-def _measure(session: Session, trainable: Any, unseen: Sequence[Row], kept: Sequence[Row]) -> Row:
+def _measure(session: Session, name: str, trainable: Any, unseen: Sequence[Row], kept: Sequence[Row]) -> Row:
   """Figures on messages the model was not trained on, and on the kept pairs."""
+  file = session.folder('preference') / name / 'length.json'
+  length = hosts.first(lambda: json.loads(file.read_text()))
   right, probability, label, by_trait = defaultdict(list), [], [], defaultdict(list)
   rewards: list[float] = []
+  uncontrolled: list[float] = []
   tokens: list[int] = []
   by_place: dict[int, list[float]] = defaultdict(list)
   traits = session.character.traits
   for example in unseen:
     scores = fetch(read_rewards(trainable, replicate(example['states'])))[:, example['trait']]
     rewards += scores.tolist()
+    effect = length['traits'][traits[example['trait']].id]['effect']
+    uncontrolled += (scores + effect * (example['states'] @ np.array(length['guess']))).tolist()
     by_place[example['trait']] += scores.tolist()
     tokens += [len(reply) for reply in example['replies']]
     for i, j in itertools.combinations(range(len(scores)), 2):
@@ -356,6 +392,8 @@ def _measure(session: Session, trainable: Any, unseen: Sequence[Row], kept: Sequ
     'log_loss': float(-(q * np.log(p) + (1 - q) * np.log1p(-p)).mean()) if len(p) else None,
     'calibration_error': calibration_error(p, q) if len(p) else None,
     'length_correlation': correlation(rewards, tokens),
+    'length_correlation_before': correlation(uncontrolled, tokens),
+    'length_control': {trait: {k: v for k, v in of.items() if k != 'effect'} for trait, of in length['traits'].items()},
     'reward_std': reward_std,
   }
 

@@ -35,6 +35,26 @@ def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> Interval | 
   return {'mean': mean, 'low': float(low), 'high': float(high), 'n': n}
 
 
+def ratio(above: np.ndarray, below: np.ndarray, paired: bool, seed: int = 0) -> Interval:
+  """Mean of one over mean of the other, with percentiles of a bootstrap, widened as in `interval`.
+
+  Args:
+    above: values of items that are independent of each other.
+    below: the same; its mean should be clear of zero, or the ratio may be anything.
+    paired: both are of the same items in the same order, which are resampled together; else each by itself, and n is
+      the lesser of their numbers.
+    seed: of the resampling.
+  """
+  rng, n = np.random.default_rng(seed), min(len(above), len(below))
+  found: Interval = {'mean': float(above.mean() / below.mean()), 'low': None, 'high': None, 'n': n}
+  if n == 1:
+    return found
+  index = rng.integers(0, len(above), (_RESAMPLES, len(above)))
+  other = index if paired else rng.integers(0, len(below), (_RESAMPLES, len(below)))
+  low, high = np.quantile(above[index].mean(1) / below[other].mean(1), [_tail(n), 1 - _tail(n)])
+  return found | {'low': float(low), 'high': float(high)}
+
+
 def _tail(n: int) -> float:
   """Which percentiles of n resampled items make a 95% interval: see `interval`."""
   return NormalDist().cdf(-math.sqrt(n / (n - 1)) * _t_quantile(n - 1))

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,17 +23,19 @@ flags.FLAGS['experimental_orbax_use_distributed_barrier'].value = True
 
 
 class Checkpoints:
-  """The checkpoints of one training run, in `folder`; the latest is kept.
+  """The checkpoints of one training run, in `folder`; the latest is kept, and those after the steps `kept`.
 
   Each holds what is trained, the optimizer's state, the random seed, the data position, and a fingerprint of what is
   trained.
   """
 
-  def __init__(self, folder: epath.Path, seed: int):
+  def __init__(self, folder: epath.Path, seed: int, kept: Sequence[int] = ()):
     policies = ocp.training.preservation_policies
     self._seed = seed
     self._checkpointer = ocp.training.Checkpointer(
-      folder.resolve(), preservation_policy=policies.LatestN(1), cleanup_tmp_directories=True
+      folder.resolve(),
+      preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), policies.CustomSteps(kept)]),
+      cleanup_tmp_directories=True,
     )
 
   def save(
@@ -63,18 +65,24 @@ class Checkpoints:
       raise UserError(f'{self._checkpointer.directory}: its seed is {loaded["record"]["seed"]}, not {self._seed}')
     return step, loaded['trainable'], loaded['optimizer'], loaded['record']['data']
 
-  def load(self, trainable: Any) -> Any:
-    """What was trained, laid out as `trainable` is, without the optimizer's state.
+  def load(self, trainable: Any, step: int | None = None) -> Any:
+    """What was trained, laid out as `trainable` is, without the optimizer's state; after a step, or the latest.
 
     Raises:
       UserError: there is no checkpoint, or it is damaged.
     """
-    step = self._latest()
+    step = self._latest() if step is None else step
     if step is None:
       raise UserError(
         f"{self._checkpointer.directory}: the checkpoint is gone; remove the stage's folder to train again"
       )
     return self._load(step, {'trainable': trainable})['trainable']
+
+  def keep_only(self, step: int) -> None:
+    """Removes all checkpoints but that after a step."""
+    for other in hosts.first(lambda: [found.step for found in self._checkpointer.checkpoints]):
+      if other != step:
+        self._checkpointer.delete(other, missing_ok=True)
 
   def _latest(self) -> int | None:
     latest = self._checkpointer.latest

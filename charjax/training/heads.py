@@ -1,11 +1,11 @@
 """What can be trained on a decoder: its own weights or an adapter beside them, and a head that reads rewards.
 
-Letters: B rows, T tokens, K replies a row, M messages, N traits, D width.
+Letters: B rows, T tokens, K replies a row, M messages, N traits, D width, P replies to all messages.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +152,24 @@ def _metric(plain_pd: np.ndarray, share: float) -> np.ndarray:
   return (vectors * values**-0.5) @ vectors.T
 
 
+class LengthControl(NamedTuple):
+  """What `control_length` did.
+
+  Attributes:
+    w_nd: the directions [N, D], without what followed the length.
+    guess_d: the direction [D] of the states' guess of it, in tokens.
+    effect_n: what each direction gave for a token of it [N]; 0 where it was left alone.
+    before_n: r of reward and length on each trait's own messages [N], as it was.
+    after_n: as it is [N].
+  """
+
+  w_nd: np.ndarray
+  guess_d: np.ndarray
+  effect_n: np.ndarray
+  before_n: np.ndarray
+  after_n: np.ndarray
+
+
 def fit_head(
   states_mkd: np.ndarray,
   probability_mkk: np.ndarray,
@@ -208,3 +226,68 @@ def fit_head(
     on_step(number, {name: float(value) for name, value in metrics.items()})
   lengths_n = _best_lengths(v_nd, data, traits, labels, loss)
   return np.asarray((v_nd * lengths_n[:, None]) @ to_dd.T, np.float32)
+
+
+def _shrunk_covariance(x_pd: np.ndarray) -> np.ndarray:
+  """Of rows with mean 0, [D, D]: drawn to a multiple of the identity, as far as it is chance what sets it apart."""
+  covariance_dd, eye_dd = x_pd.T @ x_pd / len(x_pd), np.eye(x_pd.shape[1])
+  target_dd = eye_dd * np.trace(covariance_dd) / len(eye_dd)
+  if not target_dd.any():
+    return eye_dd  # Of rows that never vary.
+  apart = np.square(covariance_dd - target_dd).sum()
+  chance = (np.square(np.square(x_pd).sum(1)).mean() - np.square(covariance_dd).sum()) / len(x_pd)
+  share = min(1.0, chance / apart) if apart > 0 else 1.0
+  return share * target_dd + (1 - share) * covariance_dd
+
+
+def control_length(
+  w_nd: np.ndarray,
+  states_mkd: np.ndarray,
+  tokens_mk: np.ndarray,
+  real_mk: np.ndarray,
+  trait_m: np.ndarray,
+  limit: float,
+) -> LengthControl:
+  """Takes the length of a reply out of the rewards that follow it, as far as the states know it.
+
+  Length is compared among the replies to one message, token counts less their mean there, and so is each trait's reward
+  of the replies to its own messages. Where their correlation exceeds the limit, the reward gives up so much of the
+  states' best linear guess of the length that nothing is left: r - guess * (r . length) / (guess . length), which is
+  again a direction in the states. That is least-squares concept erasure (Belrose et al. 2023, arXiv:2306.03819) of
+  one concept, seen from a head that reads what was erased; the covariance in it is shrunk as by Ledoit and Wolf (2004,
+  section 3.3), in units in which each state varies by 1, since there may be more states than replies.
+
+  Args:
+    w_nd: the directions.
+    states_mkd: mean states of the replies.
+    tokens_mk: their token counts.
+    real_mk: which replies are there.
+    trait_m: index of each message's trait.
+    limit: |r| up to which a direction stays what it is.
+  """
+  each_m1 = np.maximum(real_mk.sum(1, keepdims=True), 1)
+  states_mkd = states_mkd.astype(np.float64) * real_mk[..., None]
+  centred_mkd = states_mkd - states_mkd.sum(1, keepdims=True) / each_m1[..., None]
+  tokens_mk = np.where(real_mk, tokens_mk, 0.0)
+  length_p = (tokens_mk - tokens_mk.sum(1, keepdims=True) / each_m1)[real_mk]
+  x_pd, trait_p = centred_mkd[real_mk], np.broadcast_to(trait_m[:, None], real_mk.shape)[real_mk]
+  scale_d = np.sqrt(np.square(x_pd).mean(0))
+  scale_d = np.where(scale_d > 0, scale_d, 1.0)
+  scaled_pd = x_pd / scale_d
+  guess_d = np.linalg.solve(_shrunk_covariance(scaled_pd), scaled_pd.T @ length_p / len(x_pd)) / scale_d
+  guess_p, effect_n = x_pd @ guess_d, np.zeros(len(w_nd))
+
+  def follows(w_nd: np.ndarray) -> np.ndarray:
+    """Each direction's correlation with the length, on its own messages; 0 where one of the two does not vary."""
+    own_np = np.where(trait_p == np.arange(len(w_nd))[:, None], w_nd @ x_pd.T, 0.0)
+    squares_n = np.square(own_np).sum(1) * np.array([np.square(length_p[trait_p == n]).sum() for n in range(len(w_nd))])
+    return np.where(squares_n > 0, own_np @ length_p / np.sqrt(np.maximum(squares_n, 1e-300)), 0.0)
+
+  before_n = follows(w_nd.astype(np.float64))
+  for n in np.flatnonzero(np.abs(before_n) > limit):
+    own = trait_p == n
+    known = guess_p[own] @ length_p[own]
+    if known > 0:
+      effect_n[n] = x_pd[own] @ w_nd[n] @ length_p[own] / known
+  controlled_nd = w_nd - effect_n[:, None] * guess_d
+  return LengthControl(controlled_nd.astype(np.float32), guess_d, effect_n, before_n, follows(controlled_nd))

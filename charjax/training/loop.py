@@ -1,6 +1,6 @@
 """The loop around the train step, alike for all that is trained: restored, stepped, watched, written, saved."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,8 @@ def train(
   note: Callable[[Mapping[str, float]], str],
   prepare: Callable[[Any, Metrics], None] | None = None,
   prepared: int = 0,
+  finish: Callable[[Any], None] | None = None,
+  save_after: Collection[int] = (),
 ) -> Any:
   """Trains for `steps` steps, or what is left of them after the latest checkpoint; an interrupt waits for a checkpoint
   of what was learned.
@@ -56,6 +58,8 @@ def train(
     prepare: called before the first step, unless it is done and saved: changes `trainable` in place, and may write
       metrics.
     prepared: lines of metrics, and of the bar's steps, that `prepare` makes; those of the steps are numbered on.
+    save_after: steps that are saved besides.
+    finish: called after the last step, before it is saved: changes `trainable` in place.
 
   Returns:
     What was trained.
@@ -91,8 +95,10 @@ def train(
       metrics.write(prepared + step, values)
       skipped.watch(prepared + step, values, batch)
       bar.advance(1, note(values))
+      if step == steps and finish:
+        finish(trainable)
       interrupted = interrupts.agreed()
-      if interrupted or step == steps or step % save_every == 0:
+      if interrupted or step == steps or step % save_every == 0 or step in save_after:
         checkpoints.save(step, trainable, state, data.get_state())
         saved = step
       if interrupted:
