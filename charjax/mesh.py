@@ -115,15 +115,16 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
 
 def batch_parts() -> int:
   """Into how many parts a batch is split: one without a mesh."""
-  mesh = jax.sharding.get_mesh()
+  return _batch_parts(jax.sharding.get_mesh())
+
+
+def split_into() -> int:
+  """`batch_parts` inside a jitted function."""
+  return _batch_parts(jax.sharding.get_abstract_mesh())
+
+
+def _batch_parts(mesh: Any) -> int:
   return 1 if mesh.empty else int(np.prod([mesh.shape[name] for name in RULES['batch']]))
-
-
-def common_parts(sizes: Sequence[int]) -> int:
-  """Into how many parts a batch is split inside a jitted function, if that divides all `sizes`; else one."""
-  mesh = jax.sharding.get_abstract_mesh()
-  count = 1 if mesh.empty else int(np.prod([mesh.shape[name] for name in RULES['batch']]))
-  return 1 if any(size % count for size in sizes) else count
 
 
 def shardings(tree: Any) -> Any:

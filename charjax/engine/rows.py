@@ -69,14 +69,6 @@ def make_rows(groups: Sequence[Group], each: int, prompt_width: int, width: int,
   return Rows(prompts, real.sum(-1).astype(np.int32), tokens, said.sum(-1).astype(np.int32))
 
 
-def pack_rows(rows: Rows, prompt_size: int, size: int, parts: int) -> Rows:
-  """Rows of the host, which are computed in so many parts, packed where their tokens fit into these sizes."""
-  return rows._replace(
-    prompt_packing=make_packing(rows.prompt_lengths, rows.prompts.shape[1], prompt_size, parts),
-    packing=make_packing(rows.lengths, rows.tokens.shape[1], size, parts),
-  )
-
-
 def pack_alike(batches: Sequence[Rows], parts: int) -> list[Rows]:
   """Batches of one shape, each computed in so many parts, packed into one size."""
 
@@ -84,9 +76,16 @@ def pack_alike(batches: Sequence[Rows], parts: int) -> list[Rows]:
     tokens = max(some.reshape(parts, -1).sum(1).max() for some in lengths)
     return packed_size(tokens, len(lengths[0]) // parts, width, _SIZES if len(batches) < _MANY else _SIZES_OF_MANY)
 
-  prompt_size = most([rows.prompt_lengths for rows in batches], batches[0].prompts.shape[1])
-  size = most([rows.lengths for rows in batches], batches[0].tokens.shape[1])
-  return [pack_rows(rows, prompt_size, size, parts) for rows in batches]
+  prompt_width, width = batches[0].prompts.shape[1], batches[0].tokens.shape[1]
+  prompt_size = most([rows.prompt_lengths for rows in batches], prompt_width)
+  size = most([rows.lengths for rows in batches], width)
+  return [
+    rows._replace(
+      prompt_packing=make_packing(rows.prompt_lengths, prompt_width, prompt_size, parts),
+      packing=make_packing(rows.lengths, width, size, parts),
+    )
+    for rows in batches
+  ]
 
 
 class FixedShapes:
@@ -115,14 +114,14 @@ class FixedShapes:
     rest = [Group(prompt[self.cut :], replies) for prompt, replies in groups]
     rows = make_rows(rest, each, self._prompt_width, self._width, count)
     parts = microbatches * batch_parts()
-    if len(rows.prompts) % parts:  # Where the devices do not divide a batch, each computes all of it.
-      parts = microbatches
-    prompts = len(rows.prompts) // parts
-    return pack_rows(
-      rows,
-      _usual_size(self._prompt_lengths, prompts, self._prompt_width),
-      _usual_size(self._lengths, prompts * each, self._width),
-      parts,
+
+    def packing(own: np.ndarray, usual: np.ndarray, width: int) -> Packing | None:
+      # Rows that the devices do not divide stay as they are, and are computed by several.
+      return None if len(own) % parts else make_packing(own, width, _usual_size(usual, len(own) // parts, width), parts)
+
+    return rows._replace(
+      prompt_packing=packing(rows.prompt_lengths, self._prompt_lengths, self._prompt_width),
+      packing=packing(rows.lengths, self._lengths, self._width),
     )
 
 

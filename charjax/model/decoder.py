@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from charjax.mesh import common_parts, constrain
+from charjax.mesh import constrain, split_into
 from charjax.model.attention import Attend, Before, Places, make_attention, softcap
 from charjax.model.blocks import Blocks
 from charjax.model.config import LayerKind, ModelConfig
@@ -128,16 +128,12 @@ class Part(NamedTuple):
   reads: Sequence[int] = ()
   packing: Packing | None = None
 
-  @property
-  def many(self) -> bool:
-    """Whether its rows can be split over devices: a single one is computed by each."""
-    return bool(self.packing) or len(self.tokens) > 1
+  def copies(self, devices: int) -> int:
+    """How often each row is computed, so that devices divide them: of a prompt, say, whose replies lie on several."""
+    return 1 if self.packing else devices // math.gcd(len(self.tokens), devices)
 
-  def everywhere(self, devices: int) -> 'Part':
-    """A part of one row, with as many as there are devices; another as it is."""
-    if self.many:
-      return self
-    tokens, positions, texts = jax.tree.map(lambda array: jnp.repeat(array, devices, 0), self[:3])
+  def repeated(self, copies: int) -> 'Part':
+    tokens, positions, texts = jax.tree.map(lambda array: jnp.repeat(array, copies, 0), self[:3])
     return self._replace(tokens=tokens, positions=positions, texts=texts)
 
   @property
@@ -226,7 +222,7 @@ def forward_parts(
 
   Args:
     decoder: the weights.
-    parts: the tokens. Where the devices do not divide one of them, each computes all.
+    parts: the tokens; where they are packed, by the device.
     adapter: a LoRA adapter, or None.
     before: what stands before the rows of all parts.
     tap: as `forward` takes it.
@@ -234,8 +230,9 @@ def forward_parts(
   Returns:
     of each part the hidden states as `forward` gives them, packed where its rows are.
   """
-  devices = common_parts([part.shape[0] for part in parts if part.many])
-  given, parts = parts, [part.everywhere(devices) for part in parts]
+  devices = split_into()
+  copies = [part.copies(devices) for part in parts]
+  parts = [part.repeated(count) if count > 1 else part for part, count in zip(parts, copies, strict=True)]
   ends = np.cumsum([math.prod(part.shape) // devices for part in parts])[:-1]
 
   def join(arrays: Sequence[jax.Array]) -> jax.Array:
@@ -269,7 +266,7 @@ def forward_parts(
   tokens, positions = (join([getattr(part, name) for part in parts]) for name in ('tokens', 'positions'))
   hidden, _ = _through_layers(decoder, tokens, positions, mix, partial(_of_layer, before), adapter=adapter, tap=tap)
   found = [
-    [one if part.many else one[:1] for part, one in zip(given, cut(states), strict=True)]
+    [one[::count] for count, one in zip(copies, cut(states), strict=True)]
     for states in (hidden if tap is not None else [hidden])
   ]
   return found[0] if tap is None else list(zip(*found, strict=True))

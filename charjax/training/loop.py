@@ -116,6 +116,6 @@ def tell_undivided(log: Callable[[str], None], stage: str, config: Any, field: s
   if config[field] // config.microbatches * each % parts:
     log(
       f'config.{stage}.{field} is {config[field]}, whose batches do not divide into the {parts} parts of config.mesh '
-      f'(data times fsdp): each device computes the whole of them; a multiple of {parts * config.microbatches} is '
+      f'(data times fsdp): some rows are computed by several devices; a multiple of {parts * config.microbatches} is '
       'faster'
     )
