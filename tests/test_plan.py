@@ -1,9 +1,6 @@
 """What a run would take on chips that are not there: against the TPU compiler's own figures and closed forms."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -14,11 +11,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from charjax import character as characters
 from charjax import defaults
+from charjax.engine.sample import Sampling
 from charjax.main import main
 from charjax.mesh import make_mesh
 from charjax.model.config import ModelConfig
 from charjax.plan import chips, estimate, programs
 from charjax.plan.compiled import traffic
+from charjax.stages import rollouts
 
 pytestmark = pytest.mark.usefixtures('compiled_anew')
 
@@ -85,10 +84,15 @@ def test_memory_is_what_the_compiler_says(found):
   )  # fmt: skip
 
 
-def test_what_has_no_room_does_not_fit_and_has_its_figures():
-  found = plan(small(**{'policy.batch_size': 2**20, 'policy.prompts_per_step': 2**19, 'policy.microbatches': 2**18}))
-  decode = found.programs[1]
-  assert not found.fits and not decode.fits and decode.refused
+def test_what_has_no_room_does_not_fit_and_has_its_figures(monkeypatch):
+  make = programs.make
+  # To lay out and compile the training of so many rows would take minutes.
+  monkeypatch.setattr(programs, 'make', lambda *given: make(*given)[1:2])
+  monkeypatch.setattr(rollouts, 'drawing', lambda config: Sampling(config.max_new_tokens, batch_size=2**20))
+  monkeypatch.setattr(estimate, '_stages', lambda *_: {})
+  found = plan(small())
+  (decode,) = found.programs
+  assert decode.name == 'decode' and decode.refused and not decode.fits and not found.fits
   assert decode.total > decode.limit
   assert decode.name in found.remedy
 
@@ -130,12 +134,11 @@ def get_config():
 """
 
 
-def test_json_holds_figures_alone(tmp_path):
+def test_json_holds_figures_alone(found, tmp_path, monkeypatch, capfd):
   (tmp_path / 'config.py').write_text(CONFIG)
-  command = [sys.executable, '-m', 'charjax.main', 'plan', f'--config={tmp_path}/config.py', '--topology=v5e:2x2']
-  environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
-  done = subprocess.run([*command, '--json'], capture_output=True, text=True, env=environment, check=True)
-  told = json.loads(done.stdout)
+  monkeypatch.setattr(estimate, 'make', lambda *_: found)  # compiled already
+  assert main(['plan', f'--config={tmp_path}/config.py', '--topology=v5e:2x2', '--json']) == 0
+  told = json.loads(capfd.readouterr().out)
   assert told.keys() == {'fits', 'chip_hours', 'programs'}
   assert told['fits'] is True and told['chip_hours'] > 0 and len(told['programs']) == 5
   for one in told['programs']:
