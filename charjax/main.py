@@ -101,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   Returns:
     The exit code: 0, 1 (a check found problems), 2 (a mistake of the user's), 130 (interrupted by Ctrl-C), 143 (by
-    SIGTERM); of many processes also 75 (one was lost, or they hung). After the last two, the same command goes on.
+    SIGTERM), 75 (a bucket does not answer; of many processes also: one was lost, or they hung). After the last three
+    the same command goes on.
   """
   arguments = list(sys.argv[1:] if argv is None else argv)
   try:
@@ -128,6 +129,8 @@ def _told(error: BaseException) -> tuple[int, str] | None:
   """The exit code and the line that an error ends in; None: nobody expected it."""
   if isinstance(error, UserError):
     return 2, ' '.join(str(error).split())
+  if isinstance(error, storage.NoAnswer):
+    return hosts.LOST, str(error)
   if isinstance(error, OSError) and error.errno in _DISK:
     where = error.filename or 'the disk'
     return 2, f'{where}: {error.strerror}; {_DISK[error.errno]}, then give the same command again'

@@ -35,6 +35,10 @@ class Locked(UserError):
   """Another process works in a run folder."""
 
 
+class NoAnswer(Exception):
+  """A bucket does not answer, and may do so later; the message is one line, as a UserError's."""
+
+
 # ---- places ----
 
 
@@ -53,6 +57,7 @@ def place(name: str) -> epath.Path:
 
   Raises:
     UserError: it is no folder's name, or the bucket cannot be used.
+    NoAnswer: the bucket does not answer.
   """
   name = os.path.expanduser(name)
   scheme, separator, rest = name.partition('://')
@@ -77,7 +82,14 @@ def place(name: str) -> epath.Path:
 def _bucket(name: str) -> Any:
   from google.cloud import storage
 
-  return storage.Client().get_bucket(name, timeout=_ANSWER)
+  return storage.Client().get_bucket(name, timeout=_ANSWER, retry=_soon())
+
+
+def _soon() -> Any:
+  """How often something is asked again, where somebody waits for it."""
+  from google.cloud.storage.retry import DEFAULT_RETRY
+
+  return DEFAULT_RETRY.with_timeout(2 * _ANSWER)
 
 
 def _blob(path: epath.PathLike) -> Any:
@@ -87,7 +99,12 @@ def _blob(path: epath.PathLike) -> Any:
 
 @contextlib.contextmanager
 def _told(path: epath.PathLike) -> Iterator[None]:
-  """Says in a line why a bucket does not do what was asked, and what helps. An unmet condition passes."""
+  """Says in a line why a bucket does not do what was asked, and what helps. An unmet condition passes.
+
+  Raises:
+    UserError: what was asked for is not there, or not allowed.
+    NoAnswer: asked again, it might do it.
+  """
   from google.api_core import exceptions as answers
   from google.auth import exceptions as auth
 
@@ -107,10 +124,9 @@ def _told(path: epath.PathLike) -> Iterator[None]:
     roles = 'roles/storage.objectUser and roles/storage.legacyBucketReader'
     raise UserError(f'{path}: not allowed ({one_line(error)}); ask for {roles} on the bucket') from error
   except (answers.GoogleAPIError, auth.GoogleAuthError, OSError) as error:
-    # A client that knows no project says so in an OSError, too.
-    again = 'give the same command again once it does'
-    remedy = 'set GOOGLE_CLOUD_PROJECT' if str(error).startswith('Project') else again
-    raise UserError(f'{path}: the bucket does not answer ({one_line(error)}); {remedy}') from error
+    if str(error).startswith('Project was not passed'):
+      raise UserError(f'{path}: no project of Google Cloud is known here; set GOOGLE_CLOUD_PROJECT') from error
+    raise NoAnswer(f'{path}: {one_line(error)}; give the same command again once the bucket answers') from error
 
 
 # ---- text ----
@@ -128,6 +144,7 @@ def put(path: epath.Path, data: bytes, new: bool = False) -> None:
   Raises:
     OSError: naming the file: the disk does not take it.
     UserError: the bucket does not, or somebody else wrote it.
+    NoAnswer: the bucket does not answer.
   """
   if not is_bucket(path):
     _replace(path, data)
@@ -209,6 +226,7 @@ def lock(path: epath.Path, lost: Callable[[str], object], wait: Callable[[str], 
   Raises:
     Locked: another process holds it.
     UserError: the bucket cannot be written.
+    NoAnswer: the bucket does not answer.
     OSError: the folder cannot be written.
   """
   with _lease(path, lost, wait) if is_bucket(path) else _kernel_lock(path) as ours:
@@ -272,11 +290,11 @@ def _found(path: epath.Path) -> tuple[int, str]:
   from google.api_core.exceptions import NotFound
 
   while True:
-    blob = _blob(path).bucket.get_blob(_blob(path).name, timeout=_ANSWER)
+    blob = _blob(path).bucket.get_blob(_blob(path).name, timeout=_ANSWER, retry=_soon())
     if blob is None:
       return 0, ''
     with contextlib.suppress(NotFound):  # written anew since
-      return int(blob.generation), blob.download_as_bytes(timeout=_ANSWER).decode(errors='replace')
+      return int(blob.generation), blob.download_as_bytes(timeout=_ANSWER, retry=_soon()).decode(errors='replace')
 
 
 def _holder(text: str) -> str:

@@ -207,8 +207,8 @@ def test_who_loses_the_lock_ends_all_processes(place, short_lease, monkeypatch, 
 # ---- mistakes ----
 
 
-def line_of(capsys, *arguments: str) -> str:
-  assert main(arguments) == 2
+def line_of(capsys, *arguments: str, code: int = 2) -> str:
+  assert main(arguments) == code
   error = capsys.readouterr().err
   assert error.count('\n') == 1
   return error
@@ -239,25 +239,22 @@ def test_what_a_bucket_cannot_do_is_told_in_a_line(bucket, capsys, command, want
 
 
 @pytest.mark.parametrize(
-  ('error', 'wanted'),
+  ('error', 'code', 'wanted'),
   [
-    (
-      answers.Forbidden('no storage.buckets.get'),
-      'not allowed (403 no storage.buckets.get); ask for roles/storage.obj',
-    ),
-    (answers.ServiceUnavailable('asleep'), 'the bucket does not answer (503 asleep); give the same command again once'),
-    (ConnectionError('refused'), 'the bucket does not answer (refused); give the same command again once it does'),
-    (OSError('Project was not passed'), 'does not answer (Project was not passed); set GOOGLE_CLOUD_PROJECT'),
+    (answers.Forbidden('no buckets.get'), 2, 'not allowed (403 no buckets.get); ask for roles/storage.objectUser and'),
+    (answers.ServiceUnavailable('asleep'), 75, '503 asleep; give the same command again once the bucket answers'),
+    (ConnectionError('refused'), 75, 'refused; give the same command again once the bucket answers'),
+    (OSError('Project was not passed'), 2, 'no project of Google Cloud is known here; set GOOGLE_CLOUD_PROJECT'),
   ],
 )
-def test_what_google_may_answer_is_told_in_a_line(bucket, capsys, monkeypatch, error, wanted):
+def test_what_google_may_answer_is_told_in_a_line(bucket, capsys, monkeypatch, error, code, wanted):
   """These are not to be had from the emulator."""
 
   def answer(name):
     raise error
 
   monkeypatch.setattr(storage, '_bucket', answer)
-  line = line_of(capsys, 'run', '--config=configs/smoke.py', '--workdir=gs://tests/run')
+  line = line_of(capsys, 'run', '--config=configs/smoke.py', '--workdir=gs://tests/run', code=code)
   assert f'gs://tests/run: {wanted}' in line
 
 
