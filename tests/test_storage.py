@@ -7,7 +7,6 @@ import json
 import pathlib
 import subprocess
 import sys
-import textwrap
 import time
 
 import jax
@@ -29,6 +28,7 @@ from charjax.storage import Locked
 from charjax.training import data, loop
 from charjax.training.checkpoint import Checkpoints, read_trained
 from charjax.training.step import make_batch
+from charjax.workdir import Stage
 
 
 @pytest.fixture(scope='module')
@@ -101,7 +101,7 @@ def train(folder: epath.Path, until: int = 100) -> dict[str, jax.Array]:
       folder,
       checkpoints,
       loss,
-      optax.sgd(0.1),
+      optax.sgd(0.1, momentum=0.9),
       {'w': jnp.zeros(3)},
       {},
       data.batches(range(8), 2, 0),
@@ -134,46 +134,42 @@ def dying(flush):
 
 # ---- the lock ----
 
-_PROGRAM = """
-import sys, time
-sys.path.insert(0, {tests!r})
-from charjax import files, storage, workdir
-from test_workdir import Stage, make_session
-storage.LEASE = 3.0
-slow = sys.argv[2] == 'slow'
+_PROGRAM = 'import sys; sys.path.insert(0, sys.argv[1]); import test_storage; test_storage.make_rows(sys.argv[2], 60)'
 
-def run(session):
+
+def make_rows(name: str, seconds: float) -> None:
+  """A run of one stage, of five chunks, the third of which takes so long."""
+
   def make(items, index):
-    print(f'chunk {{index}}', flush=True)
-    if slow and index == 2:
-      time.sleep(60)
-    return [{{'id': item}} for item in items]
-  folder = session.folder('slow')
-  files.write_jsonl(folder / 'rows.jsonl', files.chunks(folder, 'rows', range(10), 2, make))
-  return {{}}
+    print(f'chunk {index}', flush=True)
+    if index == 2:
+      time.sleep(seconds)
+    return [{'id': item} for item in items]
 
-session = make_session(storage.place(sys.argv[1]))
-with workdir.lock(session.workdir):
-  workdir.execute([Stage('slow', run, (), ('first',), ('rows.jsonl',))], session)
-"""
+  def run(session):
+    folder = session.folder('slow')
+    files.write_jsonl(folder / 'rows.jsonl', files.chunks(folder, 'rows', range(10), 2, make))
+    return {}
 
-
-def start(place: epath.Path, speed: str) -> subprocess.Popen:
-  program = textwrap.dedent(_PROGRAM).format(tests=str(pathlib.Path(__file__).parent))
-  return subprocess.Popen([sys.executable, '-c', program, str(place), speed], stdout=subprocess.PIPE, text=True)
+  session = make_session(storage.place(name))
+  storage.LEASE = 3.0
+  with workdirs.lock(session.workdir):
+    workdirs.execute([Stage('slow', run, (), ('first',), ('rows.jsonl',))], session)
 
 
-def test_who_was_killed_is_followed_once_the_lock_was_not_renewed(place, short_lease):
-  first = start(place, 'slow')
+def test_who_was_killed_is_followed_once_the_lock_was_not_renewed(place, short_lease, capsys):
+  tests = str(pathlib.Path(__file__).parent)
+  first = subprocess.Popen([sys.executable, '-c', _PROGRAM, tests, str(place)], stdout=subprocess.PIPE, text=True)
   assert first.stdout is not None and any(line == 'chunk 2\n' for line in first.stdout)
-  with pytest.raises(Locked, match=f'process {first.pid} on .* is working in it'), workdirs.lock(place):
-    pytest.fail('it has two holders')
+  with pytest.raises(Locked, match=f'process {first.pid} on .* is working in it'):
+    make_rows(str(place), 0)
   first.kill()
   first.wait()
+  capsys.readouterr()
   begun = time.monotonic()
-  output, _ = start(place, 'fast').communicate(timeout=60)
+  make_rows(str(place), 0)
   assert time.monotonic() - begun > 3.0
-  waited, *lines = output.split('\n')
+  waited, *lines = capsys.readouterr().out.split('\n')
   assert f'process {first.pid} on ' in waited and 'waiting up to 3 s' in waited
   assert lines[0] == 'slow: going on where it was cut off' and lines[1:-2] == ['chunk 2', 'chunk 3', 'chunk 4']
   assert files.read_jsonl(place / 'slow/rows.jsonl') == [{'id': i} for i in range(10)]
@@ -226,7 +222,7 @@ def line_of(capsys, *arguments: str, code: int = 2) -> str:
       'model.path=gs://tests/x: no run was begun there',
     ),
     ('chat gs://tests/none', 'gs://tests/none: no run was begun there'),
-    ('compare gs://tests/a gs://tests/b', 'gs://tests/a: no such run folder'),
+    ('compare gs://tests/a gs://tests/b', 'gs://tests/a: no run was begun there'),
     ('export random --output=gs://tests/out', '--output=gs://tests/out: charjax export writes to this machine'),
     ('review --workdir=gs://tests/run', '--workdir=gs://tests/run: charjax review needs a folder of this machine'),
   ],
