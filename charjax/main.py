@@ -46,7 +46,8 @@ _USAGE = f"""charjax: train a character into a language model
 
   --config=FILE.py[:argument][,field=value...]   a config file, what its get_config takes, and changes
   --config.some.field=value                      a change of one field
-  --workdir=DIR                                  where the run lives; the same command goes on with it
+  --workdir=DIR                                  where the run lives, in a folder or gs://BUCKET/FOLDER;
+                                                 the same command goes on with it
   --side_by_side [--trait=ID]                    chat: the model, shown its character (or one trait), and trained
   --temperature=0.7 --max_new_tokens=512 --seed=0   chat: how replies are drawn
   --model=policy|preference|judge|start|adapter  export: the policy, what rewarded it, what judged it, or the beginning;
