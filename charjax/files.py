@@ -2,7 +2,6 @@
 all, JSON Lines, and work that is committed in chunks.
 """
 
-import contextlib
 import errno
 import json
 import os
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from charjax import hosts
+from charjax import hosts, storage
 from charjax.errors import UserError
 from charjax.progress import Progress
 
@@ -30,33 +29,11 @@ def read_file(path: epath.PathLike) -> bytes:
   return epath.Path(path).read_bytes()
 
 
-def write_text(path: epath.PathLike, text: str) -> None:
-  """Writes a file whole or not at all: a reader, or a restart, never sees half of it. Of many processes, one writes."""
-  hosts.first(lambda: _write(epath.Path(path), text))
-
-
-def _write(path: epath.Path, text: str) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.parent / f'.{path.name}.tmp'
-  try:
-    # A lone surrogate, which a model's JSON may hold, has no UTF-8 form; its escape is the same JSON.
-    temporary.write_bytes(text.encode('utf-8', errors='backslashreplace'))
-    _onto_disk(temporary)
-    temporary.replace(path)
-  except OSError as error:
-    # On a full disk, half a file would take up what is left.
-    with contextlib.suppress(OSError):
-      temporary.unlink(missing_ok=True)
-    # The library says neither which file nor, of a folder in its place, which error.
-    code = errno.EISDIR if isinstance(error, IsADirectoryError) else error.errno
-    raise OSError(code, os.strerror(code), str(path)) if code else error from error
-
-
-def _onto_disk(path: epath.Path) -> None:
-  """Else, where the power fails, a file may have its new name and not its contents."""
-  if '://' not in str(path):  # what an object store has taken, it has
-    with open(path, 'rb') as file:
-      os.fsync(file.fileno())
+def write_text(path: epath.PathLike, text: str, new: bool = False) -> None:
+  """Writes a file as `storage.put` does. Of many processes, one writes."""
+  # A lone surrogate, which a model's JSON may hold, has no UTF-8 form; its escape is the same JSON.
+  data = text.encode('utf-8', errors='backslashreplace')
+  hosts.first(lambda: storage.put(epath.Path(path), data, new))
 
 
 def write_jsonl(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:

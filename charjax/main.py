@@ -24,7 +24,7 @@ from etils import epath
 
 import charjax
 from charjax import character as characters
-from charjax import defaults, files, hosts, interrupts, limits, starting_model, watch
+from charjax import defaults, files, hosts, interrupts, limits, starting_model, storage, watch
 from charjax import workdir as workdirs
 from charjax.config_file import merge, nearest, override, read_config, read_sweep
 from charjax.errors import UserError, one_line
@@ -46,7 +46,8 @@ _USAGE = f"""charjax: train a character into a language model
 
   --config=FILE.py[:argument][,field=value...]   a config file, what its get_config takes, and changes
   --config.some.field=value                      a change of one field
-  --workdir=DIR                                  where the run lives; the same command goes on with it
+  --workdir=DIR                                  where the run lives, in a folder or gs://BUCKET/FOLDER;
+                                                 the same command goes on with it
   --side_by_side [--trait=ID]                    chat: the model, shown its character (or one trait), and trained
   --temperature=0.7 --max_new_tokens=512 --seed=0   chat: how replies are drawn
   --model=policy|preference|judge|start|adapter  export: the policy, what rewarded it, what judged it, or the beginning;
@@ -101,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   Returns:
     The exit code: 0, 1 (a check found problems), 2 (a mistake of the user's), 130 (interrupted by Ctrl-C), 143 (by
-    SIGTERM); of many processes also 75 (one was lost, or they hung). After the last two, the same command goes on.
+    SIGTERM), 75 (a bucket does not answer; of many processes also: one was lost, or they hung). After the last three
+    the same command goes on.
   """
   arguments = list(sys.argv[1:] if argv is None else argv)
   try:
@@ -128,6 +130,8 @@ def _told(error: BaseException) -> tuple[int, str] | None:
   """The exit code and the line that an error ends in; None: nobody expected it."""
   if isinstance(error, UserError):
     return 2, ' '.join(str(error).split())
+  if isinstance(error, storage.NoAnswer):
+    return hosts.LOST, str(error)
   if isinstance(error, OSError) and error.errno in _DISK:
     where = error.filename or 'the disk'
     return 2, f'{where}: {error.strerror}; {_DISK[error.errno]}, then give the same command again'
@@ -185,7 +189,7 @@ def _command(arguments: list[str]) -> int:
   if hosts.join(options.get('coordinator', ''), options.get('processes'), options.get('process')):
     watch.begin()
   with interrupts.raising():
-    _run(chosen, read_config(config_spec, changes), epath.Path(os.path.expanduser(workdir)))
+    _run(chosen, read_config(config_spec, changes), storage.place(workdir))
   return 0
 
 
@@ -221,7 +225,7 @@ def _chat(rest: Sequence[str], config_spec: str, workdir: str, changes: Sequence
     raise UserError('charjax chat takes a model or a run folder, or --config=FILE.py: one of them')
   if 'trait' in options and not options.get('side_by_side'):
     raise UserError('--trait goes with --side_by_side, where it is shown to the model')
-  place = epath.Path(os.path.expanduser(given[0]))
+  place = epath.Path() if config_spec else _place(given[0])
   config, trained = (read_config(config_spec, changes), False) if config_spec else _at(given[0], bool(workdir), changes)
   if trained:
     instead = f'or talk to the model that it starts from: charjax chat {config.model.path}'
@@ -245,7 +249,7 @@ def _export(
   given = [*rest, *filter(None, [workdir])]
   if len(given) != 1 or (rest and config_spec):
     raise UserError('charjax export takes a model or a run folder, or --workdir=DIR with or without --config=FILE.py')
-  place = epath.Path(os.path.expanduser(given[0]))
+  place = _place(given[0])
   config, is_run = (read_config(config_spec, changes), True) if config_spec else _at(given[0], bool(workdir), changes)
   kind = options.get('model', 'policy' if is_run else 'start')
   if kind != 'start' and not is_run:
@@ -253,6 +257,8 @@ def _export(
   output = options.get('output') or (str(place / f'export{"" if kind == "policy" else f"-{kind}"}') if is_run else '')
   if not output:
     raise UserError('charjax export of a model needs --output=DIR')
+  if '://' in output:
+    raise UserError(f'--output={output}: charjax export writes to this machine; give --output=DIR, and copy that')
   session = _prepare(config, place)
   if is_run:
     _pin(session)
@@ -262,6 +268,13 @@ def _export(
   with contextlib.nullcontext() if kind == 'start' else _devices(config):
     export(session, kind, options.get('dtype', 'bfloat16'), epath.Path(os.path.expanduser(output)))
   return 0
+
+
+def _place(named: str) -> epath.Path:
+  """What a person calls a run folder or a model."""
+  from charjax.model import hub
+
+  return epath.Path(named) if hub.is_address(named) else storage.place(named)
 
 
 def _defaults() -> ml_collections.ConfigDict:
@@ -386,11 +399,11 @@ def _compare(folders: Sequence[str], config: str, options: dict[str, Any]) -> in
 
   if config:
     raise UserError(f'charjax compare takes no config ({config}): each run has its own')
-  runs = [run for folder in folders for run in sweep.trials_of(epath.Path(os.path.expanduser(folder)))]
+  runs = [run for folder in folders for run in sweep.trials_of(storage.place(folder))]
   if len(runs) < 2:
     raise UserError('charjax compare needs the folders of two runs or more, or that of a sweep')
   output = options.get('output')
-  _tell_apart(runs, epath.Path(os.path.expanduser(output)) if output else runs[0].parent / 'comparison' / 'index.html')
+  _tell_apart(runs, storage.place(output) if output else runs[0].parent / 'comparison' / 'index.html')
   return 0
 
 
@@ -571,6 +584,8 @@ def _sources(stage: workdirs.Stage) -> set[str]:
 
 def _run(chosen: Sequence[workdirs.Stage], config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
   watch.be_patient(config.faults.lost_seconds, config.faults.stuck_seconds)
+  if config.profile and storage.is_bucket(workdir):
+    raise UserError(f'config.profile: traces are written to this machine, not to {workdir}; choose another --workdir')
   session = _prepare(config, workdir)
   starting_model.check_apart(config.model, workdir)
   hosts.check_alike(

@@ -15,6 +15,7 @@ from etils import epath
 from charjax import hosts, interrupts
 from charjax import trace as tracing
 from charjax.hosts import is_first_process
+from charjax.storage import Lines
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -134,7 +135,7 @@ class Metrics:
 
   def __init__(self, folder: epath.Path):
     self._folder = folder
-    self._path = folder / 'metrics.jsonl'
+    self._lines = Lines(folder / 'metrics.jsonl')
     self._purge_step: int | None = None
     self._writer: Any = None
     self._last: Any = None
@@ -142,19 +143,18 @@ class Metrics:
   def truncate_after(self, step: int) -> None:
     """Drops what was written after `step`, and a last line that a kill cut in two."""
     self._purge_step = step + 1
-    if not is_first_process() or not self._path.exists():
+    if not is_first_process():
       return
-    kept = []
-    for line in self._path.read_text().split('\n'):
+    before, kept = self._lines.read(), []
+    for line in before.split('\n'):
       try:
         row = json.loads(line)
       except ValueError:
         continue
       if row['step'] <= step:
         kept.append(line + '\n')
-    temporary = self._folder / '.metrics.jsonl.tmp'
-    temporary.write_text(''.join(kept))
-    temporary.replace(self._path)
+    if before:
+      self._lines.write(''.join(kept))
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Appends one row of scalars (Python, NumPy or JAX). A value that is not finite becomes null."""
@@ -162,8 +162,7 @@ class Metrics:
       return
     scalars = {name: float(value) for name, value in values.items()}
     row = {'step': step} | {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-    with self._path.open('a') as file:
-      file.write(json.dumps(row) + '\n')
+    self._lines.append(json.dumps(row) + '\n')
     if self._writer is None:
       import tensorboardX
 
@@ -180,8 +179,13 @@ class Metrics:
     before, self._last = self._last, (work.done(), time.monotonic())
     return work.rates(self._last[0].since(before[0]), self._last[1] - before[1]) if before else {}
 
+  def flush(self) -> None:
+    """Returns when the rows are kept."""
+    self._lines.flush()
+
   def close(self) -> None:
-    """Flushes TensorBoard's events."""
+    """Flushes the rows and TensorBoard's events."""
+    self.flush()
     if self._writer is not None:
       self._writer.close()
       self._writer = None

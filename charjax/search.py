@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from charjax import sweep, workdir
+from charjax import storage, sweep, workdir
 from charjax.errors import UserError
 
 _STUDY, _INSTALL = 'charjax', "pip install 'optuna>=5'"
@@ -84,7 +84,7 @@ def _next(optuna: Any, study: Any, folder: epath.Path, total: int) -> Iterator[A
       with contextlib.ExitStack() as stack:
         try:
           stack.enter_context(workdir.lock(folder / '.workers' / _name(one.number)))
-        except workdir.Locked:
+        except storage.Locked:
           continue
         if study.get_trials(deepcopy=False)[one.number].state == running:  # not finished in the meantime
           yield optuna.trial.Trial(study, one._trial_id)

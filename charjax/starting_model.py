@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 from etils import epath
 
-from charjax import defaults, limits
+from charjax import defaults, limits, storage
 from charjax.errors import UserError, one_line
 from charjax.workdir import file_fingerprint, fingerprint
 
@@ -39,7 +39,7 @@ def check(model: ml_collections.ConfigDict) -> None:
   if model.quantize and importlib.util.find_spec('qwix') is None:
     raise UserError("config.model.quantize needs qwix, which is not installed; run: pip install 'charjax[quantize]'")
   for place, _ in _entries(model.adapters):
-    if read_record(place) is None and not (place / 'adapter_config.json').exists():
+    if read_record(place) is None and (storage.is_bucket(place) or not (place / 'adapter_config.json').exists()):
       raise UserError(
         f'config.model.adapters: {place}: neither a PEFT adapter nor a run is there; give the folder of an '
         'adapter_config.json, or that of a run'
@@ -57,6 +57,10 @@ def check_path(path: str, field: str = '') -> None:
 
   if hub.is_address(path):
     hub.check(path)
+    return
+  if storage.is_bucket(path):
+    if read_record(path) is None:
+      raise UserError(f'{field}{path}: no run was begun there; models of other kinds are read from this machine alone')
     return
   if path in (EMBEDDED, RANDOM) or os.path.lexists(os.path.join(path, 'config.json')):
     return
@@ -92,7 +96,7 @@ def read_record(folder: epath.PathLike) -> ml_collections.ConfigDict | None:
 
   if hub.is_address(os.fspath(folder)):  # epath would look into it where it is.
     return None
-  folder = epath.Path(folder)
+  folder = storage.place(os.fspath(folder)) if storage.is_bucket(folder) else epath.Path(folder)
   try:
     record = json.loads((folder / 'config.json').read_text())
   except OSError:
@@ -125,7 +129,7 @@ def check_apart(model: ml_collections.ConfigDict, workdir: epath.Path) -> None:
 
   start = [] if hub.is_address(model.path) else [epath.Path(model.path)]
   for folder in (*start, *(place for place, _ in _entries(model.adapters))):
-    if folder.resolve() == workdir.resolve():
+    if storage.absolute(folder) == storage.absolute(workdir):
       raise UserError(f'--workdir={workdir}: a run cannot start from its own folder; choose another --workdir')
 
 
@@ -191,7 +195,7 @@ def _model_of(
   folder: epath.Path, record: ml_collections.ConfigDict, through: Sequence[epath.Path]
 ) -> tuple[ml_collections.ConfigDict, Sequence[epath.Path]]:
   """The config.model of a run, and the runs that led there, itself included."""
-  where = folder.resolve()
+  where = storage.absolute(folder)
   if where in through:
     raise UserError(f'{folder}: the run starts from itself; set model.path in {folder / "config.json"} to its model')
   model = defaults.get_config().model

@@ -27,7 +27,7 @@ from typing import Any
 
 from etils import epath
 
-from charjax import interrupts, workdir
+from charjax import interrupts, storage, workdir
 from charjax.errors import UserError
 from charjax.files import write_text
 from charjax.progress import duration
@@ -243,7 +243,7 @@ def _start_if_ready(trial: Trial, trials: Sequence[Trial], status: _Status) -> N
       for stage in _SHARED:
         if stage.name in sources:
           _copy(stage, sources[stage.name].session, trial.session)
-  except workdir.Locked as error:
+  except storage.Locked as error:
     status.say(f'{trial.name}: waiting: {error}', once=True)
     return
   except (UserError, OSError) as error:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +20,7 @@ import ml_collections
 from etils import epath
 
 import charjax
-from charjax import hosts, interrupts, trace
+from charjax import hosts, interrupts, storage, trace, watch
 from charjax.errors import UserError
 from charjax.files import Row, read_jsonl, write_text
 from charjax.hosts import is_first_process
@@ -32,10 +30,6 @@ if TYPE_CHECKING:
   from charjax.character import Character
   from charjax.model.checkpoint_source import Checkpoint
   from charjax.model.language_model import LanguageModel
-
-
-class Locked(UserError):
-  """Another process works in a run folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,7 +430,7 @@ def _finish(stage: Stage, session: Session, record: Row, made: Row) -> None:
   folder = session.folder(stage.name)
   resumed = record.pop('resumed')
   record |= {'products': _products(folder, stage.products)} | made | {'resumed': resumed}
-  write_text(folder / 'stage.json', json.dumps(record, indent=2, ensure_ascii=False))
+  write_text(folder / 'stage.json', json.dumps(record, indent=2, ensure_ascii=False), new=True)
   _tidy(folder)
 
 
@@ -461,14 +455,13 @@ def execute(stages: Sequence[Stage], session: Session) -> None:
 
 @contextlib.contextmanager
 def lock(workdir: epath.Path) -> Iterator[None]:
-  """Keeps a second run out of a local run folder; the kernel lets go when the process that holds it dies.
+  """Keeps a second run out of a run folder.
 
   Raises:
     UserError: another process holds it, or the folder cannot be written, or is another for each of many processes.
   """
   with contextlib.ExitStack() as stack:
-    if '://' not in str(workdir):  # Object stores have no locks.
-      _look(workdir, hosts.first(lambda: _hold(workdir, stack)))
+    _look(workdir, hosts.first(lambda: _hold(workdir, stack)))
     yield
 
 
@@ -482,24 +475,11 @@ def _look(workdir: epath.Path, holder: str) -> None:
 
 
 def _hold(workdir: epath.Path, stack: contextlib.ExitStack) -> str:
+  def lost(line: str) -> None:
+    watch.end_now(hosts.LOST, line)
+
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = os.open(workdir / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
-    stack.callback(os.close, file)
-    if not _take(file):
-      holder = os.read(file, 32).decode(errors='replace').strip() or 'unknown'
-      raise Locked(f'--workdir={workdir}: process {holder} is working in it; wait for it or choose another folder')
-    os.ftruncate(file, 0)
-    os.pwrite(file, (ours := f'{os.getpid()}\n').encode(), 0)
-    return ours
+    return stack.enter_context(storage.lock(workdir / '.lock', lost, print))
   except OSError as error:
     reason = error.strerror or error
     raise UserError(f'--workdir={workdir}: cannot be written ({reason}); choose another folder') from error
-
-
-def _take(file: int) -> bool:
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  return True

