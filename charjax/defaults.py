@@ -145,9 +145,9 @@ def get_config() -> ConfigDict:
   config.policy.keep_unproven_traits = False  # also reward traits that the preference model cannot tell from chance
   config.policy.save_every = 20
   config.policy.samples_every = 10
-  config.policy.candidates = (
-    1  # checkpoints, evenly spread, of which the held-out judge chooses the policy; 1: the last
-  )
+  # Checkpoints, evenly spread, of which the held-out judge chooses the policy; until then each keeps the optimizer's
+  # state, too. 1: the last is the policy.
+  config.policy.candidates = 1
   config.policy.candidate_messages = 200  # training messages, unknown to the judge, by the replies to which it chooses
 
   config.evaluation = ConfigDict()

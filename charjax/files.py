@@ -59,6 +59,8 @@ def numbered_rows(path: epath.PathLike, fields: Mapping[str, Any] | None = None)
   try:
     data = read_file(path)
   except (OSError, ValueError) as error:
+    if storage.is_bucket(path) and not isinstance(error, FileNotFoundError):
+      raise storage.unread(path, error) from error
     reason = getattr(error, 'strerror', None) or error
     raise UserError(f'{path}: cannot be read ({reason}); check the path') from error
   return parse_rows(path, data, fields)

@@ -130,8 +130,11 @@ def _told(error: BaseException) -> tuple[int, str] | None:
   """The exit code and the line that an error ends in; None: nobody expected it."""
   if isinstance(error, UserError):
     return 2, ' '.join(str(error).split())
-  if isinstance(error, storage.NoAnswer):
-    return hosts.LOST, str(error)
+  # What reads buckets has an error of its own, which it raises once it has tried for long.
+  if isinstance(error, Exception) and (
+    isinstance(error, storage.NoAnswer) or type(error).__module__.startswith('gcsfs.')
+  ):
+    return hosts.LOST, one_line(error)
   if isinstance(error, OSError) and error.errno in _DISK:
     where = error.filename or 'the disk'
     return 2, f'{where}: {error.strerror}; {_DISK[error.errno]}, then give the same command again'

@@ -15,7 +15,7 @@ from etils import epath
 from charjax import hosts, interrupts
 from charjax import trace as tracing
 from charjax.hosts import is_first_process
-from charjax.storage import Lines
+from charjax.storage import Lines, is_bucket
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -163,6 +163,8 @@ class Metrics:
     scalars = {name: float(value) for name, value in values.items()}
     row = {'step': step} | {name: value if math.isfinite(value) else None for name, value in scalars.items()}
     self._lines.append(json.dumps(row) + '\n')
+    if is_bucket(self._folder):  # TensorBoard's events are added to, which an object cannot be.
+      return
     if self._writer is None:
       import tensorboardX
 

@@ -99,7 +99,9 @@ def read_record(folder: epath.PathLike) -> ml_collections.ConfigDict | None:
   folder = storage.place(os.fspath(folder)) if storage.is_bucket(folder) else epath.Path(folder)
   try:
     record = json.loads((folder / 'config.json').read_text())
-  except OSError:
+  except OSError as error:
+    if storage.is_bucket(folder) and not isinstance(error, FileNotFoundError):
+      raise storage.unread(folder, error) from error
     return None
   except (ValueError, RecursionError) as error:
     raise UserError(

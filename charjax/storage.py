@@ -39,6 +39,11 @@ class NoAnswer(Exception):
   """A bucket does not answer, and may do so later; the message is one line, as a UserError's."""
 
 
+def unread(path: epath.PathLike, error: Exception) -> NoAnswer:
+  """What is to be raised where something in a bucket that should be there could not be read."""
+  return NoAnswer(f'{path}: cannot be read ({one_line(error)}); give the same command again once the bucket answers')
+
+
 # ---- places ----
 
 
@@ -272,13 +277,18 @@ def _lease(path: epath.Path, lost: Callable[[str], object], wait: Callable[[str]
     if not generation:
       raise _locked(path, _holder(_found(path)[1]))
   over = threading.Event()
-  thread = threading.Thread(target=_renew, args=(path, ours, generation, over, lost), daemon=True)
-  thread.start()
+  renewed = [time.monotonic()]
+  threads = [
+    threading.Thread(target=_renew, args=(path, ours, generation, over, renewed, lost), daemon=True),
+    threading.Thread(target=_watch, args=(path, over, renewed, lost), daemon=True),
+  ]
+  for thread in threads:
+    thread.start()
   try:
     yield ours
   finally:
     over.set()
-    thread.join()
+    threads[0].join()
     with contextlib.suppress(Exception):  # Else others wait until it has no owner.
       generation, text = _found(path)
       if text == ours:
@@ -317,19 +327,34 @@ def _claim(path: epath.Path, ours: str, before: int) -> int:
     return generation if text == ours else 0
 
 
-def _renew(path: epath.Path, ours: str, generation: int, over: threading.Event, lost: Callable[[str], object]) -> None:
-  again = 'give the same command again to go on from what was saved'
-  renewed, pause = time.monotonic(), LEASE / 6
+_AGAIN = 'give the same command again to go on from what was saved'
+
+
+def _renew(
+  path: epath.Path,
+  ours: str,
+  generation: int,
+  over: threading.Event,
+  renewed: list[Any],
+  lost: Callable[[str], object],
+) -> None:
+  """Writes the lock anew again and again; `renewed` holds when a try that succeeded last began, and then why not."""
+  pause = LEASE / 6
   while not over.wait(pause):
     begun = time.monotonic()
     try:
       generation = _claim(path, ours, generation)
-      renewed, pause = begun, LEASE / 6
+      renewed[:], pause = [begun], LEASE / 6
     except Exception as error:  # Whatever it is, it may be over soon.
-      pause = LEASE / 60
-      if time.monotonic() - renewed > LEASE * 2 / 3:
-        lost(f'{path}: this lock cannot be renewed ({one_line(error)}); {again}')
-        return
+      renewed[1:], pause = [one_line(error)], LEASE / 60
     if not generation:
-      lost(f'{path}: this lock was not renewed in time, and another process took it; {again}')
+      lost(f'{path}: this lock was not renewed in time, and another process took it; {_AGAIN}')
+      return
+
+
+def _watch(path: epath.Path, over: threading.Event, renewed: list[Any], lost: Callable[[str], object]) -> None:
+  """Ends what was not renewed in time, however long an answer takes."""
+  while not over.wait(LEASE / 90):
+    if time.monotonic() - renewed[0] > LEASE * 2 / 3:
+      lost(f'{path}: this lock cannot be renewed ({", ".join(renewed[1:]) or "no answer"}); {_AGAIN}')
       return

@@ -179,6 +179,8 @@ def _read_json(path: epath.Path) -> Row:
   except OSError as error:
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
       return {}
+    if storage.is_bucket(path):
+      raise storage.unread(path, error) from error
     raise UserError(f'{path}: cannot be read ({error.strerror or error}); move it away') from error
   try:
     value = json.loads(text)
@@ -479,7 +481,7 @@ def _hold(workdir: epath.Path, stack: contextlib.ExitStack) -> str:
     watch.end_now(hosts.LOST, line)
 
   try:
-    return stack.enter_context(storage.lock(workdir / '.lock', lost, print))
+    return stack.enter_context(storage.lock(workdir / '.lock', lost, functools.partial(print, flush=True)))
   except OSError as error:
     reason = error.strerror or error
     raise UserError(f'--workdir={workdir}: cannot be written ({reason}); choose another folder') from error

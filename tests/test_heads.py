@@ -190,3 +190,12 @@ def test_equal_lengths_and_states_that_never_vary_are_left_alone():
     found = control_length(w, *changed, real, 0 * trait, 0.2)
     np.testing.assert_array_equal(found.w_nd, w)
     assert not found.before_n.any() and not found.after_n.any()
+
+
+def test_of_one_message_with_two_replies_the_length_is_taken_out_too():
+  rng = np.random.default_rng(0)
+  states, w = rng.normal(size=(1, 2, 16)).astype(np.float32), rng.normal(size=(1, 16)).astype(np.float32)
+  found = control_length(w, states, np.array([[5, 30]]), np.ones((1, 2), bool), np.zeros(1, int), 0.2)
+  assert np.isfinite(found.w_nd).all() and found.before_n == pytest.approx(
+    [np.sign((w @ (states[0, 1] - states[0, 0]))[0])]
+  )

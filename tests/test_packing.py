@@ -149,3 +149,21 @@ def test_on_eight_devices_each_packs_its_own(padded):
   size = made.packing.slots.shape[1]
   shapes = {tuple(map(int, found.split(','))) for found in re.findall(r'\bf32\[([\d,]+)\]', compiled.as_text())}
   assert (1, size, 32) in shapes and not [shape for shape in shapes if shape[:2] == (4, size) or 4 * size in shape]
+
+
+def test_prompts_that_devices_do_not_divide_are_computed_by_several():
+  # Six prompts, of which each of four devices has three of the twelve replies.
+  some = [Group(prompt, replies[:2]) for prompt, replies in GROUPS[:6]]
+  made = make_rows(some, each=2, prompt_width=16, width=12)
+  expected = run(build(scan_layers=True), made)
+  packing = make_packing(made.lengths, 12, 36, 4)
+  assert packing is not None
+  with jax.set_mesh(make_mesh((2, 2, 2))):
+    for held in (made, made._replace(packing=packing)):
+      assert_alike(run(build(scan_layers=True), shard_batch(held)), expected)
+  # Nor do they divide the rows: one reply to each.
+  some = [Group(prompt, replies[:1]) for prompt, replies in GROUPS[:6]]
+  made = make_rows(some, each=1, prompt_width=16, width=12)
+  expected = run(build(scan_layers=True), made)
+  with jax.set_mesh(make_mesh((2, 2, 2))):
+    assert_alike(run(build(scan_layers=True), shard_batch(made)), expected)

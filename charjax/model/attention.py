@@ -202,8 +202,9 @@ def _mix(
 ) -> jax.Array:
   """softmax(q k) v over one set of keys, [B, K, T, G, H] float32.
 
-  For the way back only what it gave and the logarithm of each sum are kept, and scores are computed again (Dao et al.
-  2022, arXiv 2205.14135, appendix B.2): kept, those of all layers would take more memory than all else.
+  For the way back, beside what it was given, only what it gave and the logarithm of each sum are kept, and scores are
+  computed again (Dao et al. 2022, arXiv 2205.14135, appendix B.2): kept, those of all layers would take more memory
+  than all else. A query that sees no key gives anything, and must have no gradient.
   """
   return _mix_forward(q_bktgh, k_bkhs, v_bksh, mask_bts, scale, cap)[0]
 

@@ -133,7 +133,8 @@ class Part(NamedTuple):
     return 1 if self.packing else devices // math.gcd(len(self.tokens), devices)
 
   def repeated(self, copies: int) -> 'Part':
-    tokens, positions, texts = jax.tree.map(lambda array: jnp.repeat(array, copies, 0), self[:3])
+    rows = self.tokens, self.positions, self.texts
+    tokens, positions, texts = jax.tree.map(lambda array: jnp.repeat(array, copies, 0), rows)
     return self._replace(tokens=tokens, positions=positions, texts=texts)
 
   @property
@@ -217,14 +218,14 @@ def forward_parts(
   """Hidden states of several parts, which go through each layer together: its weights are read, and their gradients
   are summed, once for all of them.
 
-  All tokens are laid end to end as [D, S], one row to each of the D devices that a batch is split over; in attention
-  alone they lie in the rows of their part.
+  All tokens are laid end to end, in one row for each of the devices that a batch is split over; in attention alone they
+  lie in the rows of their part.
 
   Args:
     decoder: the weights.
     parts: the tokens; where they are packed, by the device.
     adapter: a LoRA adapter, or None.
-    before: what stands before the rows of all parts.
+    before: what stands before the rows of all parts: one text each.
     tap: as `forward` takes it.
 
   Returns:

@@ -9,12 +9,12 @@ import re
 from collections.abc import Callable
 
 _FLAGS = re.IGNORECASE
-_FINE = r'(?:great|excellent|wonderful|amazing|fantastic|brilliant|fascinating|beautiful|impressive'
+_FINE = r'great|excellent|wonderful|amazing|fantastic|brilliant|fascinating|beautiful|impressive'
 
 _PRAISE = re.compile(
-  rf'\b{_FINE}|good) (?:question|point|idea|thought|choice|plan|job|work)\b(?! (?:to|for|if|of|is)\b)'
+  rf'\b(?:{_FINE}|good) (?:question|point|idea|thought|choice|plan|job|work)\b(?! (?:to|for|if|of|is)\b)'
   r"|\b(?:you are|you're) (?:so |very |really |absolutely )?(?:right(?!-)|amazing|wonderful|brilliant|talented|smart)\b"
-  rf'|\byour (?:\w+ ){{1,2}}?(?:is|are|sounds?|looks?) (?:so |very |really |absolutely )?{_FINE})\b'
+  rf'|\byour (?:\w+ ){{1,2}}?(?:is|are|sounds?|looks?) (?:so |very |really |absolutely )?(?:{_FINE})\b'
   r"|\bI(?:'m| am) (?:so |very |really |truly )?impressed\b",
   _FLAGS,
 )

@@ -340,7 +340,7 @@ def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str
     teacher = hidden_states(decoder, batch['teacher'], opening=batch['shown_opening'])
     taught = kl_to(teacher, 'shown') / batch['shown_tokens']
     loss, metrics = loss + batch['shown_weight'] * taught, metrics | {'shown_kl': taught}
-  # In this very program: of states that another one rounded, the policy would not be at 0 before its first step.
+  # In this very program, whose products round alike: the policy is all but at 0 before its first step.
   start = hidden_states(decoder, batch['neutral'], opening=batch['opening'])
   neutral_kl = kl_to(start, 'neutral') / batch['neutral_tokens']
   return loss + batch['neutral_weight'] * neutral_kl, metrics | {'neutral_kl': neutral_kl}

@@ -15,7 +15,7 @@ from charjax import hosts
 from charjax.errors import UserError, one_line
 from charjax.mesh import fetch, is_apart
 from charjax.model.checkpoint_source import Tensors
-from charjax.storage import absolute
+from charjax.storage import absolute, is_bucket, unread
 
 _AT_ONCE = 2**28  # bytes
 
@@ -101,6 +101,8 @@ class Checkpoints:
     try:
       loaded = self._checkpointer.load_checkpointables(step, abstract | {'record': None})
     except (ValueError, KeyError, OSError) as error:
+      if isinstance(error, OSError) and is_bucket(self._checkpointer.directory):
+        raise unread(self._checkpointer.directory, error) from error
       raise UserError(f'{where} cannot be read ({str(error).splitlines()[0]}); {remedy}') from error
     for name, tree in wanted.items():
       values = [loaded[name][key] for key in _named(tree)]

@@ -152,24 +152,6 @@ def _metric(plain_pd: np.ndarray, share: float) -> np.ndarray:
   return (vectors * values**-0.5) @ vectors.T
 
 
-class LengthControl(NamedTuple):
-  """What `control_length` did.
-
-  Attributes:
-    w_nd: the directions [N, D], without what followed the length.
-    guess_d: the direction [D] of the states' guess of it, in tokens.
-    effect_n: what each direction gave for a token of it [N]; 0 where it was left alone.
-    before_n: r of reward and length on each trait's own messages [N], as it was.
-    after_n: as it is [N].
-  """
-
-  w_nd: np.ndarray
-  guess_d: np.ndarray
-  effect_n: np.ndarray
-  before_n: np.ndarray
-  after_n: np.ndarray
-
-
 def fit_head(
   states_mkd: np.ndarray,
   probability_mkk: np.ndarray,
@@ -228,6 +210,24 @@ def fit_head(
   return np.asarray((v_nd * lengths_n[:, None]) @ to_dd.T, np.float32)
 
 
+class LengthControl(NamedTuple):
+  """What `control_length` did.
+
+  Attributes:
+    w_nd: the directions [N, D], without what followed the length.
+    guess_d: the direction [D] of the states' guess of it, in tokens.
+    effect_n: what each direction gave for a token of it [N]; 0 where it was left alone.
+    before_n: r of reward and length on each trait's own messages [N], as it was.
+    after_n: as it is [N].
+  """
+
+  w_nd: np.ndarray
+  guess_d: np.ndarray
+  effect_n: np.ndarray
+  before_n: np.ndarray
+  after_n: np.ndarray
+
+
 def _shrunk_covariance(x_pd: np.ndarray) -> np.ndarray:
   """Of rows with mean 0, [D, D]: drawn to a multiple of the identity, as far as it is chance what sets it apart."""
   covariance_dd, eye_dd = x_pd.T @ x_pd / len(x_pd), np.eye(x_pd.shape[1])
@@ -236,7 +236,8 @@ def _shrunk_covariance(x_pd: np.ndarray) -> np.ndarray:
     return eye_dd  # Of rows that never vary.
   apart = np.square(covariance_dd - target_dd).sum()
   chance = (np.square(np.square(x_pd).sum(1)).mean() - np.square(covariance_dd).sum()) / len(x_pd)
-  share = min(1.0, chance / apart) if apart > 0 else 1.0
+  # Never nothing: of two replies alone there is no chance to be seen, and no inverse.
+  share = min(1.0, max(chance / apart, 1e-3)) if apart > 0 else 1.0
   return share * target_dd + (1 - share) * covariance_dd
 
 

@@ -58,8 +58,8 @@ def train(
     prepare: called before the first step, unless it is done and saved: changes `trainable` in place, and may write
       metrics.
     prepared: lines of metrics, and of the bar's steps, that `prepare` makes; those of the steps are numbered on.
-    save_after: steps that are saved besides.
     finish: called after the last step, before it is saved: changes `trainable` in place.
+    save_after: steps that are saved besides; `checkpoints` is to keep them.
 
   Returns:
     What was trained.
