@@ -332,7 +332,7 @@ def test_the_policy_that_the_judge_chose_is_marked(tmp_path, page):
 def test_the_length_that_was_taken_out_of_a_reward_is_told(page):
   told = re.search(r'Length was taken out of the score of the model trained against: .*?\.(?=<)', page)
   assert told and 'honesty from 0.380 to 0.000 on messages it was trained on' in told[0] and 'uriosity' not in told[0]
-  assert 'r went from 0.410 to 0.270' in told[0]
+  assert 'r is 0.270 in place of 0.410' in told[0]
 
 
 def test_null_and_bare_numbers(tmp_path):

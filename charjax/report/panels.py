@@ -212,8 +212,8 @@ def _length_notes(model: Mapping[str, Any], role: str) -> list[str]:
     return []
   return [
     f'Length was taken out of the score of the {role}: its r among the replies to one message went for '
-    f'{words.together(told)} on messages it was trained on. Of unseen replies as they come, r went from '
-    f'{words.figure(was)} to {words.figure(now)}.'
+    f'{words.together(told)} on messages it was trained on. Of unseen replies as they come, r is '
+    f'{words.figure(now)} in place of {words.figure(was)}.'
   ]
 
 
