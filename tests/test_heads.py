@@ -190,3 +190,11 @@ def test_equal_lengths_and_states_that_never_vary_are_left_alone():
     found = control_length(w, *changed, real, 0 * trait, 0.2)
     np.testing.assert_array_equal(found.w_nd, w)
     assert not found.before_n.any() and not found.after_n.any()
+
+
+def test_two_replies_to_one_message_are_enough_to_go_on():
+  w, states, tokens, real, trait = long_winded(np.random.default_rng(3), 1, 2, 4, 1, np.array([0.5]))
+  found = control_length(w, states, tokens, real, trait, 0.2)
+  assert abs(found.before_n[0]) == pytest.approx(1) and np.isfinite(found.w_nd).all()
+  x = within(states.astype(np.float64), real)
+  np.testing.assert_allclose(x @ found.w_nd[0], 0, atol=1e-4 * np.abs(x @ w[0]).max())
