@@ -324,7 +324,9 @@ def test_the_policy_that_the_judge_chose_is_marked(tmp_path, page):
   (folder / 'policy' / 'choice.json').write_text(json.dumps(choice))
   text = report.render(folder)
   assert 'nearest to the policy that was chosen, after step 38 (drawn before step 40)' in text
-  rows = Page(text).tables['Which checkpoint is the policy, score, in its spreads, over the training steps'][1:]
+  rows = Page(text).tables[
+    'Which checkpoint is the policy, score less that of all candidates, in spreads, over the training steps'
+  ][1:]
   assert [row[0] for row in rows] == ['20', '38', '60'] and rows[1][2].startswith('+0.310')
   assert rows[2][2] == '\u2013' and 'kept pairs and held-out messages had no part in it' in text
 

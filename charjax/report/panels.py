@@ -313,7 +313,7 @@ def _candidates(run: Run) -> Figure | None:
     for step, v, _ in found
   ]
   ringed = next((i for i, (step, *_) in enumerate(found) if step == chosen), None)
-  title, x, y = 'Which checkpoint is the policy', 'training step', 'score, in its spreads'
+  title, x, y = 'Which checkpoint is the policy', 'training step', 'score less that of all candidates, in spreads'
   said = '; '.join(f'step {step}: {words.difference(v)}' for step, v, _ in found)
   svg = plots.trails([plots.Trail('held-out judge', marks, ringed)], x, y, f'{title}: {said}')
   rows = [
