@@ -39,6 +39,8 @@ def get_config() -> ConfigDict:
 
   config.preference.epochs = 0.0
   config.preference.depth = 0.67
+  # AI nature's reward follows length at r = 0.22. What it does to the traits to take that out has not been measured.
+  config.preference.length_limit = 1.0
 
   config.policy.lora_rank = 16
   config.policy.learning_rate = 1.5e-3

@@ -24,8 +24,10 @@ def test_the_best_by_weight_is_chosen_and_told_beside_the_last():
   found = choice.compare(scores, np.ones(40), [10, 20, 30])
   assert found['chosen'] == 20 and [row['step'] for row in found['candidates']] == [10, 20, 30]
   assert found['candidates'][1] == {
-    'step': 20, 'judge': interval(scores[1]), 'over_last': interval(scores[1] - scores[2])
-  }  # fmt: skip
+    'step': 20,
+    'judge': pytest.approx(interval(scores[1] - scores.mean(0))),
+    'over_last': pytest.approx(interval(scores[1] - scores[2])),
+  }
   # One trait, which counts for little, gained most of that.
   scores[1, :20] += 2
   scores[1, 20:] -= 1

@@ -324,7 +324,9 @@ def test_the_policy_that_the_judge_chose_is_marked(tmp_path, page):
   (folder / 'policy' / 'choice.json').write_text(json.dumps(choice))
   text = report.render(folder)
   assert 'nearest to the policy that was chosen, after step 38 (drawn before step 40)' in text
-  rows = Page(text).tables['Which checkpoint is the policy, score, in its spreads, over the training steps'][1:]
+  rows = Page(text).tables[
+    'Which checkpoint is the policy, score less that of all candidates, in spreads, over the training steps'
+  ][1:]
   assert [row[0] for row in rows] == ['20', '38', '60'] and rows[1][2].startswith('+0.310')
   assert rows[2][2] == '\u2013' and 'kept pairs and held-out messages had no part in it' in text
 
@@ -332,7 +334,7 @@ def test_the_policy_that_the_judge_chose_is_marked(tmp_path, page):
 def test_the_length_that_was_taken_out_of_a_reward_is_told(page):
   told = re.search(r'Length was taken out of the score of the model trained against: .*?\.(?=<)', page)
   assert told and 'honesty from 0.380 to 0.000 on messages it was trained on' in told[0] and 'uriosity' not in told[0]
-  assert 'r went from 0.410 to 0.270' in told[0]
+  assert 'r is 0.270 in place of 0.410' in told[0]
 
 
 def test_null_and_bare_numbers(tmp_path):

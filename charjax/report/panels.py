@@ -212,8 +212,8 @@ def _length_notes(model: Mapping[str, Any], role: str) -> list[str]:
     return []
   return [
     f'Length was taken out of the score of the {role}: its r among the replies to one message went for '
-    f'{words.together(told)} on messages it was trained on. Of unseen replies as they come, r went from '
-    f'{words.figure(was)} to {words.figure(now)}.'
+    f'{words.together(told)} on messages it was trained on. Of unseen replies as they come, r is '
+    f'{words.figure(now)} in place of {words.figure(was)}.'
   ]
 
 
@@ -313,7 +313,7 @@ def _candidates(run: Run) -> Figure | None:
     for step, v, _ in found
   ]
   ringed = next((i for i, (step, *_) in enumerate(found) if step == chosen), None)
-  title, x, y = 'Which checkpoint is the policy', 'training step', 'score, in its spreads'
+  title, x, y = 'Which checkpoint is the policy', 'training step', 'score less that of all candidates, in spreads'
   said = '; '.join(f'step {step}: {words.difference(v)}' for step, v, _ in found)
   svg = plots.trails([plots.Trail('held-out judge', marks, ringed)], x, y, f'{title}: {said}')
   rows = [

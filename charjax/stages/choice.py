@@ -88,9 +88,10 @@ def compare(scores: np.ndarray, weights: Sequence[float], steps: Sequence[int]) 
     steps: of the candidates, the last step last.
 
   Returns:
-    `chosen`, and `candidates` with step, `judge` and `over_last` (the same less the last candidate's, by message).
+    `chosen`, and `candidates` with step, `judge` (less what the judge gives to all candidates' replies to the message,
+    which differs more by message than by candidate) and `over_last` (less what it gives to the last one's).
   """
-  weighed = scores * np.asarray(weights)
+  weighed = (scores - scores.mean(0)) * np.asarray(weights)
   # Of equals the one that moved the least.
   best = int(weighed.mean(1).argmax())
   rows = [

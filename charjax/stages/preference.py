@@ -393,7 +393,9 @@ def _measure(session: Session, name: str, trainable: Any, unseen: Sequence[Row],
     'calibration_error': calibration_error(p, q) if len(p) else None,
     'length_correlation': correlation(rewards, tokens),
     'length_correlation_before': correlation(uncontrolled, tokens),
-    'length_control': {trait: {k: v for k, v in of.items() if k != 'effect'} for trait, of in length['traits'].items()},
+    'length_control': {
+      trait: {k: round(v, 6) for k, v in of.items() if k != 'effect'} for trait, of in length['traits'].items()
+    },
     'reward_std': reward_std,
   }
 

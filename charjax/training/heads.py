@@ -236,7 +236,7 @@ def _shrunk_covariance(x_pd: np.ndarray) -> np.ndarray:
     return eye_dd  # Of rows that never vary.
   apart = np.square(covariance_dd - target_dd).sum()
   chance = (np.square(np.square(x_pd).sum(1)).mean() - np.square(covariance_dd).sum()) / len(x_pd)
-  # Never nothing: of two replies alone there is no chance to be seen, and no inverse.
+  # Two replies to one message are as far from their mean on either side: no chance is seen in them.
   share = min(1.0, max(chance / apart, 1e-3)) if apart > 0 else 1.0
   return share * target_dd + (1 - share) * covariance_dd
 
