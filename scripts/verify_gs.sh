@@ -2,8 +2,8 @@
 # The smoke run in a bucket, of an emulator on this machine (tests/bucket_emulator.py), beside one in a folder. The one in the
 # bucket is killed with SIGKILL once its policy has a checkpoint; started again, it waits until its lock has no owner, and
 # goes on. What both hold in the end is compared: JSON Lines byte for byte, weights bit for bit; and so is what is exported
-# from them. What it does not show: that Google's own service behaves as the emulator does. Takes five to eight minutes on two
-# cores after ./scripts/test.sh. WORKDIR keeps the folders.
+# from them. What it does not show: that Google's own service behaves as the emulator does. Run it after
+# ./scripts/test.sh. WORKDIR keeps the folders.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ -n ${STORAGE_EMULATOR_HOST:-} ]] || exec .venv/bin/python tests/bucket_emulator.py bash scripts/verify_gs.sh
