@@ -57,10 +57,9 @@ def numbered_rows(path: epath.PathLike, fields: Mapping[str, Any] | None = None)
     UserError: the file is missing or not UTF-8, or a line is no JSON object or lacks a field.
   """
   try:
-    data = read_file(path)
+    with storage.reading(path):
+      data = read_file(path)
   except (OSError, ValueError) as error:
-    if storage.is_bucket(path) and not isinstance(error, FileNotFoundError):
-      raise storage.unread(path, error) from error
     reason = getattr(error, 'strerror', None) or error
     raise UserError(f'{path}: cannot be read ({reason}); check the path') from error
   return parse_rows(path, data, fields)

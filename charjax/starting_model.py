@@ -98,10 +98,9 @@ def read_record(folder: epath.PathLike) -> ml_collections.ConfigDict | None:
     return None
   folder = storage.place(os.fspath(folder)) if storage.is_bucket(folder) else epath.Path(folder)
   try:
-    record = json.loads((folder / 'config.json').read_text())
-  except OSError as error:
-    if storage.is_bucket(folder) and not isinstance(error, FileNotFoundError):
-      raise storage.unread(folder, error) from error
+    with storage.reading(folder):
+      record = json.loads((folder / 'config.json').read_text())
+  except OSError:
     return None
   except (ValueError, RecursionError) as error:
     raise UserError(

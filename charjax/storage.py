@@ -44,6 +44,22 @@ def unread(path: epath.PathLike, error: Exception) -> NoAnswer:
   return NoAnswer(f'{path}: cannot be read ({one_line(error)}); give the same command again once the bucket answers')
 
 
+@contextlib.contextmanager
+def reading(path: epath.PathLike) -> Iterator[None]:
+  """Reads within it what may not be there; of a bucket that does not answer it says so.
+
+  Raises:
+    NoAnswer: the bucket does not answer.
+    OSError: all else, as it came.
+  """
+  try:
+    yield
+  except OSError as error:
+    if is_bucket(path) and not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+      raise unread(path, error) from error
+    raise
+
+
 # ---- places ----
 
 

@@ -175,12 +175,11 @@ def _read_json(path: epath.Path) -> Row:
     UserError: it was damaged from outside. To make the stage anew would throw away what it speaks of.
   """
   try:
-    text = path.read_bytes()
+    with storage.reading(path):
+      text = path.read_bytes()
   except OSError as error:
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
       return {}
-    if storage.is_bucket(path):
-      raise storage.unread(path, error) from error
     raise UserError(f'{path}: cannot be read ({error.strerror or error}); move it away') from error
   try:
     value = json.loads(text)

@@ -82,11 +82,16 @@ def compute_prefix(
     adapter: a LoRA adapter, or None.
     before: what stands before all of these texts.
   """
-  slots = jnp.arange(tokens_ap.shape[1])
-  positions = jnp.broadcast_to(length_before(before) + slots, tokens_ap.shape)
-  texts = (slots < lengths_a[:, None]).astype(jnp.int32)
-  _, kv = forward(decoder, tokens_ap, positions, texts, adapter=adapter, before=before)
-  return Prefix(kv, Places(positions, texts))
+  places = text_places(tokens_ap, lengths_a, length_before(before))
+  _, kv = forward(decoder, tokens_ap, *places, adapter=adapter, before=before)
+  return Prefix(kv, places)
+
+
+def text_places(tokens_bt: jax.Array, lengths_b: jax.Array, start: Any) -> Places:
+  """Where the tokens of texts stand, of which so many are real, that begin at a position."""
+  slots = jnp.arange(tokens_bt.shape[1])
+  positions = jnp.broadcast_to(start + slots, tokens_bt.shape)
+  return Places(positions, (slots < lengths_b[:, None]).astype(jnp.int32))
 
 
 def length_before(before: Sequence[Prefix], rows: int = 1) -> Any:

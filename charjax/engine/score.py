@@ -27,6 +27,7 @@ from charjax.engine.batch import (
   in_groups,
   length_before,
   prefill,
+  text_places,
 )
 from charjax.engine.rows import Group, Opening, Rows, make_rows, pack_alike, reply_mask
 from charjax.mesh import batch_parts, constrain, fetch, no_silent_transfers, replicate, shard_batch
@@ -67,24 +68,18 @@ def all_hidden_states(
   parts: list[Part] = []
   start = length_before(before)
   if opening is not None:
-    parts.append(_text(opening.tokens, opening.length, start))
+    parts.append(Part(opening.tokens, *text_places(opening.tokens, opening.length, start)))
     start = start + opening.length[:, None]
   first, said = tuple(range(len(parts))), []
   for rows in batches:
-    asked = _text(rows.prompts, rows.prompt_lengths, start)._replace(reads=first, packing=rows.prompt_packing)
+    places = text_places(rows.prompts, rows.prompt_lengths, start)
+    asked = Part(rows.prompts, *places, reads=first, packing=rows.prompt_packing)
     each = len(rows.tokens) // len(rows.prompts)
     positions = start + jnp.repeat(rows.prompt_lengths, each)[:, None] + jnp.arange(rows.tokens.shape[1])
     parts += [asked, Part(rows.tokens, positions, reads=(*first, len(parts)), packing=rows.packing)]
     said.append(len(parts) - 1)
   found = forward_parts(decoder, parts, adapter=adapter, before=before, tap=tap)
   return [found[place] for place in said]
-
-
-def _text(tokens_bt: jax.Array, lengths_b: jax.Array, start: Any) -> Part:
-  """Texts of so many real tokens, which begin at a position."""
-  slots = jnp.arange(tokens_bt.shape[1])
-  positions = jnp.broadcast_to(start + slots, tokens_bt.shape)
-  return Part(tokens_bt, positions, (slots < lengths_b[:, None]).astype(jnp.int32))
 
 
 def in_rows(hidden: jax.Array, rows: Rows) -> jax.Array:

@@ -345,10 +345,7 @@ def _through_layers(
     if f'{name}_scale' in layer:
       out = frozen_matmul(x, weight, layer[f'{name}_scale'], dtype)
     else:
-      in_dim = 1
-      for size in weight.shape[:in_axes]:
-        in_dim *= size
-      out = matmul(x, weight.reshape(in_dim, -1), dtype)
+      out = matmul(x, weight.reshape(math.prod(weight.shape[:in_axes]), -1), dtype)
     if lora is not None and name in lora:
       out += matmul(matmul(x, lora[name]['a'], dtype), lora[name]['b'], dtype)
     if f'{name}_bias' in layer:

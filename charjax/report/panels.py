@@ -188,12 +188,10 @@ def preference(run: Run) -> Panel:
   notes = []
   for name in models:
     correlation = finite(section(run.preference, name).get('length_correlation'))
+    role = 'model trained against' if name == 'train' else 'held-out judge'
     if correlation is not None and abs(correlation) > _LENGTH_CORRELATION_LIMIT:
-      role = 'the model trained against' if name == 'train' else 'the held-out judge'
-      notes.append(f'The score of {role} follows the reply\u2019s length (r = {words.figure(correlation)}).')
-    notes += _length_notes(
-      section(run.preference, name), 'model trained against' if name == 'train' else 'held-out judge'
-    )
+      notes.append(f'The score of the {role} follows the reply\u2019s length (r = {words.figure(correlation)}).')
+    notes += _length_notes(section(run.preference, name), role)
   left_out = [words.spoken(str(trait)) for trait in listed(run.preference, 'left_out')]
   if left_out:
     notes.append(f'Not told from chance by the model trained against, and {unproven(run)}: {words.together(left_out)}.')

@@ -19,11 +19,12 @@ from etils import epath
 
 from charjax import hosts
 from charjax.engine.batch import item_keys
-from charjax.engine.sample import Sampling, sample
+from charjax.engine.sample import sample
 from charjax.errors import UserError
 from charjax.files import Row, chunks, write_jsonl, write_text
 from charjax.progress import Progress
 from charjax.stages import over_optimisation, preference
+from charjax.stages.rollouts import drawing
 from charjax.stages.statistics import interval
 from charjax.training.heads import bind
 from charjax.workdir import Session
@@ -70,7 +71,7 @@ def choose(session: Session, asked: Sequence[Row], steps: Sequence[int], load: C
       def make(some: Sequence[Row], _: int, step: int = step, policy: Any = policy) -> list[Row]:
         return _judged(session, judge, policy, step, some)
 
-      rows += chunks(folder, f'candidate-{step:06d}', items, _at_once(config), make, bar)
+      rows += chunks(folder, f'candidate-{step:06d}', items, drawing(config).batch_size, make, bar)
   write_jsonl(folder / 'candidates.jsonl', rows)
   scores = np.array([row['score'] for row in rows]).reshape(len(steps), len(items))
   found = compare(scores, [item['weight'] for item in items], steps)
@@ -101,10 +102,6 @@ def compare(scores: np.ndarray, weights: Sequence[float], steps: Sequence[int]) 
   return {'chosen': steps[best], 'candidates': rows}
 
 
-def _at_once(config: Any) -> int:
-  return int(min(config.batch_size, config.prompts_per_step * max(1, config.replies_per_prompt)))
-
-
 def _judged(session: Session, judge: Any, policy: Any, step: int, items: Sequence[Row]) -> list[Row]:
   """A reply by the policy to each message, drawn as it is trained, with its score."""
   config, model = session.config.policy, session.model
@@ -112,8 +109,7 @@ def _judged(session: Session, judge: Any, policy: Any, step: int, items: Sequenc
   asked = [item['prompt'] for item in items]
   drawn = sample(
     used, asked, item_keys(session.config.seed, 'policy/candidates', [item['id'] for item in items]), model.eos_ids,
-    Sampling(config.max_new_tokens, config.temperature, batch_size=_at_once(config)), adapter=adapter,
-    width=config.prompt_width,
+    drawing(config), adapter=adapter, width=config.prompt_width,
   )  # fmt: skip
   said = [reply.tokens for reply in drawn]
   traits = [item['trait'] for item in items]

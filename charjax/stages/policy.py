@@ -327,7 +327,7 @@ def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str
   hidden = dict(zip(names, found, strict=True))
   loss, metrics = jnp.float32(0), dict[str, jax.Array]()
   if 'rows' in hidden:
-    loss, metrics = _replies_loss(trainable, decoder, hidden['rows'], batch)
+    loss, metrics = _replies_loss(trainable, used, hidden['rows'], batch)
 
   def kl_to(start: jax.Array, name: str) -> jax.Array:
     """Of the policy from a model whose states these are, summed over the tokens of replies."""
@@ -347,10 +347,10 @@ def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str
 
 
 def _replies_loss(
-  trainable: Any, decoder: Any, hidden: jax.Array, batch: Row
+  trainable: Any, used: Decoder, hidden: jax.Array, batch: Row
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The clipped policy gradient a token of drawn replies, and what ranked ones teach, from the states of both."""
-  rows, drawn, (used, _) = batch['rows'], batch.get('drawn'), bind(decoder, trainable)
+  rows, drawn = batch['rows'], batch.get('drawn')
   every = token_log_probs(used, hidden, rows, batch['temperature'], batch['ends'], batch['going_on'])
   prompts = len(rows.prompts)
   each = len(drawn['before']) // prompts if drawn else 0

@@ -217,7 +217,7 @@ def seed(session: Session) -> int:
 
 def drawing(config: Any) -> Sampling:
   """How the policy draws its replies."""
-  at_once = min(config.batch_size, config.prompts_per_step * config.replies_per_prompt)
+  at_once = min(config.batch_size, config.prompts_per_step * max(1, config.replies_per_prompt))
   return Sampling(config.max_new_tokens, config.temperature, batch_size=at_once)
 
 

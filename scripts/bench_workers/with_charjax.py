@@ -110,11 +110,11 @@ class Reward:
     self._state, layout = init_optimizer(optimizer, self._trainable)
     self._learn = make_step(loss, optimizer, self._trainable, layout)
 
-  def _states(self, rows: Sequence[Any]) -> np.ndarray:
-    """The states [M, K, D] of replies in the starting model."""
+  def _states(self, rows: Sequence[Any], trainable: Any = None) -> np.ndarray:
+    """The states [M, K, D] of replies in the starting model, or in what is trained."""
     asked = [row['prompt'] for row in rows for _ in row['replies']]
     said = [reply for row in rows for reply in row['replies']]
-    return reply_states(self._lower, {}, asked, said).reshape(len(rows), self._each, -1)
+    return reply_states(self._lower, trainable, asked, said).reshape(len(rows), self._each, -1)
 
   def _order(self) -> np.ndarray:
     """The first of two replies is the better one."""
@@ -147,12 +147,9 @@ class Reward:
 
   def measure(self) -> dict[str, Any]:
     """How many pairs of held-out replies the rewards order rightly."""
-    right = []
-    for row in self._data['heldout']:
-      replies = row['replies']
-      states = reply_states(self._lower, self._trainable, [row['prompt']] * len(replies), replies)
-      rewards = np.asarray(jax.device_get(read_rewards(self._trainable, states)))[:, 0]
-      right += [rewards[i] > rewards[j] for j in range(len(replies)) for i in range(j)]
+    states = self._states(self._data['heldout'], self._trainable)
+    rewards = np.asarray(jax.device_get(read_rewards(self._trainable, states)))[..., 0]
+    right = [rewards[:, i] > rewards[:, j] for j in range(self._each) for i in range(j)]
     return {'accuracy': float(np.mean(right))}
 
 
