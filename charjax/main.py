@@ -486,12 +486,12 @@ def _prepare(config: ml_collections.ConfigDict, workdir: epath.Path) -> workdirs
   _can_be_judged(config, character)
   starting_model.check(config.model)
   if config.evaluation.probes or config.evaluation.neutral:
-    from charjax.stages import evaluation
+    from charjax.stages import probes
 
     if config.evaluation.probes:
-      evaluation.read_probes(config.evaluation.probes)
+      probes.read_probes(config.evaluation.probes)
     if config.evaluation.neutral:
-      evaluation.read_neutral(config.evaluation.neutral)
+      probes.read_neutral(config.evaluation.neutral)
   return workdirs.Session(config=config, character=character, workdir=workdir)
 
 

@@ -70,6 +70,7 @@ def write_run(
     'replies': 214.6,
     'rankings': 95.3,
     'preference': 180.2,
+    'baseline': 60.3,
     'policy': 402.8,
     'evaluation': 120.4,
     'behaviour': 33.0,
@@ -211,6 +212,7 @@ def _summary(rng: random.Random, effects: dict[str, float]) -> dict[str, Any]:
                              'delta': {'mean': -0.011, 'low': -0.024, 'high': 0.002, 'n': 24}},
                 'accuracy': {'base': _share(rng, 0.71, 24), 'trained': _share(rng, 0.67, 24), 'delta': None},
                 'kl': {'trained': _around(rng, 0.03, 0.008, 24)}},
+    'distance': {'kl': {'trained': _around(random.Random(str(effects)), 0.09, 0.01, 160)}},
     'side_effects': {name: _metric(rng, values, values[0] * 0.09, 160) for name, values in effects.items()},
     'over_optimisation': [
       {'step': step, 'kl': _around(moved, 0.02 * step, 0.05, 10), 'reward': _around(moved, 0.05 * step, 0.4, 10),
@@ -311,7 +313,8 @@ def _preference(rng: random.Random) -> dict[str, Any]:
 def _policy_step(rng: random.Random, step: int, steps: int) -> dict[str, float]:
   done = step / steps
   return {
-    'step': step, 'reward': -0.2 + 0.8 * (1 - math.exp(-3 * done)) + rng.gauss(0, 0.08),
+    'step': step, 'tokens_drawn': 320.0, 'tokens_read': 480.0,
+    'reward': -0.2 + 0.8 * (1 - math.exp(-3 * done)) + rng.gauss(0, 0.08),
     'kl': 0.09 * done + abs(rng.gauss(0, 0.004)), 'neutral_kl': 0.012 * done + abs(rng.gauss(0, 0.001)),
     'length': 47 - 5 * done + rng.gauss(0, 0.8), 'loss': 0.01 * rng.gauss(0, 1), 'entropy': 1.5 - 0.2 * done,
     'clip_fraction': abs(rng.gauss(0.02, 0.01)), 'logprob_gap': abs(rng.gauss(0, 1e-5)),

@@ -16,7 +16,7 @@ from smoke import ROOT, command, environment, run
 
 from charjax import limits
 
-STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation', 'behaviour', 'report')
+STAGES = ('messages', 'replies', 'rankings', 'preference', 'baseline', 'policy', 'evaluation', 'behaviour', 'report')
 # All that two runs of the same config must have in common to the byte; the report shows times.
 PRODUCTS = (
   'messages/messages.jsonl',
@@ -29,6 +29,8 @@ PRODUCTS = (
   'policy/metrics.jsonl',
   'policy/samples.jsonl',
   'policy/fingerprint.json',
+  'baseline/replies.jsonl',
+  'baseline/measures.json',
   'evaluation/replies.jsonl',
   'evaluation/summary.json',
   'behaviour/replies.jsonl',
@@ -130,10 +132,12 @@ def test_numbers_that_are_not_finite_stop_a_run_and_a_changed_field_redoes_what_
   changed = run(copy, '--config.evaluation.samples=1')
   assert changed.returncode == 0, changed.stderr[-3000:]
   assert all(f'{stage}: done already' in changed.stdout for stage in STAGES[:4])
-  assert 'evaluation: made anew, since config field evaluation.samples changed from 2 to 1' in changed.stdout
+  for stage in ('baseline', 'evaluation'):
+    assert f'{stage}: made anew, since config field evaluation.samples changed from 2 to 1' in changed.stdout
   assert 'report: made anew, since evaluation changed' in changed.stdout
   expected, found = contents(workdir), contents(copy)
   assert {name for name in PRODUCTS if expected[name] != found[name]} == {
+    'baseline/replies.jsonl',
     'evaluation/replies.jsonl',
     'evaluation/summary.json',
   }

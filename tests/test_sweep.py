@@ -16,7 +16,7 @@ from charjax import main as command_line
 from charjax.main import main
 
 SWEEPS = ROOT / 'configs' / 'sweeps'
-STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation')
+STAGES = ('messages', 'replies', 'rankings', 'preference', 'baseline', 'policy', 'evaluation')
 
 SWEEP = """
 def get_sweep(config):
@@ -59,16 +59,18 @@ def test_a_killed_sweep_goes_on_and_a_failed_trial_stops_no_other(smoke_run, tmp
   assert not is_alive(trial)
   assert again.returncode == 1, again.stderr[-3000:]
   assert 'as-it-is: finished already' in again.stdout and 'free: finished\n' in again.stdout
-  assert 'free: messages, replies, rankings, preference from as-it-is' not in again.stdout  # copied before the kill
-  assert 'wild: messages, replies, rankings, preference from as-it-is' in again.stdout
+  assert (
+    'free: messages, replies, rankings, preference, baseline from as-it-is' not in again.stdout
+  )  # copied before the kill
+  assert 'wild: messages, replies, rankings, preference, baseline from as-it-is' in again.stdout
   assert f'charjax: trial wild failed; see {workdir / "wild" / "log.txt"}' in again.stderr
   assert 'wild: failed: charjax: ' in again.stdout and 'not a finite number' in again.stdout
   log = (workdir / 'free' / 'log.txt').read_text()
-  assert 'policy: going on where it was cut off' in log and log.count('preference: done already') == 2
+  assert 'policy: going on where it was cut off' in log and log.count('baseline: done already') == 2
   page = (workdir / 'comparison' / 'index.html').read_text()
   assert '2 runs side by side' in page and 'policy.kl' in page and f'Comparison: {workdir}' in again.stdout
   # Edits of one trial's texts are its own, and large files are there once.
-  for stage in STAGES[:4]:
+  for stage in STAGES[:5]:
     made, shared = (workdir / name / stage / 'stage.json' for name in ('as-it-is', 'free'))
     assert made.read_bytes() == shared.read_bytes() and made.stat().st_ino != shared.stat().st_ino
   weights = [file for file in (workdir / 'free' / 'preference').rglob('*') if file.parent.name == 'd']
@@ -77,7 +79,7 @@ def test_a_killed_sweep_goes_on_and_a_failed_trial_stops_no_other(smoke_run, tmp
 
 @pytest.mark.parametrize(
   ('name', 'trials', 'shared'),
-  [('kl', 4, 4), ('learning_rate', 4, 4), ('ranker', 3, 2), ('k', 4, 1), ('crosstalk', 3, 4), ('methods', 18, 4)],
+  [('kl', 4, 5), ('learning_rate', 4, 5), ('ranker', 3, 2), ('k', 4, 1), ('crosstalk', 3, 5), ('methods', 18, 5)],
 )
 def test_what_the_shipped_sweeps_share(tmp_path, monkeypatch, name, trials, shared):
   found = []
@@ -194,17 +196,17 @@ class Planned(sweep.Trial):
 
 
 def test_the_time_left_counts_what_is_shared_once():
-  took = dict(zip(STAGES, (10.0, 20.0, 30.0, 5.0, 60.0, 40.0), strict=True)) | {'behaviour': 0.25, 'report': 0.75}
-  first = Planned('a', 'mrRpPE', seconds=took, state='finished')
-  running = Planned('b', 'mrRpQF', seconds=dict(list(took.items())[:4]), since=100.0, state='running')
-  other = Planned('c', 'mrSqUG')
+  took = dict(zip(STAGES, (10.0, 20.0, 30.0, 5.0, 15.0, 60.0, 40.0), strict=True)) | {'behaviour': 0.25, 'report': 0.75}
+  first = Planned('a', 'mrRpbPE', seconds=took, state='finished')
+  running = Planned('b', 'mrRpbQF', seconds=dict(list(took.items())[:5]), since=100.0, state='running')
+  other = Planned('c', 'mrSqcUG')
   # 60 - 25 of the policy, 40 of the evaluation, 1 of behaviour and report; and all from the rankings on.
   assert sweep.time_left([first, running], 1, 125.0) == pytest.approx(35 + 40 + 1)
-  assert sweep.time_left([first, running, other], 1, 125.0) == pytest.approx(76 + 30 + 5 + 60 + 40 + 1)
+  assert sweep.time_left([first, running, other], 1, 125.0) == pytest.approx(76 + 30 + 5 + 15 + 60 + 40 + 1)
   # At a time: no sooner than the longest of them.
-  assert sweep.time_left([first, running, other], 2, 125.0) == pytest.approx(136)
+  assert sweep.time_left([first, running, other], 2, 125.0) == pytest.approx(151)
   # What other trials are to make is theirs alone.
-  assert sweep.time_left([first, other, Planned('d', 'mrSqUG')], 1, 0.0) == pytest.approx(136 + 1)
+  assert sweep.time_left([first, other, Planned('d', 'mrSqcUG')], 1, 0.0) == pytest.approx(151 + 1)
   # Nobody knows yet how long an evaluation takes.
   del first.seconds['evaluation'], first.seconds['report']
   assert sweep.time_left([first, running], 1, 125.0) is None

@@ -6,7 +6,7 @@ from typing import Any
 import charjax
 from charjax.report.read import Estimate, Run, estimate, finite, listed, section
 
-_STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation')
+_STAGES = ('messages', 'replies', 'rankings', 'preference', 'baseline', 'policy', 'evaluation')
 _SIDE_EFFECTS = {
   'length': 'tokens a reply',
   'cut_off': 'cut off at the limit',

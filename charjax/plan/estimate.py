@@ -151,6 +151,7 @@ def _stages(config: Any, character: Any, by_name: dict[str, Figures]) -> dict[st
   # Scoring by the policy reads every text twice, by the starting and the preference model.
   read = scoring.seconds / scoring.tokens / 2
   traits, messages, replies, policy = len(character.traits), config.messages, config.replies, config.policy
+  samples = config.evaluation.samples
   asked = traits * (messages.train_per_trait + messages.heldout_per_trait)
   asked += messages.train_neutral + messages.heldout_neutral
   ranked = traits * messages.train_per_trait * (replies.shown + replies.plain + replies.opposed)
@@ -158,16 +159,17 @@ def _stages(config: Any, character: Any, by_name: dict[str, Figures]) -> dict[st
     traits * messages.train_per_trait / 2 * config.preference.epochs / config.preference.messages_per_batch
   )
   drawn = policy.prompts_per_step * policy.replies_per_prompt
-  held = (traits * messages.heldout_per_trait) * (2 * config.evaluation.samples + 2)
+  held = traits * messages.heldout_per_trait
   judged = drawn // (drawn // config.policy.microbatches)
   return {
     'messages': asked * messages.max_new_tokens * draw,
     'replies': ranked * replies.max_new_tokens * draw,
     'rankings': 2 * ranked * replies.max_new_tokens * read,
     'preference': 2 * steps * by_name['preference step'].seconds + ranked * replies.max_new_tokens * read,
+    'baseline': held * (samples + 2) * config.evaluation.max_new_tokens * (draw + read),
     'policy': policy.steps
     * (drawn * policy.max_new_tokens * draw + judged * scoring.seconds + by_name['policy step'].seconds),
-    'evaluation': held * config.evaluation.max_new_tokens * (draw + read),
+    'evaluation': held * samples * config.evaluation.max_new_tokens * (draw + read),
   }
 
 

@@ -17,7 +17,6 @@ from charjax.workdir import fingerprint
 _SEEDS = 'seed', 'policy.seed'
 # Measured on what the character's file or the neutral one says, which another seed leaves as it is.
 _SAME_ITEMS = ('margin', 'log_prob', 'accuracy')
-_LAST = 0.1  # share of the steps whose KL is told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +65,10 @@ class Column:
     """How often the held-out judge prefers the trained model's reply to the starting model's."""
     return _as_share(self.figure('traits', trait, 'win_rate', 'trained'))
 
+  def wins_over_prompted(self, trait: str) -> Estimate | None:
+    """The same against the starting model that is shown the trait's statement."""
+    return _as_share(self.figure('traits', trait, 'win_rate_vs_prompted', 'trained'))
+
   def mean(self, values: Mapping[str, Estimate | None]) -> Estimate | None:
     """The mean over traits; None where one was not measured."""
     known = [value for value in values.values() if value is not None]
@@ -81,14 +84,17 @@ class Column:
           found[stage].append(seconds)
     return {stage: sum(values) / len(values) for stage, values in found.items()}
 
-  def training_kl(self) -> float | None:
-    """KL to the starting model at the end of training, in nats a token of the replies that were drawn."""
-    ends = []
-    for run in self.runs:
-      values = [value for row in run.policy_metrics if (value := finite(row.get('kl'))) is not None]
-      last = values[-max(1, round(_LAST * len(values))) :]
-      ends += [sum(last) / len(last)] if last else []
-    return sum(ends) / len(ends) if ends else None
+  def kl(self) -> Estimate | None:
+    """KL(trained || starting), in nats a token of the trained model's replies to held-out messages."""
+    return self.figure('distance', 'kl', 'trained')
+
+  def tokens(self, which: str) -> float | None:
+    """Of replies that the policy drew, or read to learn from, in all its steps; of several runs the mean."""
+    found = [
+      [value for row in run.policy_metrics if (value := finite(row.get(f'tokens_{which}'))) is not None]
+      for run in self.runs
+    ]
+    return sum(map(sum, found)) / len(found) if all(found) else None
 
 
 # ---- reading ----

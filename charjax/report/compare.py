@@ -218,6 +218,7 @@ def _summary(columns: Sequence[Column]) -> Table:
   evaluated = [column for column in columns if column.evaluated]
   margins = _overall(evaluated, Column.margin)
   wins = _overall(evaluated, Column.wins)
+  over_prompted = _overall(evaluated, Column.wins_over_prompted)
   rows = []
   for place, column in enumerate(columns):
     row = [column.name, *(different[name][place] for name in shown)]
@@ -225,15 +226,15 @@ def _summary(columns: Sequence[Column]) -> Table:
       won = sum((value := column.wins(trait)) is not None and value.side_of(0.5) == 1 for trait in column.traits)
       count = len(column.traits)
       row += [f'{len(_risen(column))} of {count}', f'{won} of {count}', _cell(margins[column.name], signed=True),
-              _cell(wins[column.name], True)]  # fmt: skip
-      row += [_cell(column.figure('neutral', 'log_prob', 'delta'), signed=True)]
+              _cell(wins[column.name], True), _cell(over_prompted[column.name], True)]  # fmt: skip
+      row += [_cell(column.figure('neutral', 'log_prob', 'delta'), signed=True), _cell(column.kl())]
     else:
-      row += [_NONE] * 5
-    kl, seconds = column.training_kl(), sum(column.seconds().values())
-    row += [_NONE if kl is None else words.figure(kl), duration(seconds).replace(' ', '\u00a0') if seconds else _NONE]
+      row += [_NONE] * 7
+    seconds = sum(column.seconds().values())
+    row += [duration(seconds).replace(' ', '\u00a0') if seconds else _NONE]
     rows.append(row)
-  head = ('run', *shown, 'margins risen', 'traits won', 'mean margin', 'mean win rate', 'neutral log-prob',
-          'KL a token', 'time')  # fmt: skip
+  head = ('run', *shown, 'margins risen', 'traits won', 'mean margin', 'wins against base', 'against prompted',
+          'neutral log-prob', 'KL a token', 'time')  # fmt: skip
   return Table(head, rows)
 
 
@@ -249,15 +250,15 @@ def _overview(columns: Sequence[Column]) -> list[Figure]:
   margin, win, several = words.measure('margin'), words.measure('win_rate'), len(_shared_traits(columns)) > 1
   over = ', mean over traits' if several else ''
   margins = _overall(columns, Column.margin)
-  far = {c.name: (kl, value) for c in columns
-         if (kl := c.training_kl()) is not None and (value := margins[c.name]) is not None}  # fmt: skip
+  far = {c.name: (kl.mean, value) for c in columns
+         if (kl := c.kl()) is not None and (value := margins[c.name]) is not None}  # fmt: skip
   distances = [kl for kl, _ in far.values()]
   return figures.present([
     figures.by_name('run', f'{margin.title}: trained {MINUS} base{over}', margin.unit, margins, note=margin.meaning),
     figures.by_name('run', f'{win.title}: trained{over}', win.unit, _overall(columns, Column.wins), 0.5, True,
                     note=win.meaning),
     figures.against('Margin against distance', 'KL to the starting model, nats a token', 'nats per token', far,
-                    note='Of the replies drawn at the end of training. Further up and further left is better.')
+                    note='Of its replies to held-out messages. Further up and further left is better.')
     if max(distances, default=0.0) > 0 and min(distances) < (1 - _LEAST_SPREAD) * max(distances) else None,
   ])  # fmt: skip
 
@@ -354,10 +355,13 @@ def _cost(columns: Sequence[Column]) -> list[Figure]:
   total = figures.durations('Time of each run', {name: sum(each.values()) for name, each in took.items() if each})
   if total is None:
     return []
-  rows = [
-    (name, *(duration(each[stage]) if stage in each else _NONE for stage in STAGES)) for name, each in took.items()
-  ]
-  return [dataclasses.replace(total, table=Table(('run', *STAGES), rows))]
+  rows = []
+  for column in columns:
+    each, tokens = took[column.name], [column.tokens(which) for which in ('drawn', 'read')]
+    times = (duration(each[stage]) if stage in each else _NONE for stage in STAGES)
+    rows.append((column.name, *times, *(_NONE if count is None else f'{count:,.0f}' for count in tokens)))
+  head = ('run', *STAGES, 'tokens the policy drew', 'tokens it read')
+  return [dataclasses.replace(total, table=Table(head, rows))]
 
 
 def _runs(columns: Sequence[Column], output: epath.Path) -> list[tuple[str, str, str]]:
@@ -393,12 +397,12 @@ def console(columns: Sequence[Column]) -> str:
       ))  # fmt: skip
   whole = [['run', *shown, 'neutral log-prob', 'neutral accuracy', 'KL a token', 'time']]
   for place, column in enumerate(columns):
-    kl, seconds = column.training_kl(), sum(column.seconds().values())
+    seconds = sum(column.seconds().values())
     whole.append([
       column.name, *(fields[name][place] for name in shown),
       _starred(column.figure('neutral', 'log_prob', 'delta')),
       _starred(column.figure('neutral', 'accuracy', 'delta'), 0.0, True),
-      _NONE if kl is None else words.figure(kl), duration(seconds) if seconds else _NONE,
+      _cell(column.kl()).replace('\u00a0', ' '), duration(seconds) if seconds else _NONE,
     ])  # fmt: skip
   if len(rows) > 1:
     lines += ['', *_aligned(rows)]

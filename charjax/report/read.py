@@ -14,7 +14,7 @@ from charjax.character import parse_choice
 from charjax.errors import UserError
 from charjax.files import read_jsonl
 
-STAGES = ('messages', 'replies', 'rankings', 'preference', 'policy', 'evaluation', 'behaviour')
+STAGES = ('messages', 'replies', 'rankings', 'preference', 'baseline', 'policy', 'evaluation', 'behaviour')
 CONDITIONS = ('base', 'prompted', 'prompted_examples', 'trained')
 
 # Control characters (line breaks and tabs apart) and halves of surrogate pairs can neither be shown nor

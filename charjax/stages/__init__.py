@@ -35,8 +35,8 @@ def _stage(
   also: tuple[str, ...] = (),
   added: tuple[str, ...] = (),
 ) -> Stage:
-  """A stage whose own settings are the config section of its name (the report has none), and `also` some others."""
-  own = () if name == 'report' else (name,)
+  """A stage whose own settings are the config section of its name (some have none), and `also` some others."""
+  own = () if name in ('baseline', 'report') else (name,)
   return Stage(
     name=name,
     run=functools.partial(_run, name),
@@ -60,6 +60,13 @@ STAGES: tuple[Stage, ...] = (
     also=('character.weights',),
   ),
   _stage(
+    'baseline',
+    reads=('messages', 'preference'),
+    products=('replies.jsonl', 'measures.json'),
+    files=('evaluation.probes', 'evaluation.neutral'),
+    also=('evaluation',),
+  ),
+  _stage(
     'policy',
     reads=('messages', 'replies', 'rankings', 'preference'),
     products=('fingerprint.json', 'metrics.jsonl', 'samples.jsonl'),
@@ -67,7 +74,7 @@ STAGES: tuple[Stage, ...] = (
   ),
   _stage(
     'evaluation',
-    reads=('messages', 'replies', 'preference', 'policy'),
+    reads=('messages', 'replies', 'preference', 'baseline', 'policy'),
     products=('summary.json', 'replies.jsonl'),
     files=('evaluation.probes', 'evaluation.neutral'),
   ),

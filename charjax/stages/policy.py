@@ -88,6 +88,7 @@ def run(session: Session) -> Row:
       weights.after(step, figures['kl'])
       if step % config.samples_every == 0 or step in (1, config.steps):
         _save_samples(session, step, now['asked'], rollout)
+    figures |= _tokens(now['asked'], rollout)
     return make_policy_batch(session, shapes, shapes_shown, now['asked'], now['neutral'], rollout), figures
 
   steps = choice.candidate_steps(config)
@@ -226,6 +227,13 @@ def _figures(rollout: Rollout, kl_weight: float) -> dict[str, float]:
     'entropy': float(-rollout.before.sum() / tokens),
     'kl_weight': kl_weight,
   }
+
+
+def _tokens(asked: Sequence[Row], rollout: Rollout | None) -> dict[str, float]:
+  """How many tokens of replies were drawn for this step, and how many it learns from; neutral ones are not counted."""
+  drawn = sum(len(reply.tokens) for reply in rollout.drawn) if rollout else 0
+  read = sum(len(reply) for item in asked for reply in (*item['ranked'].replies, *item['shown']))
+  return {'tokens_drawn': float(drawn), 'tokens_read': float(drawn + read)}
 
 
 def learning(config: Any) -> tuple[Any, Any]:

@@ -4,16 +4,25 @@ charjax sweep --config=configs/sweeps/methods.py --workdir=runs/methods
 
 GRPO, RLOO and PPO draw replies and are rewarded for them; DPO learns from the ranked replies, best-of-N distillation
 from the one of them that the preference model prefers, and context distillation from what the model says when it is
-shown the trait. At a step each draws or reads as many replies to a message, as far as there are so many.
+shown the trait. At each step all of them draw, or read, as many replies.
 """
+
+import math
 
 
 def get_sweep(config):
   policy = config.policy
-  each = policy.replies_per_prompt + policy.ranked_replies
+  made = config.replies.shown + config.replies.plain + config.replies.opposed
+  each = min(made, policy.replies_per_prompt + policy.ranked_replies)
   drawn = {'policy.replies_per_prompt': each, 'policy.ranked_replies': 0}
-  ranked = min(each, config.replies.shown + config.replies.plain + config.replies.opposed)
-  read = {'policy.replies_per_prompt': 0, 'policy.ranked_replies': ranked}
+  read = {'policy.replies_per_prompt': 0, 'policy.ranked_replies': each}
+  # Fewer replies are drawn with the trait shown: those of more messages stand in for them.
+  shown = {
+    'policy.replies_per_prompt': 0,
+    'policy.ranked_replies': 0,
+    'policy.shown_replies': min(each, config.replies.shown),
+    'policy.prompts_per_step': math.ceil(policy.prompts_per_step * each / min(each, config.replies.shown)),
+  }
   for seed in range(3):
     again = {'policy.seed': seed}
     best = {'policy.ranked_weight': 0.0, 'policy.ranked_likelihood': 1.0, 'policy.ranked_labels': 0.0}
@@ -22,5 +31,4 @@ def get_sweep(config):
     yield f'ppo-{seed}', {'policy.advantages': 'ppo'} | drawn | again
     yield f'dpo-{seed}', {'policy.ranked_likelihood': 0.0} | read | again
     yield f'best-of-n-{seed}', best | read | again
-    shown = {'policy.shown_replies': config.replies.shown, 'policy.ranked_replies': 0, 'policy.replies_per_prompt': 0}
     yield f'distillation-{seed}', shown | again
