@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import getpass
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shlex
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 from absl import flags
 from etils import epath
 
-import charjax
 from charjax import character as characters
-from charjax import defaults, files, hosts, interrupts, limits, starting_model, storage, watch
+from charjax import defaults, files, hosts, interrupts, limits, start, starting_model, storage, watch
 from charjax import workdir as workdirs
 from charjax.config_file import merge, nearest, override, read_config, read_sweep
 from charjax.errors import UserError, one_line
@@ -63,8 +59,6 @@ _USAGE = f"""charjax: train a character into a language model
 
 A finished stage is skipped, one that was cut off goes on, one whose inputs or settings changed is made anew.
 """
-
-_PACKAGES = ('charjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 # Commands that have flags of their own.
 _FLAGS_OF = {
@@ -192,7 +186,7 @@ def _command(arguments: list[str]) -> int:
   if hosts.join(options.get('coordinator', ''), options.get('processes'), options.get('process')):
     watch.begin()
   with interrupts.raising():
-    _run(chosen, read_config(config_spec, changes), storage.place(workdir))
+    start.run(chosen, read_config(config_spec, changes), storage.place(workdir))
   return 0
 
 
@@ -215,7 +209,7 @@ def _character(rest: Sequence[str], config_spec: str, changes: Sequence[str], op
     starting_model.check(config.model)
     from charjax import character_preview
 
-    with _devices(config):
+    with start.devices(config):
       for text in character_preview.preview(workdirs.Session(config, character, epath.Path()), options['preview']):
         print(text, flush=True)
   return int(any(finding.problems for finding in findings))
@@ -233,12 +227,12 @@ def _chat(rest: Sequence[str], config_spec: str, workdir: str, changes: Sequence
   if trained:
     instead = f'or talk to the model that it starts from: charjax chat {config.model.path}'
     starting_model.check_trained(place, f'run charjax policy, {instead}')
-  session = _prepare(config, place)
+  session = start.prepare(config, place)
   from charjax import chat
   from charjax.model import hub
 
   drawn = {'temperature': config.evaluation.temperature, 'top_p': config.evaluation.top_p, 'max_new_tokens': 512}
-  with _devices(config):
+  with start.devices(config):
     if hub.is_address(config.model.path):
       session.checkpoint  # noqa: B018  (bars of a download do not go into the lines of a conversation)
     chat.run(session, trained, chat.Settings(**drawn | options))
@@ -262,13 +256,13 @@ def _export(
     raise UserError('charjax export of a model needs --output=DIR')
   if '://' in output:
     raise UserError(f'--output={output}: charjax export writes to this machine; give --output=DIR, and copy that')
-  session = _prepare(config, place)
+  session = start.prepare(config, place)
   if is_run:
-    _pin(session)
+    start.pin(session)
   from charjax.export.models import export
 
   # The starting model goes from file to file.
-  with contextlib.nullcontext() if kind == 'start' else _devices(config):
+  with contextlib.nullcontext() if kind == 'start' else start.devices(config):
     export(session, kind, options.get('dtype', 'bfloat16'), epath.Path(os.path.expanduser(output)))
   return 0
 
@@ -330,7 +324,7 @@ def _sweep(config_spec: str, changes: Sequence[str], workdir: str, options: dict
 
   def make(name: str, own: Sequence[str]) -> sweep.Trial:
     place = os.path.join(folder, name)
-    session = _prepare(read_config(found.base, [*found.changes, *own]), epath.Path(place))
+    session = start.prepare(read_config(found.base, [*found.changes, *own]), epath.Path(place))
     starting_model.check_apart(session.config.model, session.workdir)
     pinned = [] if launch else sweep.pin_model(root, session)
     command = ['run', f'--config={found.base}', *found.changes, *own, *pinned, f'--workdir={place}']
@@ -383,7 +377,7 @@ def _plan(config: ml_collections.ConfigDict, options: dict[str, Any]) -> int:
   jax.config.update('jax_platforms', 'cpu')
   # A program for chips that are not there can be put into the cache and not taken out again.
   jax.config.update('jax_enable_compilation_cache', False)
-  jax.config.update('jax_default_matmul_precision', 'highest')  # As in _devices.
+  jax.config.update('jax_default_matmul_precision', 'highest')  # As in start.devices.
   topology = chips.find(options['topology'])
   if topology.devices is None:
     jax.config.update('jax_num_cpu_devices', topology.size)
@@ -469,153 +463,6 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, list[str], list[st
   if options.get('temperature') != options.get('temperature'):  # A NaN is within all bounds.
     raise UserError('flag --temperature=nan: give a number, 0 or above')
   return names, values.config, values.workdir, changes, options
-
-
-# ---- a run ----
-
-
-def _prepare(config: ml_collections.ConfigDict, workdir: epath.Path) -> workdirs.Session:
-  """Reads all that can be wrong before a stage starts.
-
-  Raises:
-    UserError: naming the first thing that is.
-  """
-  limits.check(config)
-  character = characters.select(characters.load(config.character.path), config.character.traits)
-  characters.check_rewarded(character, config.policy.traits)
-  _can_be_judged(config, character)
-  starting_model.check(config.model)
-  if config.evaluation.probes or config.evaluation.neutral:
-    from charjax.stages import probes
-
-    if config.evaluation.probes:
-      probes.read_probes(config.evaluation.probes)
-    if config.evaluation.neutral:
-      probes.read_neutral(config.evaluation.neutral)
-  return workdirs.Session(config=config, character=character, workdir=workdir)
-
-
-def _can_be_judged(config: ml_collections.ConfigDict, character: characters.Character) -> None:
-  """A ranker that has all choosing pairs right must be found good enough; else the run would stop in the middle."""
-  from charjax.stages.statistics import share
-
-  count, wanted = sum(len(trait.pairs_for('choosing')) for trait in character.traits), config.rankings.minimum_accuracy
-  if wanted <= 0:
-    return
-  if not count:
-    raise UserError(
-      f'{config.character.path}: traits.pairs: none has use = "choosing", by which the ranker is chosen; write twelve '
-      'a trait, or set config.rankings.minimum_accuracy=0.0'
-    )
-  best = share([1.0] * count)
-  if best is not None and best['low'] < wanted:
-    raise UserError(
-      f'{config.character.path}: traits.pairs: only {count} with use = "choosing"; were the ranker right on them all, '
-      f'it could be as bad as {best["low"]:.2f}, and config.rankings.minimum_accuracy is {wanted}; write twelve '
-      'a trait, or lower that'
-    )
-
-
-def _pin(session: workdirs.Session) -> None:
-  """Names the very commit of a model of the hub, so that it is the same in all of a run: the one it was begun with."""
-  from charjax.model import hub
-
-  path = session.config.model.path
-  if hub.is_address(path):
-
-    def pinned() -> str:
-      asked, before = starting_model.read_asked(session.workdir)
-      return before if path in (asked, before) else hub.pin(path)
-
-    session.asked = path
-    session.config.model.path = hosts.first(pinned)
-    session.log(f'model: {session.config.model.path}')
-
-
-def _record(session: workdirs.Session) -> None:
-  """Writes what the run was started with beside its stages."""
-  versions = {'python': platform.python_version()}
-  for package in _PACKAGES:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      versions[package] = importlib.metadata.version(package)
-  record = {'seed': session.config.seed, 'config': session.config.to_dict(), 'versions': versions}
-  if session.asked:
-    record['asked'] = session.asked
-  files.write_text(session.workdir / 'character.toml', characters.source(session.config.character.path))
-  files.write_text(
-    session.workdir / 'config.json', json.dumps(record, indent=2, ensure_ascii=False, default=str) + '\n'
-  )
-
-
-@contextlib.contextmanager
-def _devices(config: ml_collections.ConfigDict) -> Iterator[None]:
-  """JAX as the stages find it: compiled programs kept between processes, and a mesh.
-
-  Raises:
-    UserError: there is no device to run on, or the mesh does not fit those that are there.
-  """
-  import jax
-
-  from charjax import mesh
-  from charjax.engine import work
-
-  work.watch_compilation()
-  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
-    caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    jax.config.update('jax_compilation_cache_dir', os.path.join(caches, 'charjax', 'xla'))
-  if not os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-  try:
-    backend = jax.default_backend()
-  except RuntimeError as error:
-    raise UserError(f'no device to run on ({one_line(error)}); is another process using it?') from error
-  if backend != 'cpu':
-    # Else products of float32 would be rounded to bfloat16 or TF32 there, though the config says float32.
-    jax.config.update('jax_default_matmul_precision', 'highest')
-  with jax.set_mesh(mesh.make_mesh(config.mesh)):
-    yield
-
-
-def _sources(stage: workdirs.Stage) -> set[str]:
-  """The stages it reads, and those that they read."""
-  found = set(stage.reads)
-  for other in STAGES:
-    if other.name in stage.reads:
-      found |= _sources(other)
-  return found
-
-
-def _run(chosen: Sequence[workdirs.Stage], config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-  watch.be_patient(config.faults.lost_seconds, config.faults.stuck_seconds)
-  if config.profile and storage.is_bucket(workdir):
-    raise UserError(f'config.profile: traces are written to this machine, not to {workdir}; choose another --workdir')
-  session = _prepare(config, workdir)
-  starting_model.check_apart(config.model, workdir)
-  hosts.check_alike(
-    {'charjax': charjax.__version__, 'the command': [stage.name for stage in chosen], '--workdir': str(workdir)}
-    | dict(workdirs.flat(config.to_dict(), 'config'))
-    | {'the character': workdirs.fingerprint(dataclasses.asdict(session.character))}
-  )
-  with workdirs.lock(workdir), interrupts.leaving_within(config.faults.grace_seconds, watch.end_now):
-    _pin(session)
-    if len(chosen) == 1:
-      for stage in STAGES:
-        state = workdirs.status(stage, session) if stage.name in _sources(chosen[0]) else 'done'
-        if state != 'done':
-          folder = session.folder(stage.name)
-          raise UserError(f'{folder}: {state}, and {chosen[0].name} builds on it; run {stage.name} first')
-    workdirs.check(chosen, session)
-    with _devices(config):
-      # A broken model file is told of before any work too, unless there is none that needs the model.
-      if any(stage.name != 'report' and workdirs.status(stage, session) != 'done' for stage in chosen):
-        limits.check_model(config, session.checkpoint.config)
-      # Only now: what a run in this folder was started with is not overwritten by a mistake.
-      _record(session)
-      workdirs.execute(chosen, session)
-  if chosen[-1].name == 'report' and hosts.is_first_process():
-    from charjax.stages import report
-
-    session.log('\n' + report.console_summary(session.workdir))
 
 
 if __name__ == '__main__':

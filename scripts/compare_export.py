@@ -14,6 +14,7 @@ from absl import app, flags, logging
 from etils import epath
 
 from charjax import main as command_line
+from charjax import start
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
 from charjax.files import read_jsonl
@@ -123,8 +124,8 @@ def main(_: Any) -> None:
   logging.set_verbosity(logging.WARNING)  # Orbax tells of every step.
   transformers.utils.logging.disable_progress_bar()
   place, exports = epath.Path(_WORKDIR.value), pathlib.Path(_EXPORTS.value)
-  session = command_line._prepare(command_line._at(place, True, [])[0], place)
-  with command_line._devices(session.config):
+  session = start.prepare(command_line._at(place, True, [])[0], place)
+  with start.devices(session.config):
     right = [
       _compare_policy(session, exports / 'policy', True),
       _compare_policy(session, exports / 'policy-bfloat16', False),

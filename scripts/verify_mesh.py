@@ -35,7 +35,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
-from charjax import config_file, files, main, mesh, workdir
+from charjax import config_file, files, mesh, start, workdir
 from charjax.engine.score import score
 from charjax.stages import STAGES, policy, preference, prompts, replies
 from charjax.stages.rollouts import Rollout
@@ -55,10 +55,10 @@ _CHANGES = (
 )  # fmt: skip
 
 
-def start(folder: Path, changes: Sequence[str] = _CHANGES) -> workdir.Session:
+def begin(folder: Path, changes: Sequence[str] = _CHANGES) -> workdir.Session:
   """A session on the current mesh, as the command line makes it."""
   config = config_file.read_config(str(_CONFIG), [f'--config.{change}' for change in changes])
-  return main._prepare(config, epath.Path(folder))
+  return start.prepare(config, epath.Path(folder))
 
 
 def one_device() -> Any:
@@ -205,7 +205,7 @@ def restored(session: workdir.Session, name: str, steps: Steps) -> list[str]:
 def reference(folder: Path, stages: Sequence[str] = NAMES) -> tuple[list[Rollout], dict[str, Any]]:
   """Stages on one device: the policy's rollouts, and the log-probs and rewards of all replies."""
   with jax.set_mesh(one_device()):
-    session = start(folder)
+    session = begin(folder)
     for name in stages:
       if name == 'policy':
         said, _, _ = run_policy(session)
@@ -230,7 +230,7 @@ def verify(
   watched: list[Steps] = []
   with jax.set_mesh(mesh.make_mesh(shape)):
     shutil.copytree(one, folder)
-    session = start(folder)
+    session = begin(folder)
     problems += misplaced((session.model.decoder, preference.trunk(session)))
     for name, values in teacher_forced(session).items():
       # Rewards have no scale of their own: in units of their spread.

@@ -21,7 +21,7 @@ from etils import epath
 from test_character import OPPOSITES, SEEDS, VALID
 from test_checkpoints import CONFIG, PADDED, TOKENS, random_tensors, write_gguf, write_hf, write_sentencepiece
 
-from charjax import files
+from charjax import files, start
 from charjax import main as command_line
 from charjax import workdir as workdirs
 from charjax.config_file import read_config
@@ -99,9 +99,9 @@ def finished(tmp_path_factory) -> Path:
   """A run whose stages are all done, by stand-ins."""
   folder = tmp_path_factory.mktemp('finished')
   (folder / 'config.py').write_text(FILE)
-  session = command_line._prepare(read_config(str(folder / 'config.py'), []), epath.Path(folder / 'run'))
+  session = start.prepare(read_config(str(folder / 'config.py'), []), epath.Path(folder / 'run'))
 
-  command_line._record(session)
+  start.record(session)
   stages = [dataclasses.replace(stage, run=functools.partial(stand_in, stage)) for stage in STAGES]
   workdirs.execute(stages, session)
   return folder / 'run'

@@ -27,7 +27,7 @@ from charjax.engine.sample import Sampling, sample
 from charjax.engine.score import score
 from charjax.errors import UserError
 from charjax.export import card, directory
-from charjax.main import _at, _prepare, main
+from charjax.main import _at, main
 from charjax.model import checkpoint_source, save
 from charjax.model.chat import encode_prompt
 from charjax.model.checkpoint_source import Layout
@@ -35,6 +35,7 @@ from charjax.model.families import from_hf, tensor_names
 from charjax.model.rope import llama3_scaling, scaling
 from charjax.model.to_hf import to_hf
 from charjax.stages import policy, preference
+from charjax.start import prepare
 from charjax.training.heads import bind, read_rewards, reply_states
 
 # Where transformers puts the code of models that bring their own.
@@ -230,7 +231,7 @@ def run(smoke_run, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def session(run):
-  return _prepare(_at(epath.Path(run), True, [])[0], epath.Path(run))
+  return prepare(_at(epath.Path(run), True, [])[0], epath.Path(run))
 
 
 def prompt_rows(session, count=4):

@@ -93,6 +93,6 @@ def test_batches_that_the_devices_do_not_divide_are_told_of_at_the_start(
   monkeypatch.setattr(workdir.Session, 'log', tell)
   monkeypatch.setattr(preference, 'trunk', work)  # where the work begins
   with jax.set_mesh(verify_mesh.mesh.make_mesh(SHAPE)), pytest.raises(Told):
-    stage.run(verify_mesh.start(smoke_run[0], [f'{field}={size}']))
+    stage.run(verify_mesh.begin(smoke_run[0], [f'{field}={size}']))
   expected = [f'config.{field} is {size}, whose batches do not divide into the 4 parts of config.mesh']
   assert [line[: len(expected[0])] for line in lines] == expected * said

@@ -13,8 +13,7 @@ from etils import epath
 from llama_reference import random_tensors
 from test_peft import changes, random_adapter
 
-from charjax import defaults, starting_model
-from charjax import main as command_line
+from charjax import defaults, start, starting_model
 from charjax.config_file import read_config
 from charjax.errors import UserError
 from charjax.main import main
@@ -82,7 +81,7 @@ def test_adapters_add_up_with_their_weights(adapters, dtype):
 def test_a_run_stands_for_its_policy(smoke_run, adapters):
   """As a path for all its weights, as an adapter for its LoRA: those that the stages load."""
   run, _ = smoke_run
-  session = command_line._prepare(read_config('configs/smoke.py', []), epath.Path(run))
+  session = start.prepare(read_config('configs/smoke.py', []), epath.Path(run))
   expected = lora.merge(*policy.bind(session.model.decoder, policy.load(session)))
   one, _ = adapters
   for model, more in ((asked(run), {}), (asked('random', run, f'{one}:2'), adapters[one])):
@@ -143,7 +142,7 @@ def test_contents_count_and_places_do_not(tmp_path, adapters):
 def test_every_stage_depends_on_the_contents(adapters):
   config = defaults.get_config()
   config.model = asked('random', *adapters)
-  session = command_line._prepare(config, epath.Path('/nowhere'))
+  session = start.prepare(config, epath.Path('/nowhere'))
   for stage in STAGES:
     assert relevant_config(stage, session)['model.adapters'] == starting_model.contents(config.model)['adapters']
 

@@ -9,7 +9,7 @@ import numpy as np
 from protocol import serve
 from tasks import EACH
 
-from charjax import defaults, main
+from charjax import defaults, start
 from charjax.engine import work
 from charjax.engine.batch import Tokens, item_keys
 from charjax.engine.rows import FixedShapes, Group, pad_values, reply_mask
@@ -217,5 +217,5 @@ class Policy:
 _TASKS = {'sample': Sample, 'sample_eos': Sample, 'score': Score, 'score_4': Score, 'reward': Reward, 'rl': Policy}
 
 if __name__ == '__main__':
-  with main._devices(defaults.get_config()):
+  with start.devices(defaults.get_config()):
     serve(lambda job: _TASKS[job['task']](job), lambda: work.done().compile_seconds)
