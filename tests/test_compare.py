@@ -31,7 +31,7 @@ def runs(tmp_path):
   ]
   text = (found[1] / 'character.toml').read_text()
   (found[1] / 'character.toml').write_text(text.replace('I have no body', 'I am a program'))
-  for stage in ('rankings', 'preference', 'policy', 'evaluation', 'behaviour'):
+  for stage in ('rankings', 'preference', 'baseline', 'policy', 'evaluation', 'behaviour'):
     shutil.rmtree(found[2] / stage)
   return [epath.Path(run) for run in found]
 
