@@ -6,6 +6,7 @@
 # ./scripts/test.sh. WORKDIR keeps the folders.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/contents.sh
 [[ -n ${STORAGE_EMULATOR_HOST:-} ]] || exec .venv/bin/python tests/bucket_emulator.py bash scripts/verify_gs.sh
 
 folder=${WORKDIR:-}
@@ -17,12 +18,6 @@ bucket=gs://tests/run
 
 run() {
   .venv/bin/charjax run --config=configs/smoke.py --workdir="$1"
-}
-
-# What is in a run, without times; as in verify_resume.sh.
-contents() {
-  (cd "$1" && find . -type f \( -name '*.jsonl' -o -name summary.json -o -name audit.json -o -name report.json \
-    -o -name fingerprint.json -o -name character.toml \) -print0 | sort -z | xargs -0 sha256sum)
 }
 
 in_bucket() {

@@ -4,6 +4,7 @@
 # cores after ./scripts/test.sh. KILLS and SEED say how often and when.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/contents.sh
 
 kills=${KILLS:-20}
 RANDOM=${SEED:-0}
@@ -12,13 +13,6 @@ trap 'rm -rf "$folder"' EXIT
 
 run() {
   .venv/bin/charjax run --config=configs/smoke.py --workdir="$1"
-}
-
-# What is in a run, without times: they stand in stage.json, in TensorBoard's events and in the report alone. Weights
-# are compared by the fingerprints of their bytes, since Orbax's own files hold times too.
-contents() {
-  (cd "$1" && find . -type f \( -name '*.jsonl' -o -name summary.json -o -name audit.json -o -name report.json \
-    -o -name fingerprint.json -o -name character.toml \) -print0 | sort -z | xargs -0 sha256sum)
 }
 
 run "$folder/undisturbed" >"$folder/log" 2>&1 || { cat "$folder/log" >&2; exit 1; }

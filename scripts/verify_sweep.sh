@@ -5,6 +5,7 @@
 # KILLS and SEED say how often and when; WORKDIR keeps the folders, the comparison page among them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/contents.sh
 
 kills=${KILLS:-8}
 RANDOM=${SEED:-0}
@@ -16,12 +17,6 @@ fi
 mkdir -p "$folder"
 charjax=(.venv/bin/python -m charjax.main)
 sweep=("${charjax[@]}" sweep --config=configs/sweeps/kl.py:smoke --parallel=2)
-
-# What is in a run, without times; as in verify_resume.sh.
-contents() {
-  (cd "$1" && find . -type f \( -name '*.jsonl' -o -name summary.json -o -name audit.json -o -name report.json \
-    -o -name fingerprint.json -o -name character.toml \) -print0 | sort -z | xargs -0 sha256sum)
-}
 
 "${sweep[@]}" --workdir="$folder/alone" --launch="$folder/commands.txt" >/dev/null
 while read -r _ command; do

@@ -7,6 +7,7 @@
 # workers get no time to speak, they are taken for lost. WORKDIR keeps the folders.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/contents.sh
 
 folder=${WORKDIR:-}
 if [[ -z $folder ]]; then
@@ -24,12 +25,6 @@ export XLA_FLAGS='--xla_backend_optimization_level=0 --xla_llvm_disable_expensiv
 smoke() {
   tpu/babysit.sh --name="$1" --spot --every=1 --delete -- run --config=configs/smoke.py --workdir="$folder/$1" \
     '--config.mesh=(-1,1,1)'
-}
-
-# What is in a run, without times; as in verify_resume.sh.
-contents() {
-  (cd "$1" && find . -type f \( -name '*.jsonl' -o -name summary.json -o -name audit.json -o -name report.json \
-    -o -name fingerprint.json -o -name character.toml \) -print0 | sort -z | xargs -0 sha256sum)
 }
 
 # charjax on a worker.
