@@ -212,12 +212,17 @@ def _elsewhere(run: Run) -> str:
     delta, _ = _judged(estimate(found.get('delta')), 0.0, _signed)
     if base and trained:
       rows.append((text, show(base.mean), show(trained.mean), delta))
-  kl = estimate(section(neutral, 'kl').get('trained'))
-  said = f'KL from the starting model on its own neutral replies: {_between(kl, _amount)} nats a token.' if kl else ''
+  said = []
+  for whose, found in (
+    ('from the starting model on its own neutral', neutral),
+    ('to the starting model on the trained one\u2019s', section(run.summary, 'distance')),
+  ):
+    if kl := estimate(section(found, 'kl').get('trained')):
+      said.append(f'KL {whose} replies: {_between(kl, _amount)} nats a token.')
   return _joined(
     '### Elsewhere',
     _table(('', 'before', 'after', 'change'), rows),
-    said,
+    ' '.join(said),
     'Other abilities and safety were not measured.',
   )
 

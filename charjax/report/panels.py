@@ -30,6 +30,8 @@ _POLICY_CURVES = {
   'ranked_loss': ('Preference loss on ranked replies', 'nats per pair'),
   'ranked_accuracy': ('Ranked pairs in the right order', 'share of pairs'),
   'logprob_gap': ('Sampler against trainer', 'log-prob gap, nats per token'),
+  'tokens_drawn': ('Tokens of replies that were drawn', 'tokens'),
+  'tokens_read': ('Tokens of replies that were learned from', 'tokens'),
   'grad_norm': ('Gradient norm', 'norm'),
   'skipped': ('Steps left out, not finite', 'share of steps'),
 }
@@ -235,11 +237,17 @@ def _preference_table(run: Run, models: Sequence[str]) -> Table | None:
 
 
 def policy(run: Run) -> Panel:
-  """Each metric of the policy over its steps."""
+  """Each metric of the policy over its steps, and how far it went."""
   found = dict.fromkeys(key for row in run.policy_metrics for key in row if key != 'step')
   keys = [key for key in _POLICY_CURVES if key in found] + [key for key in found if key not in _POLICY_CURVES]
   named = {key: _POLICY_CURVES.get(key, (words.measure(key).title, 'as in the file')) for key in keys}
-  return Panel(figures.present(figures.curve(*named[key], run.policy_metrics, key) for key in keys))
+  notes, kl = [], estimate(section(run.summary, 'distance', 'kl').get('trained'))
+  if kl:
+    notes.append(
+      f'In the end it is {words.figure(kl.mean)} nats a token ({words.interval(kl)}) from the starting model, on its '
+      'own replies to held-out messages: the exact KL, at temperature 1.'
+    )
+  return Panel(figures.present(figures.curve(*named[key], run.policy_metrics, key) for key in keys), notes)
 
 
 def over_optimisation(run: Run) -> Panel:
