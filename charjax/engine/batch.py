@@ -20,7 +20,7 @@ Tokens = Sequence[int]
 
 # Lengths are rounded up to whole steps: every new length is a program to compile, which for a small model takes longer
 # than the padding of a few hundred rows.
-PREFIX_STEP, PROMPT_STEP, REPLY_STEP = 32, 16, 8
+PREFIX_STEP, PROMPT_STEP, REPLY_STEP, GROUP_STEP = 64, 16, 8, 4
 EACH = 8  # replies that share one pass of their prompt: more would save little and leave rows empty
 
 

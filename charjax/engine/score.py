@@ -18,6 +18,7 @@ import numpy as np
 from charjax.engine import work
 from charjax.engine.batch import (
   EACH,
+  GROUP_STEP,
   PROMPT_STEP,
   REPLY_STEP,
   Tokens,
@@ -221,7 +222,7 @@ def map_rows(
   prompt_width = bucket(max(len(prompt) for prompt, _ in groups) - 1, PROMPT_STEP)
   widest = bucket(1 + max(longest), REPLY_STEP)
   at_once = max(1, batch_size // each)
-  count = -(-len(groups) // -(-len(groups) // at_once))
+  count = min(at_once, bucket(-(-len(groups) // -(-len(groups) // at_once)), GROUP_STEP))
   parts = batch_parts()
   count += -count % parts
   by_width: dict[int, list[list[int]]] = {}

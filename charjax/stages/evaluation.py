@@ -44,10 +44,9 @@ def run(session: Session) -> Row:
     pairs, summary = _summary(session, drawn, measures)
     neutral = [row for row in drawn if row['trait'] is None and row['condition'] == 'base']
     summary['neutral']['kl'] = {'trained': interval(_kl(session, neutral, trained))} if neutral else None
-    said = [row for row in drawn if row['trait'] and row['condition'] == 'trained']
-    distance = dict(zip(map(_place, said), _kl(session, said, trained), strict=True))
-    by_message = _by_message(said, lambda row: distance[_place(row)]).mean(1)
-    summary['distance'] = {'kl': {'trained': interval(by_message)}}
+    # The first reply to each message: two models read them, and say of every token the whole distribution.
+    said = [row for row in drawn if row['trait'] and row['condition'] == 'trained' and not row['sample']]
+    summary['distance'] = {'kl': {'trained': interval(_kl(session, said, trained))}}
     summary['over_optimisation'] = over_optimisation.measure(session, preference.load(session, 'judge'))
     bar.advance()
   write_jsonl(folder / 'margins.jsonl', pairs)
@@ -146,10 +145,6 @@ def _judged(rows: Sequence[Row], trait: str) -> dict[str, Values]:
 
   judged: Values = {c: values.mean(1) for c, values in scores.items()}
   return {'judge': judged} | {name: wins(against) for name, against in _WINS.items()}
-
-
-def _place(row: Row) -> tuple[str, int]:
-  return row['message'], row['sample']
 
 
 def _by_message(rows: Sequence[Row], value: Callable[[Row], float]) -> np.ndarray:
