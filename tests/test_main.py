@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from llama_reference import tiny_config
 
-from charjax import config_file, files
+from charjax import config_file, files, start
 from charjax import main as command_line
 from charjax import workdir as workdirs
 from charjax.main import main
@@ -55,7 +55,8 @@ def toy_stages(monkeypatch):
     Stage('messages', write('messages'), (), ('seed',), ('seed.txt',)),
     Stage('replies', write('replies'), ('messages',), ('seed',), ('seed.txt',)),
   )
-  monkeypatch.setattr(command_line, 'STAGES', stages)
+  for module in (command_line, start):
+    monkeypatch.setattr(module, 'STAGES', stages)
   monkeypatch.setattr(workdirs.Session, 'checkpoint', types.SimpleNamespace(config=tiny_config()))
 
 
