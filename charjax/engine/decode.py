@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from charjax.engine.draw import draw
 from charjax.mesh import constrain
 from charjax.model.attention import Places
-from charjax.model.decoder import KV, Cache, Decoder, Prefix, forward, layer_weights, logits
+from charjax.model.decoder import KV, Cache, Decoder, Prefix, forward, layer_weights, logits, output_head
 from charjax.model.decoder import make_cache as decoder_cache
 
 
@@ -69,10 +69,12 @@ def prepare(decoder: Decoder, adapter: Any, shared: Sequence[Prefix]) -> tuple[A
 
 
 def map_layers(function: Callable[[Any, Any], Any], decoder: Decoder, adapter: Any, layers: Any) -> Any:
-  """Calls function(array, its logical axes) on each array of the layers: the axes of the weights but the first."""
+  """Calls function(array, its logical axes) on each array of the layers: those of decoding."""
+  # What else is split over tensor alone is split over all devices.
+  wider = {'heads': 'spread', 'kv_heads': 'spread', 'mlp': 'spread'}
 
   def axes(parameter: Any) -> Any:
-    return parameter.get_metadata()['axes'][1:]
+    return tuple(wider.get(axis, axis) for axis in parameter.get_metadata()['axes'][1:])
 
   def one(layer: Any, lora: Any) -> Any:
     pairs = {
@@ -208,6 +210,7 @@ def decode(
   before = (*shared, Prefix(room, places_as, rows.read[:, None]))
   keys_b = jax.random.wrap_key_data(rows.key_data, impl='threefry2x32')
   kept = jnp.where(rows.fresh[:, None], 0, cache.places.texts)
+  head = output_head(decoder).astype(decoder.runtime.compute_dtype)
 
   def one(state: _Loop) -> _Loop:
     hidden, cache = forward(
@@ -215,7 +218,8 @@ def decode(
       cache=state.cache, cache_index=(first + state.step) % slots,
     )  # fmt: skip
     uniform_b = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys_b, state.drawn)
-    token, log_prob = draw(logits(decoder, hidden[:, 0]), uniform_b, temperature, top_p, top_k)
+    said = constrain(logits(decoder, hidden[:, 0], head), 'batch', None)
+    token, log_prob = draw(said, uniform_b, temperature, top_p, top_k)
     drawn = state.drawn + 1
     return _Loop(
       state.step + 1,
