@@ -340,18 +340,16 @@ def _through_layers(
   if c.rope_layers:
     tables.append((jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][1])))
 
-  # While decoding, a token of each row is little beside the weights: it goes to them, and not they to it.
-  heads_axis, mlp_axis = ('spread', 'spread') if decoding else ('heads', 'mlp')
-
   def meet(x: jax.Array) -> jax.Array:
+    # While decoding, a token of each row is little beside the weights: it goes to them, and not they to it.
     return constrain(x.astype(runtime.compute_dtype), 'rows', None, None) if decoding else x
 
-  def linear(x: jax.Array, name: str, layer: Any, lora: Any, in_axes: int = 1) -> jax.Array:
+  def linear(x: jax.Array, name: str, layer: Any, lora: Any) -> jax.Array:
     weight = layer[name]
     if f'{name}_scale' in layer:
       out = frozen_matmul(x, weight, layer[f'{name}_scale'], dtype)
     else:
-      out = matmul(x, weight.reshape(math.prod(weight.shape[:in_axes]), -1), dtype)
+      out = matmul(x, weight.reshape(x.shape[-1], -1), dtype)
     if lora is not None and name in lora:
       out += matmul(matmul(x, lora[name]['a'], dtype), lora[name]['b'], dtype)
     if f'{name}_bias' in layer:
@@ -359,17 +357,21 @@ def _through_layers(
     return out
 
   def heads(normed: jax.Array, name: str, layer: Any, lora: Any) -> jax.Array:
-    out, count = linear(normed, name, layer, lora), c.num_heads if name == 'q' else c.num_kv_heads
-    scale = layer.get(f'{name}_norm')
+    out, scale = linear(normed, name, layer, lora), layer.get(f'{name}_norm')
+    axis, count = ('heads', c.num_heads) if name == 'q' else ('kv_heads', c.num_kv_heads)
+    if decoding:
+      out = constrain(out, 'rows', None, 'spread')
     if c.qk_norm == 'all' and scale is not None:
       out = norm(out, scale)
     out = out.reshape(*out.shape[:2], count, c.head_dim)
+    if decoding:
+      out = constrain(out, 'batch', None, axis, None)
     return norm(out, scale) if c.qk_norm == 'head' and scale is not None else out
 
   def mlp(normed: jax.Array, layer: Any, lora: Any) -> jax.Array:
     if not c.num_experts:
       gated = activation(linear(normed, 'gate', layer, lora)) * linear(normed, 'up', layer, lora)
-      return linear(constrain(gated, 'batch', None, mlp_axis), 'down', layer, lora)
+      return linear(constrain(gated, 'batch', None, 'spread' if decoding else 'mlp'), 'down', layer, lora)
     flat = normed.reshape(-1, c.embed_dim)
     said = mixture(flat, linear(flat, 'router', layer, None), layer, c, activation, runtime.compute_dtype)
     return said.reshape(normed.shape)
@@ -382,8 +384,10 @@ def _through_layers(
     q = constrain(rotate(q, cos, sin), 'batch', None, 'heads', None)
     q, k, v = (array.astype(runtime.attention_dtype) for array in (q, rotate(k, cos, sin), v))
     mixed, kept = mix(q, k, v, there, kind.window)
-    mixed = constrain(mixed, 'batch', None, heads_axis, None)
-    said = linear(mixed.reshape(*x.shape[:2], -1), 'o', layer, lora, in_axes=2)
+    mixed = mixed.reshape(*x.shape[:2], -1)
+    if decoding:
+      mixed = constrain(mixed, 'batch', None, 'spread')
+    said = linear(mixed, 'o', layer, lora)
     x = x + (norm(said, layer['attn_post_norm']) if c.post_norms else said)
     said = mlp(meet(norm(x, layer['mlp_norm']) if c.pre_norms else x), layer, lora)
     x = x + (norm(said, layer['mlp_post_norm']) if c.post_norms else said)
@@ -482,7 +486,9 @@ def logits(decoder: Decoder, hidden: jax.Array, head: jax.Array | None = None) -
   """
   head = output_head(decoder) if head is None else head
   between = (None,) * (hidden.ndim - 2)
-  out = matmul(constrain(hidden, 'rows', *between, None), head, decoder.runtime.compute_dtype, int(decoder.config.tied_embeddings))
+  out = matmul(
+    constrain(hidden, 'rows', *between, None), head, decoder.runtime.compute_dtype, int(decoder.config.tied_embeddings)
+  )
   return softcap(constrain(out, 'batch', *between, 'spread'), decoder.config.logit_softcap)
 
 
