@@ -20,8 +20,8 @@ AXES = ('data', 'fsdp', 'tensor')
 # activations are split along `batch`. An axis that is not named here is not split. Where several dimensions of an array
 # could take a mesh axis, the one whose rule comes first has it.
 RULES: dict[str, tuple[str, ...]] = {
-  # The vocabulary of an output head, and heads and MLP while decoding: activations go to weights that stay where they
-  # lie.
+  # The width of an embedding, the vocabulary of an output head, and heads and MLP while decoding: activations go to
+  # weights that stay where they lie.
   'spread': ('tensor', 'fsdp'),
   'batch': ('data', 'fsdp'),
   'rows': ('data',),  # of such a batch, on their way to such weights
@@ -30,7 +30,6 @@ RULES: dict[str, tuple[str, ...]] = {
   'kv_heads': ('tensor',),
   'mlp': ('tensor',),
   'experts': ('tensor',),
-  'vocab': ('tensor',),
 }
 
 

@@ -70,7 +70,7 @@ class Decoder(nnx.Module):
     self.runtime = runtime or Runtime()
     c = config
     embed = jax.random.normal(rngs.params(), (c.vocab_size, c.embed_dim)) * c.embed_dim**-0.5
-    self.embed = nnx.Param(embed.astype(dtype), axes=('vocab', 'embed'))
+    self.embed = nnx.Param(embed.astype(dtype), axes=(None, 'spread'))
     self.blocks = Blocks(c, rngs=rngs, dtype=dtype, quantize=self.runtime.quantize)
     self.final_norm = nnx.Param(jnp.full((c.embed_dim,), 1 - c.norm_offset, dtype), axes=(None,))
     if not c.tied_embeddings:
@@ -394,7 +394,7 @@ def _through_layers(
     return constrain(x, 'batch', None, None), kept
 
   # The table is split along its width: every device looks its part of all rows up, and then they change places.
-  x = constrain(decoder.embed[...][tokens_bt], 'rows', None, 'embed').astype(jnp.float32)
+  x = constrain(decoder.embed[...][tokens_bt], 'rows', None, 'spread').astype(jnp.float32)
   x = constrain(x * c.embed_scale if c.embed_scale != 1 else x, 'batch', None, None)
   kinds = c.layer_kinds()
   recompute = jax.checkpoint if runtime.remat else lambda function: function
