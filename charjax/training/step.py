@@ -118,7 +118,7 @@ def _add_up(loss: Loss, trainable: Any, frozen: Any, batch: Batch, layout: Any) 
 
   def add(total: Any, part: Any) -> tuple[Any, None]:
     value, backward, metrics = jax.vjp(of_part(part), trainable, has_aux=True)
-    backward.with_refs(sums)(jnp.ones_like(value))
+    backward.with_refs(sums)(jnp.ones_like(value))  # type: ignore[attr-defined]  # A VJP, which jax.vjp hides.
     return jax.tree.map(jnp.add, total, (value, metrics)), None
 
   total, _ = jax.lax.scan(add, zeros(jax.eval_shape(of_part(first), trainable)), batch.parts)
