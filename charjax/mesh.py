@@ -17,15 +17,19 @@ from charjax.errors import UserError
 AXES = ('data', 'fsdp', 'tensor')
 
 # Logical axis -> mesh axes. Parameters are split over fsdp along `embed` and over tensor along the others;
-# activations are split along `batch`. An axis that is not named here is not split.
+# activations are split along `batch`. An axis that is not named here is not split. Where several dimensions of an array
+# could take a mesh axis, the one whose rule comes first has it.
 RULES: dict[str, tuple[str, ...]] = {
+  # The width of an embedding, the vocabulary of an output head, and heads and MLP while decoding: activations go to
+  # weights that stay where they lie.
+  'spread': ('tensor', 'fsdp'),
   'batch': ('data', 'fsdp'),
+  'rows': ('data',),  # of such a batch, on their way to such weights
   'embed': ('fsdp',),
   'heads': ('tensor',),
   'kv_heads': ('tensor',),
   'mlp': ('tensor',),
   'experts': ('tensor',),
-  'vocab': ('tensor',),
 }
 
 
@@ -90,18 +94,20 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
 
 
 def spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Any) -> PartitionSpec:
-  """The PartitionSpec of an array with these logical axes. A dimension that does not divide is not split."""
-  entries: list[tuple[str, ...] | None] = []
-  used: set[str] = set()
-  for size, axis in zip(shape, axes, strict=True):
-    names = tuple(name for name in RULES.get(axis or '', ()) if mesh.shape[name] > 1)
-    if used & set(names):
-      raise ValueError(f'logical axes {tuple(axes)} use mesh axis {used & set(names)} twice')
-    if names and size % int(np.prod([mesh.shape[name] for name in names])) == 0:
-      used |= set(names)
-      entries.append(names)
-    else:
-      entries.append(None)
+  """The PartitionSpec of an array with these logical axes: a dimension takes those mesh axes that divide it."""
+  if len(axes) != len(shape):
+    raise ValueError(f'{len(axes)} logical axes {tuple(axes)} of an array of shape {tuple(shape)}')
+  entries: list[tuple[str, ...] | None] = [None] * len(shape)
+  free = {name for name in AXES if mesh.shape[name] > 1}
+  for rule, names in RULES.items():
+    for place in [place for place, axis in enumerate(axes) if axis == rule]:
+      taken, left = [], shape[place]
+      for name in names:
+        if name in free and left % mesh.shape[name] == 0:
+          taken.append(name)
+          left //= mesh.shape[name]
+      free -= set(taken)
+      entries[place] = tuple(taken) or None
   return PartitionSpec(*entries)
 
 

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from charjax.engine.draw import draw
 from charjax.mesh import constrain
 from charjax.model.attention import Places
-from charjax.model.decoder import KV, Cache, Decoder, Prefix, forward, layer_weights, logits
+from charjax.model.decoder import KV, Cache, Decoder, Prefix, forward, layer_weights, logits, output_head
 from charjax.model.decoder import make_cache as decoder_cache
+
+_HEADS = ('q', 'k', 'v', 'o')  # weights of which heads are two dimensions
 
 
 class RowState(NamedTuple):
@@ -61,7 +63,13 @@ def prepare(decoder: Decoder, adapter: Any, shared: Sequence[Prefix]) -> tuple[A
   dtype = decoder.runtime.compute_dtype
 
   def cast(layer: Any) -> Any:
-    return {n: a if a.ndim < 2 or f'{n}_scale' in decoder.blocks.names else a.astype(dtype) for n, a in layer.items()}
+    return {n: a if a.ndim < 2 or f'{n}_scale' in decoder.blocks.names else as_matrix(n, a) for n, a in layer.items()}
+
+  def as_matrix(name: str, array: jax.Array) -> jax.Array:
+    # All heads as one dimension, which more devices can split.
+    if name in _HEADS:
+      array = array.reshape(array.shape[0], -1) if name != 'o' else array.reshape(-1, array.shape[-1])
+    return array.astype(dtype)
 
   layers = [(cast(layer), lora) for layer, lora in layer_weights(decoder, adapter)]
   layers = map_layers(lambda array, axes: constrain(array, *axes), decoder, adapter, layers)
@@ -69,16 +77,20 @@ def prepare(decoder: Decoder, adapter: Any, shared: Sequence[Prefix]) -> tuple[A
 
 
 def map_layers(function: Callable[[Any, Any], Any], decoder: Decoder, adapter: Any, layers: Any) -> Any:
-  """Calls function(array, its logical axes) on each array of the layers: the axes of the weights but the first."""
+  """Calls function(array, its logical axes) on each array of the layers of `prepare`."""
+  # What else is split over tensor alone is split over all devices.
+  wider = {'heads': 'spread', 'kv_heads': 'spread', 'mlp': 'spread'}
 
-  def axes(parameter: Any) -> Any:
-    return parameter.get_metadata()['axes'][1:]
+  def axes(parameter: Any, rank: int) -> Any:
+    own = [wider.get(axis, axis) for axis in parameter.get_metadata()['axes'][1:]]
+    return own if rank == len(own) else [axis for axis in own if axis]
 
   def one(layer: Any, lora: Any) -> Any:
     pairs = {
-      n: {k: function(a, axes(getattr(adapter, n)[k])) for k, a in pair.items()} for n, pair in (lora or {}).items()
+      n: {k: function(a, axes(getattr(adapter, n)[k], a.ndim)) for k, a in pair.items()}
+      for n, pair in (lora or {}).items()
     }
-    return {n: function(a, axes(getattr(decoder.blocks, n))) for n, a in layer.items()}, pairs or None
+    return {n: function(a, axes(getattr(decoder.blocks, n), a.ndim)) for n, a in layer.items()}, pairs or None
 
   return [one(*layer) for layer in layers]
 
@@ -208,6 +220,7 @@ def decode(
   before = (*shared, Prefix(room, places_as, rows.read[:, None]))
   keys_b = jax.random.wrap_key_data(rows.key_data, impl='threefry2x32')
   kept = jnp.where(rows.fresh[:, None], 0, cache.places.texts)
+  head = output_head(decoder).astype(decoder.runtime.compute_dtype)
 
   def one(state: _Loop) -> _Loop:
     hidden, cache = forward(
@@ -215,7 +228,8 @@ def decode(
       cache=state.cache, cache_index=(first + state.step) % slots,
     )  # fmt: skip
     uniform_b = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys_b, state.drawn)
-    token, log_prob = draw(logits(decoder, hidden[:, 0]), uniform_b, temperature, top_p, top_k)
+    said = constrain(logits(decoder, hidden[:, 0], head), 'batch', None)
+    token, log_prob = draw(said, uniform_b, temperature, top_p, top_k)
     drawn = state.drawn + 1
     return _Loop(
       state.step + 1,

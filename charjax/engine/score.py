@@ -31,8 +31,8 @@ from charjax.engine.batch import (
   text_places,
 )
 from charjax.engine.rows import Group, Opening, Rows, make_rows, pack_alike, reply_mask
-from charjax.mesh import batch_parts, constrain, fetch, no_silent_transfers, replicate, shard_batch
-from charjax.model.decoder import Decoder, Part, Prefix, forward_parts, logits
+from charjax.mesh import batch_parts, constrain, fetch, no_silent_transfers, replicate, shard_batch, split_into
+from charjax.model.decoder import Decoder, Part, Prefix, forward_parts, logits, output_head
 from charjax.model.packing import pack, unpack
 
 _CHUNK = 512  # tokens whose full-vocabulary logits are held at once
@@ -94,19 +94,25 @@ def over_chunks(function: Callable[..., Any], *arrays: jax.Array) -> Any:
   Each chunk is recomputed in the backward pass. `arrays` share their two leading axes; the result has them too.
   """
   lead = arrays[0].shape[:2]
-  count = lead[0] * lead[1]
-  chunk = min(_CHUNK, count)
-  flat = [a.reshape(count, *a.shape[2:]) for a in arrays]
-  # What fills the last chunk is computed like a token: ones are fit for it, where a temperature of 0 would not be.
-  ends = [((0, -count % chunk), *[(0, 0)] * (a.ndim - 1)) for a in flat]
-  flat = [
-    jnp.pad(a, end, constant_values=1).reshape(-1, chunk, *a.shape[1:]) for a, end in zip(flat, ends, strict=True)
-  ]
-  # Every device takes its part of each chunk. Left as they were, split by rows, each device would gather all chunks
-  # and compute all logits.
-  flat = [constrain(a, None, 'batch', *(None,) * (a.ndim - 2)) for a in flat]
-  out = jax.lax.map(jax.checkpoint(lambda xs: function(*xs)), tuple(flat))
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count].reshape(*lead, *x.shape[2:]), out)
+  # Of each chunk every device has some of its own rows' tokens, so that they stay where they are.
+  devices = split_into() if lead[0] % split_into() == 0 else 1
+  count = lead[0] * lead[1] // devices
+  chunk = min(-(-_CHUNK // devices), count)
+
+  def cut(array: jax.Array) -> jax.Array:
+    array = array.reshape(devices, count, *array.shape[2:])
+    # What fills the last chunk is computed like a token: ones are fit for it, where a temperature of 0 would not be.
+    ends = ((0, 0), (0, -count % chunk), *[(0, 0)] * (array.ndim - 2))
+    array = jnp.pad(array, ends, constant_values=1).reshape(devices, -1, chunk, *array.shape[2:])
+    array = jnp.moveaxis(array, 1, 0).reshape(-1, devices * chunk, *array.shape[3:])
+    return constrain(array, None, 'batch', *(None,) * (array.ndim - 2))
+
+  def join(array: jax.Array) -> jax.Array:
+    array = jnp.moveaxis(array.reshape(-1, devices, chunk, *array.shape[2:]), 0, 1)
+    return array.reshape(devices, -1, *array.shape[3:])[:, :count].reshape(*lead, *array.shape[3:])
+
+  out = jax.lax.map(jax.checkpoint(lambda xs: function(*xs)), tuple(map(cut, arrays)))
+  return jax.tree.map(join, out)
 
 
 def over_tokens(function: Callable[..., Any], rows: Rows, hidden: Sequence[jax.Array], *arrays: jax.Array) -> Any:
@@ -132,11 +138,13 @@ def token_log_probs(
     going_on: whether those ids are barred; where `temperature` is one of each reply, in which of them [N].
   """
 
+  head = output_head(decoder)
+
   def by_token(values: Any) -> jax.Array:
     return jnp.broadcast_to(values[:, None], (len(rows.tokens), rows.tokens.shape[1] - 1))
 
   def one(hidden_nd: jax.Array, ids_n: jax.Array, temperature_n: Any = temperature, going_on_n: Any = going_on) -> Any:
-    scaled = logits(decoder, hidden_nd) / jnp.reshape(temperature_n, (-1, 1))
+    scaled = logits(decoder, hidden_nd, head) / jnp.reshape(temperature_n, (-1, 1))
     if barred is not None:
       out = jnp.isin(jnp.arange(scaled.shape[-1]), barred) & jnp.reshape(going_on_n, (-1, 1))
       scaled = jnp.where(out, -1e9, scaled)

@@ -70,12 +70,12 @@ class Decoder(nnx.Module):
     self.runtime = runtime or Runtime()
     c = config
     embed = jax.random.normal(rngs.params(), (c.vocab_size, c.embed_dim)) * c.embed_dim**-0.5
-    self.embed = nnx.Param(embed.astype(dtype), axes=('vocab', 'embed'))
+    self.embed = nnx.Param(embed.astype(dtype), axes=(None, 'spread'))
     self.blocks = Blocks(c, rngs=rngs, dtype=dtype, quantize=self.runtime.quantize)
     self.final_norm = nnx.Param(jnp.full((c.embed_dim,), 1 - c.norm_offset, dtype), axes=(None,))
     if not c.tied_embeddings:
       head = jax.random.normal(rngs.params(), (c.embed_dim, c.vocab_size)) * c.embed_dim**-0.5
-      self.head = nnx.Param(head.astype(dtype), axes=('embed', 'vocab'))
+      self.head = nnx.Param(head.astype(dtype), axes=('embed', 'spread'))
 
 
 class KV(NamedTuple):
@@ -340,12 +340,16 @@ def _through_layers(
   if c.rope_layers:
     tables.append((jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][1])))
 
-  def linear(x: jax.Array, name: str, layer: Any, lora: Any, in_axes: int = 1) -> jax.Array:
+  def meet(x: jax.Array) -> jax.Array:
+    # While decoding, a token of each row is little beside the weights: it goes to them, and not they to it.
+    return constrain(x.astype(runtime.compute_dtype), 'rows', None, None) if decoding else x
+
+  def linear(x: jax.Array, name: str, layer: Any, lora: Any) -> jax.Array:
     weight = layer[name]
     if f'{name}_scale' in layer:
       out = frozen_matmul(x, weight, layer[f'{name}_scale'], dtype)
     else:
-      out = matmul(x, weight.reshape(math.prod(weight.shape[:in_axes]), -1), dtype)
+      out = matmul(x, weight.reshape(x.shape[-1], -1), dtype)
     if lora is not None and name in lora:
       out += matmul(matmul(x, lora[name]['a'], dtype), lora[name]['b'], dtype)
     if f'{name}_bias' in layer:
@@ -353,17 +357,21 @@ def _through_layers(
     return out
 
   def heads(normed: jax.Array, name: str, layer: Any, lora: Any) -> jax.Array:
-    out, count = linear(normed, name, layer, lora), c.num_heads if name == 'q' else c.num_kv_heads
-    scale = layer.get(f'{name}_norm')
+    out, scale = linear(normed, name, layer, lora), layer.get(f'{name}_norm')
+    axis, count = ('heads', c.num_heads) if name == 'q' else ('kv_heads', c.num_kv_heads)
+    if decoding:
+      out = constrain(out, 'rows', None, 'spread')
     if c.qk_norm == 'all' and scale is not None:
       out = norm(out, scale)
     out = out.reshape(*out.shape[:2], count, c.head_dim)
+    if decoding:
+      out = constrain(out, 'batch', None, axis, None)
     return norm(out, scale) if c.qk_norm == 'head' and scale is not None else out
 
   def mlp(normed: jax.Array, layer: Any, lora: Any) -> jax.Array:
     if not c.num_experts:
       gated = activation(linear(normed, 'gate', layer, lora)) * linear(normed, 'up', layer, lora)
-      return linear(constrain(gated, 'batch', None, 'mlp'), 'down', layer, lora)
+      return linear(constrain(gated, 'batch', None, 'spread' if decoding else 'mlp'), 'down', layer, lora)
     flat = normed.reshape(-1, c.embed_dim)
     said = mixture(flat, linear(flat, 'router', layer, None), layer, c, activation, runtime.compute_dtype)
     return said.reshape(normed.shape)
@@ -371,20 +379,22 @@ def _through_layers(
   def block(x: jax.Array, scanned: Any, kind: LayerKind) -> tuple[jax.Array, Any]:
     layer, lora, there = scanned
     cos, sin = _choose(tables, kind.rotation)
-    normed = norm(x, layer['attn_norm']) if c.pre_norms else x
+    normed = meet(norm(x, layer['attn_norm']) if c.pre_norms else x)
     q, k, v = (heads(normed, name, layer, lora) for name in 'qkv')
     q = constrain(rotate(q, cos, sin), 'batch', None, 'heads', None)
     q, k, v = (array.astype(runtime.attention_dtype) for array in (q, rotate(k, cos, sin), v))
     mixed, kept = mix(q, k, v, there, kind.window)
-    said = linear(mixed.reshape(*x.shape[:2], -1), 'o', layer, lora, in_axes=2)
+    mixed = mixed.reshape(*x.shape[:2], -1)
+    if decoding:
+      mixed = constrain(mixed, 'batch', None, 'spread')
+    said = linear(mixed, 'o', layer, lora)
     x = x + (norm(said, layer['attn_post_norm']) if c.post_norms else said)
-    said = mlp(norm(x, layer['mlp_norm']) if c.pre_norms else x, layer, lora)
+    said = mlp(meet(norm(x, layer['mlp_norm']) if c.pre_norms else x), layer, lora)
     x = x + (norm(said, layer['mlp_post_norm']) if c.post_norms else said)
     return constrain(x, 'batch', None, None), kept
 
-  # Looked up in a table that is split along its width, rows would come out so, for all the batch on every device.
-  table = constrain(decoder.embed[...], 'vocab', None)
-  x = table[tokens_bt].astype(jnp.float32)
+  # The table is split along its width: every device looks its part of all rows up, and then they change places.
+  x = constrain(decoder.embed[...][tokens_bt], 'rows', None, 'spread').astype(jnp.float32)
   x = constrain(x * c.embed_scale if c.embed_scale != 1 else x, 'batch', None, None)
   kinds = c.layer_kinds()
   recompute = jax.checkpoint if runtime.remat else lambda function: function
@@ -461,13 +471,25 @@ def layer_weights(decoder: Decoder, adapter: Any = None) -> list[tuple[Any, Any]
   return [jax.tree.unflatten(structure, [piece[i][0] for piece in pieces]) for i in range(count)]
 
 
-def logits(decoder: Decoder, hidden: jax.Array) -> jax.Array:
-  """Output logits [..., V] float32 of final hidden states [..., D]."""
-  dtype = decoder.runtime.compute_dtype
-  tied = decoder.config.tied_embeddings
-  out = matmul(hidden, decoder.embed[...], dtype, 1) if tied else matmul(hidden, decoder.head[...], dtype)
-  out = constrain(out, 'batch', *(None,) * (out.ndim - 2), 'vocab')
-  return softcap(out, decoder.config.logit_softcap)
+def output_head(decoder: Decoder) -> jax.Array:
+  """What `logits` multiplies by, laid out for it: [D, V], or a tied embedding [V, D]."""
+  if decoder.config.tied_embeddings:
+    return constrain(decoder.embed[...], 'spread', 'embed')
+  return constrain(decoder.head[...], 'embed', 'spread')
+
+
+def logits(decoder: Decoder, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
+  """Output logits [..., V] float32 of final hidden states [..., D].
+
+  An output head is too large for one device: the vocabulary is split over those that share the rows, and each gets all
+  of these rows. Inside a loop `head` is that of `output_head`, made before it.
+  """
+  head = output_head(decoder) if head is None else head
+  between = (None,) * (hidden.ndim - 2)
+  out = matmul(
+    constrain(hidden, 'rows', *between, None), head, decoder.runtime.compute_dtype, int(decoder.config.tied_embeddings)
+  )
+  return softcap(constrain(out, 'batch', *between, 'spread'), decoder.config.logit_softcap)
 
 
 def make_cache(decoder: Decoder, rows: int, slots: int) -> Cache:

@@ -108,13 +108,10 @@ def _figures(program: Program, topology: Topology, shape: ModelConfig) -> Figure
     working, sent, refused = compiled.working, compiled.sent, compiled.refused
   else:
     working, sent, refused = _working(program, shape), None, False
-  # All weights pass through a chip's multipliers, in bfloat16, whoever keeps them.
-  tensor = jax.sharding.get_mesh().shape['tensor']
-  weights = 2 * programs.parameters(shape) / tensor * program.weight_reads
   cache = program.repeats * residents.get('cache', 0) / 2 if program.repeats > 1 else 0
   seconds = max(
     program.flops / topology.size / chip.flops,
-    (weights + cache) / chip.memory_bandwidth,
+    (program.weight_bytes + cache) / chip.memory_bandwidth,
     (sent or 0.0) / chip.link_bandwidth,
   )
   return Figures(
@@ -128,7 +125,7 @@ def _working(program: Program, shape: ModelConfig) -> int:
   mesh = jax.sharding.get_mesh()
   rows = program.residents.get('batch')
   if rows is None:
-    return int(4 * programs.parameters(shape) / shape.num_layers / mesh.shape['tensor'])
+    return int(2 * programs.block_bytes(shape) / shape.num_layers)
   trained = nbytes(program.residents.get('policy' if program.stage == 'policy' else 'preference model', ()))
   count, width = programs.rows_of(program)
   own = -(-count // (mesh.shape['data'] * mesh.shape['fsdp']))
@@ -136,8 +133,8 @@ def _working(program: Program, shape: ModelConfig) -> int:
   stream = 4 * own * width * shape.embed_dim * (shape.num_layers if steps else 1)
   scores = 3 * 4 * own * width * width * shape.num_heads // mesh.shape['tensor']
   mlp = 4 * 4 * own * width * shape.mlp_dim // mesh.shape['tensor']
-  layer = 4 * programs.parameters(shape) / shape.num_layers / mesh.shape['tensor']
-  vocab = 2 * 4 * shape.vocab_size * shape.embed_dim / mesh.shape['tensor']
+  layer = 2 * programs.block_bytes(shape) / shape.num_layers
+  vocab = 2 * 4 * shape.vocab_size * shape.embed_dim / (mesh.shape['fsdp'] * mesh.shape['tensor'])
   return int((2 * trained if steps else 0) + stream + scores + mlp + layer + vocab)
 
 

@@ -49,7 +49,7 @@ class Program:
     flops: of the model, in one call.
     tokens: that one call computes.
     repeats: how often a loop runs whose length the compiler does not know.
-    weight_reads: how often a call reads all weights from memory.
+    weight_bytes: of weights, that a device reads from memory in one call.
   """
 
   name: str
@@ -61,7 +61,7 @@ class Program:
   flops: float
   tokens: int
   repeats: int = 1
-  weight_reads: int = 1
+  weight_bytes: float = 0.0
 
 
 def make(config: Any, character: Any, shape: ModelConfig, platform: str) -> list[Program]:
@@ -142,7 +142,7 @@ def _preference(session: Session) -> Program:
       'starting weights': session.model.decoder, 'trunk': _copied(session, lower), 'preference model': trainable,
       'Adam moments': state, 'other preference model': trainable, 'batch': batch,
     },
-    done.flops, done.tokens, weight_reads=3 * config.microbatches,
+    done.flops, done.tokens, weight_bytes=3 * config.microbatches * _bytes_read(lower.config),
   )  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def _policy(session: Session, reward: Any) -> list[Program]:
   judging = Program(
     'scoring', 'policy', rollouts.judge_tokens,
     (judge, shapes.opening, shard_batch(part), replicate(np.float32(1)), None), {'longest': longest},
-    residents | {'batch': shard_batch(part)}, done.flops, done.tokens, weight_reads=2,
+    residents | {'batch': shard_batch(part)}, done.flops, done.tokens, weight_bytes=2 * _bytes_read(decoder.config),
   )  # fmt: skip
 
   nothing = np.zeros((count, padded), np.float32)
@@ -202,7 +202,7 @@ def _policy(session: Session, reward: Any) -> list[Program]:
   step = Program(
     'policy step', 'policy', make_step(loss, optimizer, trainable, layout).__wrapped__,
     (trainable, state, decoder, batch), {}, residents | {'batch': batch}, done.flops, done.tokens,
-    weight_reads=3 * config.microbatches,
+    weight_bytes=3 * config.microbatches * _bytes_read(decoder.config),
   )  # fmt: skip
   used, adapter = bind(decoder, trainable)
   drawing = rollouts.drawing(config)
@@ -232,7 +232,7 @@ def _drawing(
   _, done = _counted(lambda: work.count(config, _TEMPLATE, read))
   prefill = Program(
     'prefill', 'policy', decode.read_prompts, (decoder, adapter, shared, room.kv, *batch), {'width': sizes.width},
-    there, done.flops, done.tokens,
+    there, done.flops, done.tokens, weight_bytes=_bytes_read(config),
   )  # fmt: skip
 
   row, flag, key = np.zeros(count, np.int32), np.zeros(count, bool), np.zeros((count, 2), np.uint32)
@@ -244,7 +244,9 @@ def _drawing(
   drawing = Program(
     'decode', 'policy', decode.decode, (decoder, layers, before, room.kv, seats, cache, state, *numbers),
     {'top_p': settings.top_p, 'top_k': settings.top_k}, there, done.flops, done.tokens,
-    repeats=settings.max_new_tokens, weight_reads=settings.max_new_tokens,
+    repeats=settings.max_new_tokens,
+    # Each device reads its own part of what is split over all.
+    weight_bytes=settings.max_new_tokens * (nbytes(layers) + _head_bytes(config)),
   )  # fmt: skip
   return [prefill, drawing]
 
@@ -282,10 +284,22 @@ def _prepared(decoder: Decoder, adapter: Any, shared: Sequence[Prefix]) -> tuple
 # ---- sizes ----
 
 
-def parameters(shape: ModelConfig) -> int:
-  """How many weights a token passes: the embedding is looked up, and the head is multiplied by."""
+def block_bytes(shape: ModelConfig) -> float:
+  """Bytes, in bfloat16, of all blocks' weights that a device multiplies by, whoever keeps them: the part that tensor
+  leaves it."""
   blocks = sum(math.prod(one.shape) for one in block_parameters(shape).values())
-  return blocks + shape.vocab_size * shape.embed_dim
+  return 2 * blocks / jax.sharding.get_mesh().shape['tensor']
+
+
+def _head_bytes(shape: ModelConfig) -> float:
+  """Bytes, in bfloat16, of the output head's part that a device multiplies by."""
+  mesh = jax.sharding.get_mesh()
+  return 2 * shape.vocab_size * shape.embed_dim / (mesh.shape['fsdp'] * mesh.shape['tensor'])
+
+
+def _bytes_read(shape: ModelConfig) -> float:
+  """Bytes of weights that a device reads for one pass through the model."""
+  return block_bytes(shape) + _head_bytes(shape)
 
 
 def rows_of(program: Program) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from charjax.engine.sample import Sampling, end_ids, sample
 from charjax.engine.score import all_hidden_states, hidden_states, over_tokens, token_log_probs
 from charjax.errors import UserError
 from charjax.files import Row, chunks, read_jsonl, write_jsonl, write_text
-from charjax.model.decoder import Decoder, logits
+from charjax.model.decoder import Decoder, logits, output_head
 from charjax.progress import Progress
 from charjax.stages import choice, messages, prompts, replies
 from charjax.stages.rollouts import (
@@ -333,6 +333,7 @@ def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str
   names = [name for name in ('rows', 'shown', 'neutral') if name in batch]
   found = all_hidden_states(used, [batch[name] for name in names], adapter=adapter, opening=batch['opening'])
   hidden = dict(zip(names, found, strict=True))
+  first, last = output_head(decoder), output_head(used)
   loss, metrics = jnp.float32(0), dict[str, jax.Array]()
   if 'rows' in hidden:
     loss, metrics = _replies_loss(trainable, used, hidden['rows'], batch)
@@ -340,7 +341,7 @@ def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str
   def kl_to(start: jax.Array, name: str) -> jax.Array:
     """Of the policy from a model whose states these are, summed over the tokens of replies."""
     rows, both = batch[name], (jax.lax.stop_gradient(start), hidden[name])
-    kl = over_tokens(lambda r, p: kl_from_logits(logits(decoder, r), logits(used, p)), rows, both)
+    kl = over_tokens(lambda r, p: kl_from_logits(logits(decoder, r, first), logits(used, p, last)), rows, both)
     return jnp.where(reply_mask(rows), kl, 0.0).sum()
 
   if 'shown' in hidden:

@@ -5,6 +5,7 @@ one part at a time are kept.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -101,14 +102,24 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, trainable: An
 def _add_up(loss: Loss, trainable: Any, frozen: Any, batch: Batch, layout: Any) -> Any:
   """((loss, metrics), gradient), each the sum over the parts of a batch, in float32 and laid out as the parameters."""
 
-  def of_part(part: Any) -> Any:
-    return jax.value_and_grad(loss, has_aux=True)(trainable, frozen, {**batch.whole, **part})
+  def of_part(part: Any) -> Callable[[Any], Any]:
+    return lambda trainable: loss(trainable, frozen, {**batch.whole, **part})
 
   first = jax.tree.map(lambda array: array[0], batch.parts)
   if len(jax.tree.leaves(batch.parts)[0]) == 1:
-    return of_part(first)
-  empty = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(of_part, first))
+    return jax.value_and_grad(of_part(first), has_aux=True)(trainable)
+  zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, jnp.float32))
+  gradient = zeros(trainable)
   if layout is not None:
     # Else each device might hold all of the sum.
-    empty = empty[0], jax.lax.with_sharding_constraint(empty[1], layout)
-  return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None), empty, batch.parts)[0]
+    gradient = jax.lax.with_sharding_constraint(gradient, layout)
+  # Each layer's gradient is added where the sum lies: that of a part never stands beside it as a whole.
+  sums = jax.tree.map(jax.new_ref, gradient)
+
+  def add(total: Any, part: Any) -> tuple[Any, None]:
+    value, backward, metrics = jax.vjp(of_part(part), trainable, has_aux=True)
+    backward.with_refs(sums)(jnp.ones_like(value))  # type: ignore[attr-defined]  # A VJP, which jax.vjp hides.
+    return jax.tree.map(jnp.add, total, (value, metrics)), None
+
+  total, _ = jax.lax.scan(add, zeros(jax.eval_shape(of_part(first), trainable)), batch.parts)
+  return total, jax.tree.map(lambda ref: ref[...], sums)
