@@ -1,12 +1,16 @@
 """The reward head: its fit against an independent solver, and what it learns that a shared direction cannot."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+from flax import nnx
+from llama_reference import tiny_config
 from test_losses import preference_64
 
-from charjax.training.heads import control_length, fit_head, read_rewards
+from charjax.model.decoder import Decoder, Runtime
+from charjax.training.heads import control_length, fit_head, make_trainable, read_only, read_rewards, reply_states
 
 
 def ranked(rng, messages, k, dim, directions, traits, noise=0.0):
@@ -198,3 +202,20 @@ def test_two_replies_to_one_message_are_enough_to_go_on():
   assert abs(found.before_n[0]) == pytest.approx(1) and np.isfinite(found.w_nd).all()
   x = within(states.astype(np.float64), real)
   np.testing.assert_allclose(x @ found.w_nd[0], 0, atol=1e-4 * np.abs(x @ w[0]).max())
+
+
+def test_a_model_that_is_only_read_says_the_same_from_fewer_bytes():
+  runtime = Runtime(compute_dtype=jnp.bfloat16)
+  decoder = Decoder(tiny_config(tied_embeddings=False), rngs=nnx.Rngs(0), dtype=jnp.bfloat16, runtime=runtime)
+  trainable = make_trainable(decoder, 0, 0, traits=2)
+  rng = np.random.default_rng(0)
+  # As training leaves them: no weight is one of bfloat16.
+  trainable['decoder'] = jax.tree.map(lambda x: x + 1e-3 * rng.normal(size=x.shape), trainable['decoder'])
+  narrow = read_only(trainable)
+  texts = [rng.integers(3, 90, size=n).tolist() for n in (5, 9, 7, 4)]
+  found, expected = (reply_states(decoder, model, texts[:2], texts[2:]) for model in (narrow, trainable))
+  np.testing.assert_array_equal(found, expected)
+  kinds = {array.dtype for array in jax.tree.leaves(narrow['decoder'].embed)}
+  assert kinds == {jnp.dtype('float32')} and narrow['decoder'].head.dtype == jnp.bfloat16
+  sizes = [sum(array.nbytes for array in jax.tree.leaves(model['decoder'].blocks)) for model in (narrow, trainable)]
+  assert sizes[0] < 0.6 * sizes[1]

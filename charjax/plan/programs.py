@@ -29,7 +29,7 @@ from charjax.model.decoder import Cache, Decoder, Prefix, lower_layers
 from charjax.model.language_model import LanguageModel
 from charjax.model.language_model import describe as describe_model
 from charjax.stages import policy, preference, rollouts
-from charjax.training.heads import bind
+from charjax.training.heads import bind, read_only
 from charjax.training.step import describe_optimizer, make_step
 from charjax.workdir import Session
 
@@ -161,7 +161,7 @@ def _policy(session: Session, reward: Any) -> list[Program]:
   trainable = _abstract(lambda decoder: policy.untrained(session, decoder), decoder)
   loss, optimizer = policy.learning(config)
   state, layout = describe_optimizer(optimizer, trainable)
-  lower = _trunk(session)
+  lower, reward = _trunk(session), _abstract(read_only, reward)
   critic = replicate(np.zeros((decoder.config.embed_dim + 1, traits), np.float32))
   mean, ends = replicate((np.zeros(traits, np.float32), sample.end_ids((0,))))
   judge = rollouts.Judge(decoder, lower, reward, critic, mean, ends)

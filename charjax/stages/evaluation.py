@@ -18,7 +18,7 @@ from charjax.character import Trait
 from charjax.engine.rows import Rows
 from charjax.engine.score import hidden_states, map_rows, mean_over_tokens, over_tokens
 from charjax.files import Row, read_jsonl, write_jsonl, write_text
-from charjax.model.decoder import Prefix, logits
+from charjax.model.decoder import Prefix, logits, output_head
 from charjax.progress import Progress
 from charjax.stages import conditions, over_optimisation, policy, preference, prompts
 from charjax.stages.conditions import CONDITIONS
@@ -184,9 +184,10 @@ def _kl_rows(decoder: Any, trained: Any, before: Sequence[Prefix], rows: Rows, t
   del before
   used, adapter = bind(decoder, trained)
   hidden = hidden_states(decoder, rows), hidden_states(used, rows, adapter=adapter)
+  first, last = output_head(decoder), output_head(used)
 
   def from_one_to_other(r: jax.Array, p: jax.Array) -> jax.Array:
-    both = logits(decoder, r), logits(used, p)
+    both = logits(decoder, r, first), logits(used, p, last)
     return kl_from_logits(*(both[::-1] if turned else both))
 
   return mean_over_tokens(over_tokens(from_one_to_other, rows, hidden), rows)

@@ -36,7 +36,7 @@ from charjax.training.advantages import (
   value_moments,
   whiten,
 )
-from charjax.training.heads import bind, read_rewards
+from charjax.training.heads import bind, read_only, read_rewards
 from charjax.training.losses import soft_labels
 from charjax.workdir import Session
 
@@ -94,7 +94,8 @@ class Rollout(NamedTuple):
 
 def make_judge(session: Session, shapes: FixedShapes, asked: Sequence[Row]) -> Judge:
   """The judge of a policy: its critic is fitted to the starting model's plain replies to the messages `asked`."""
-  decoder, trunk, model = session.model.decoder, preference.trunk(session), preference.load(session, 'train')
+  decoder, trunk = session.model.decoder, preference.trunk(session)
+  model = read_only(preference.load(session, 'train'))
   longest, ends = session.config.policy.max_new_tokens, replicate(end_ids(session.model.eos_ids))
   each = max(1, session.config.replies.plain)
   plain = _replies_by_message(session, ('plain',))

@@ -71,6 +71,22 @@ def bind(decoder: Decoder, trainable: Any) -> tuple[Decoder, Any]:
   return trainable.get('decoder', decoder), trainable.get('adapter')
 
 
+def read_only(trainable: Any) -> Any:
+  """What is not trained any more, with its own matrices in the dtype that products round them to: the same figures from
+  less memory. The embedding stays as it is, since it is looked up."""
+  if 'decoder' not in trainable:
+    return trainable
+  graph, state = nnx.split(trainable['decoder'])
+  dtype = trainable['decoder'].runtime.compute_dtype
+
+  def narrow(path: Any, leaf: Any) -> Any:
+    # Of each layer more than a vector.
+    matrix = leaf[...].ndim > 2 if path[0] == 'blocks' else path[0] == 'head'
+    return leaf.replace(leaf[...].astype(dtype)) if matrix else leaf
+
+  return trainable | {'decoder': nnx.merge(graph, nnx.map_state(narrow, state), copy=True)}
+
+
 def read_rewards(trainable: Any, states: Any) -> jax.Array:
   """Rewards [..., N] by each trait's direction, of mean states [..., D] of replies, or scores of tokens' states."""
   return jnp.asarray(states) @ trainable['head'].w[...].T
