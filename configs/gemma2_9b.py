@@ -3,13 +3,15 @@
 charjax plan --config=configs/gemma2_9b.py --topology=v6e:4x4
 """
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
-from charjax import defaults
+from charjax.config_file import read_config
 
 
 def get_config() -> ConfigDict:
-  config = defaults.get_config()
+  config = read_config(str(Path(__file__).with_name('pod.py')), ())
   config.model.path = 'hf://google/gemma-2-9b-it'
   config.model.shape.num_layers = 42
   config.model.shape.embed_dim = 3584
@@ -24,18 +26,4 @@ def get_config() -> ConfigDict:
   config.model.shape.attention_softcap = 50.0
   config.model.shape.logit_softcap = 30.0
   config.model.shape.activation = 'gelu_tanh'
-
-  config.replies.shown = 2
-  config.replies.plain = 1
-  config.replies.opposed = 1
-  config.replies.max_new_tokens = 1024
-
-  config.preference.messages_per_batch = 64
-  config.preference.microbatches = 16
-
-  config.policy.prompts_per_step = 64
-  config.policy.replies_per_prompt = 8
-  config.policy.batch_size = 128
-  config.policy.microbatches = 16
-  config.policy.max_new_tokens = 1024
   return config

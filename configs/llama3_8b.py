@@ -6,13 +6,15 @@ charjax run --config=configs/llama3_8b.py --workdir=gs://BUCKET/llama3_8b --conf
 The latter on each host, with charjax[gcs] installed there.
 """
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
-from charjax import defaults
+from charjax.config_file import read_config
 
 
 def get_config() -> ConfigDict:
-  config = defaults.get_config()
+  config = read_config(str(Path(__file__).with_name('pod.py')), ())
   config.model.path = 'hf://meta-llama/Llama-3.1-8B-Instruct'
   config.model.shape.num_layers = 32
   config.model.shape.embed_dim = 4096
@@ -23,17 +25,9 @@ def get_config() -> ConfigDict:
   config.model.shape.vocab_size = 128256
   config.model.shape.tied_embeddings = False
 
-  config.replies.shown = 2
-  config.replies.plain = 1
-  config.replies.opposed = 1
-  config.replies.max_new_tokens = 1024
-
-  config.preference.messages_per_batch = 64
-  config.preference.microbatches = 16
-
-  config.policy.prompts_per_step = 64
-  config.policy.replies_per_prompt = 8
-  config.policy.batch_size = 128
-  config.policy.microbatches = 16
-  config.policy.max_new_tokens = 1024
+  # A chip of v5e has 15.75 GiB: no attention scores are kept, and fewer rows go through the model at a time. On GPUs
+  # --config.model.attention=xla.
+  config.model.attention = 'tpu'
+  config.preference.microbatches = 32
+  config.policy.microbatches = 32
   return config
