@@ -16,12 +16,13 @@ from charjax.errors import UserError
 
 AXES = ('data', 'fsdp', 'tensor')
 
-# Logical axis -> mesh axes. Parameters are split over fsdp along `embed` and over tensor along the others;
+# Logical axis -> mesh axes. Parameters are split over fsdp along `embed`, over tensor along the others, and over both
+# along `spread`;
 # activations are split along `batch`. An axis that is not named here is not split. Where several dimensions of an array
 # could take a mesh axis, the one whose rule comes first has it.
 RULES: dict[str, tuple[str, ...]] = {
-  # The width of an embedding, the vocabulary of an output head, and heads and MLP while decoding: activations go to
-  # weights that stay where they lie.
+  # The width of an embedding, the vocabulary of an output head, and heads and a dense MLP while decoding: activations
+  # go to weights that stay where they lie.
   'spread': ('tensor', 'fsdp'),
   'batch': ('data', 'fsdp'),
   'rows': ('data',),  # of such a batch, on their way to such weights

@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
   config.model.shape.tied_embeddings = False
 
   # A chip of v5e has 15.75 GiB: no attention scores are kept, and fewer rows go through the model at a time. On GPUs
-  # --config.model.attention=xla.
+  # --config.model.attention=auto.
   config.model.attention = 'tpu'
   config.preference.microbatches = 32
   config.policy.microbatches = 32

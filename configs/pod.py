@@ -1,4 +1,6 @@
-"""What the configs of large models share: the work of each step, for a slice of a TPU pod or a host of GPUs."""
+"""What the configs of large models share: the work of each step, for a slice of a TPU pod or a host of GPUs. No run of
+its own.
+"""
 
 from ml_collections import ConfigDict
 

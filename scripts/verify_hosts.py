@@ -234,7 +234,7 @@ def _begun(top: Path, name: str) -> Path:
     run(done, 1, DATA)
   shutil.rmtree(workdir, ignore_errors=True)
   workdir.mkdir(parents=True)
-  for stage in ('messages', 'replies', 'rankings', 'preference'):
+  for stage in ('messages', 'replies', 'rankings', 'preference', 'baseline'):
     shutil.copytree(done / stage, workdir / stage)
   return workdir
 

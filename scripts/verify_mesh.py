@@ -273,6 +273,12 @@ def _compare(one: Path, other: Path, far: dict[str, float], told: dict[str, str]
   if name == 'rankings':
     scores, others = ([r['scores'] for r in files.read_jsonl(f / 'rankings.jsonl')] for f in (one, other))
     far['rankings scores'] = farthest(others, scores)
+  if name == 'baseline':
+    measures, others = (json.loads((f / 'measures.json').read_text()) for f in (one, other))
+    for condition, measured in measures.items():
+      for key in ('pairs', 'log_prob'):
+        if key in measured:
+          far[f'{condition} {key}'] = farthest(others[condition][key], measured[key])
   if name == 'evaluation':
     margins, others = (
       {

@@ -1,9 +1,11 @@
 """The figures of the summary: paired, with intervals, null where nothing was measured."""
 
+import types
+
 import numpy as np
 import pytest
 
-from charjax.stages.evaluation import CONDITIONS, _judged, internalisation, summarise, summarise_wins
+from charjax.stages.evaluation import CONDITIONS, _judged, _kl, internalisation, summarise, summarise_wins
 from charjax.stages.over_optimisation import curve
 from charjax.stages.statistics import comparisons, interval, share
 
@@ -28,6 +30,11 @@ def test_what_was_not_measured_is_null():
   assert found['prompted'] is None and found['prompted_examples'] is None and found['delta']['mean'] == -1
   assert summarise({'base': None, 'trained': None})['delta'] is None
   assert summarise({'base': np.zeros(0), 'trained': np.zeros(0)})['delta'] is None
+
+
+def test_without_held_out_messages_no_distance_is_told():
+  session = types.SimpleNamespace(model=types.SimpleNamespace(decoder=None))
+  assert interval(_kl(session, [], None, True)) is None
 
 
 def test_to_win_always_is_not_certainty():

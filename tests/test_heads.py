@@ -206,7 +206,9 @@ def test_two_replies_to_one_message_are_enough_to_go_on():
 
 def test_a_model_that_is_only_read_says_the_same_from_fewer_bytes():
   runtime = Runtime(compute_dtype=jnp.bfloat16)
-  decoder = Decoder(tiny_config(tied_embeddings=False), rngs=nnx.Rngs(0), dtype=jnp.bfloat16, runtime=runtime)
+  decoder = Decoder(
+    tiny_config(tied_embeddings=False, qkv_bias=True), rngs=nnx.Rngs(0), dtype=jnp.bfloat16, runtime=runtime
+  )
   trainable = make_trainable(decoder, 0, 0, traits=2)
   rng = np.random.default_rng(0)
   # As training leaves them: no weight is one of bfloat16.

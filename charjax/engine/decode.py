@@ -63,7 +63,11 @@ def prepare(decoder: Decoder, adapter: Any, shared: Sequence[Prefix]) -> tuple[A
   dtype = decoder.runtime.compute_dtype
 
   def cast(layer: Any) -> Any:
-    return {n: a if a.ndim < 2 or f'{n}_scale' in decoder.blocks.names else as_matrix(n, a) for n, a in layer.items()}
+    return {n: as_matrix(n, a) if multiplies(n, a) else a for n, a in layer.items()}
+
+  def multiplies(name: str, array: jax.Array) -> bool:
+    # Biases, which heads make matrices of, are added as they are.
+    return array.ndim > 1 and not name.endswith('_bias') and f'{name}_scale' not in decoder.blocks.names
 
   def as_matrix(name: str, array: jax.Array) -> jax.Array:
     # All heads as one dimension, which more devices can split.
@@ -78,7 +82,7 @@ def prepare(decoder: Decoder, adapter: Any, shared: Sequence[Prefix]) -> tuple[A
 
 def map_layers(function: Callable[[Any, Any], Any], decoder: Decoder, adapter: Any, layers: Any) -> Any:
   """Calls function(array, its logical axes) on each array of the layers of `prepare`."""
-  # What else is split over tensor alone is split over all devices.
+  # What a dense layer has split over tensor alone is split over all devices.
   wider = {'heads': 'spread', 'kv_heads': 'spread', 'mlp': 'spread'}
 
   def axes(parameter: Any, rank: int) -> Any:

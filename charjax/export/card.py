@@ -4,9 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import charjax
-from charjax.report.read import Estimate, Run, estimate, finite, listed, section
+from charjax.report.read import STAGES, Estimate, Run, estimate, finite, listed, section
 
-_STAGES = ('messages', 'replies', 'rankings', 'preference', 'baseline', 'policy', 'evaluation')
 _SIDE_EFFECTS = {
   'length': 'tokens a reply',
   'cut_off': 'cut off at the limit',
@@ -142,7 +141,7 @@ def _character(run: Run) -> str:
 def _data(run: Run) -> str:
   rows = [
     (name, '; '.join(f'{key}: {value}' for key, value in _flat(section(run.stages.get(name), 'counts'))))
-    for name in _STAGES
+    for name in STAGES
     if name in run.stages
   ]
   seed = run.config.get('seed')

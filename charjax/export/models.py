@@ -93,11 +93,13 @@ def _check_trained(session: Session, name: str) -> None:
 
 
 def _run(session: Session) -> Run:
-  """The run folder, without an evaluation that is of another policy."""
+  """The run folder, without an evaluation that is not up to date, as one of another policy."""
   run = read_run(session.workdir)
   stage = next(stage for stage in STAGES if stage.name == 'evaluation')
   if workdirs.status(stage, session) == 'done':
     return run
+  if run.summary:
+    session.log('the evaluation is left out of the card: it is not up to date; charjax evaluation makes it anew')
   return dataclasses.replace(run, summary={}, stages={n: s for n, s in run.stages.items() if n != 'evaluation'})
 
 

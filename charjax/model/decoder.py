@@ -389,7 +389,9 @@ def _through_layers(
       mixed = constrain(mixed, 'batch', None, 'spread')
     said = linear(mixed, 'o', layer, lora)
     x = x + (norm(said, layer['attn_post_norm']) if c.post_norms else said)
-    said = mlp(meet(norm(x, layer['mlp_norm']) if c.pre_norms else x), layer, lora)
+    normed = norm(x, layer['mlp_norm']) if c.pre_norms else x
+    # Experts choose among their own rows.
+    said = mlp(normed if c.num_experts else meet(normed), layer, lora)
     x = x + (norm(said, layer['mlp_post_norm']) if c.post_norms else said)
     return constrain(x, 'batch', None, None), kept
 

@@ -85,16 +85,16 @@ class Column:
     return {stage: sum(values) / len(values) for stage, values in found.items()}
 
   def kl(self) -> Estimate | None:
-    """KL(trained || starting), in nats a token of the trained model's replies to held-out messages."""
+    """KL(trained || starting), in nats a token of the trained model's replies to held-out messages, drawn as the
+    evaluation draws."""
     return self.figure('distance', 'kl', 'trained')
 
   def tokens(self, which: str) -> float | None:
-    """Of replies that the policy drew, or read to learn from, in all its steps; of several runs the mean."""
-    found = [
-      [value for row in run.policy_metrics if (value := finite(row.get(f'tokens_{which}'))) is not None]
-      for run in self.runs
-    ]
-    return sum(map(sum, found)) / len(found) if all(found) else None
+    """Of replies that the policy drew, or read to learn from, in all its steps, neutral ones apart; of several runs the
+    mean."""
+    found = [[finite(row.get(f'tokens_{which}')) for row in run.policy_metrics] for run in self.runs]
+    told = [[value for value in values if value is not None] for values in found]
+    return sum(map(sum, told)) / len(told) if told == found and all(told) else None
 
 
 # ---- reading ----

@@ -245,7 +245,7 @@ def policy(run: Run) -> Panel:
   if kl:
     notes.append(
       f'In the end it is {words.figure(kl.mean)} nats a token ({words.interval(kl)}) from the starting model, on its '
-      'own replies to held-out messages: the exact KL, at temperature 1.'
+      'own replies to held-out messages, drawn as the evaluation draws: KL of the distributions at temperature 1.'
     )
   return Panel(figures.present(figures.curve(*named[key], run.policy_metrics, key) for key in keys), notes)
 

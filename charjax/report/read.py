@@ -10,11 +10,12 @@ from typing import Any
 
 from etils import epath
 
+from charjax import stages
 from charjax.character import parse_choice
 from charjax.errors import UserError
 from charjax.files import read_jsonl
 
-STAGES = ('messages', 'replies', 'rankings', 'preference', 'baseline', 'policy', 'evaluation', 'behaviour')
+STAGES = tuple(stage.name for stage in stages.STAGES if stage.name != 'report')
 CONDITIONS = ('base', 'prompted', 'prompted_examples', 'trained')
 
 # Control characters (line breaks and tabs apart) and halves of surrogate pairs can neither be shown nor

@@ -10,27 +10,15 @@ from charjax.files import Row, write_jsonl, write_text
 from charjax.progress import Progress
 from charjax.stages import conditions
 from charjax.stages.conditions import STARTING
-from charjax.stages.probes import read_probes
 from charjax.workdir import Session
 
 
 def run(session: Session) -> Row:
   """Draws and judges replies and scores what is written, in all conditions but `trained`; returns counts."""
   folder = session.folder('baseline')
-  _tell_others(session)
   drawn = conditions.draw(session, 'baseline', STARTING, None)
   write_jsonl(folder / 'replies.jsonl', drawn)
   with Progress('baseline', len(STARTING) * conditions.parts_of_measure(session), 'parts') as bar:
     measures = {condition: conditions.measure(session, condition, None, bar) for condition in STARTING}
   write_text(folder / 'measures.json', json.dumps(measures))
   return {'replies': len(drawn)}
-
-
-def _tell_others(session: Session) -> None:
-  path, traits = session.config.evaluation.probes, [trait.id for trait in session.character.traits]
-  others = sorted({probe.trait for probe in read_probes(path)} - {*traits}) if path else []
-  if others:
-    session.log(
-      f'probes of {", ".join(others)}, which this run does not train (it trains {", ".join(traits)}), are measured '
-      'without a prompt'
-    )

@@ -134,6 +134,17 @@ def parts_of_measure(session: Session) -> int:
   return len(session.character.traits) + len(_probes(session)) + 1
 
 
+def tell_other_probes(session: Session) -> None:
+  """Says so where probes are of traits that the run does not train."""
+  traits = [trait.id for trait in session.character.traits]
+  others = sorted({probe.trait for probe in _probes(session)} - {*traits})
+  if others:
+    session.log(
+      f'probes of {", ".join(others)}, which this run does not train (it trains {", ".join(traits)}), are measured '
+      'without a prompt'
+    )
+
+
 def _probes(session: Session) -> Sequence[Any]:
   path = session.config.evaluation.probes
   return read_probes(path) if path else []

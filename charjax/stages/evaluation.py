@@ -36,6 +36,7 @@ def run(session: Session) -> Row:
   """Draws and judges the policy's replies, scores written pairs, and writes the summary; returns counts."""
   folder, baseline = session.folder('evaluation'), session.folder('baseline')
   trained = policy.load(session)
+  conditions.tell_other_probes(session)
   drawn = read_jsonl(baseline / 'replies.jsonl') + conditions.draw(session, 'evaluation', ('trained',), trained)
   write_jsonl(folder / 'replies.jsonl', drawn)
   measures = json.loads((baseline / 'measures.json').read_text())
@@ -43,10 +44,10 @@ def run(session: Session) -> Row:
     measures['trained'] = conditions.measure(session, 'trained', trained, bar)
     pairs, summary = _summary(session, drawn, measures)
     neutral = [row for row in drawn if row['trait'] is None and row['condition'] == 'base']
-    summary['neutral']['kl'] = {'trained': interval(_kl(session, neutral, trained))} if neutral else None
+    summary['neutral']['kl'] = {'trained': interval(_kl(session, neutral, trained, False))} if neutral else None
     # The first reply to each message: two models read them, and say of every token the whole distribution.
     said = [row for row in drawn if row['trait'] and row['condition'] == 'trained' and not row['sample']]
-    summary['distance'] = {'kl': {'trained': interval(_kl(session, said, trained))}}
+    summary['distance'] = {'kl': {'trained': interval(_kl(session, said, trained, True))}}
     summary['over_optimisation'] = over_optimisation.measure(session, preference.load(session, 'judge'))
     bar.advance()
   write_jsonl(folder / 'margins.jsonl', pairs)
@@ -193,12 +194,11 @@ def _kl_rows(decoder: Any, trained: Any, before: Sequence[Prefix], rows: Rows, t
   return mean_over_tokens(over_tokens(from_one_to_other, rows, hidden), rows)
 
 
-def _kl(session: Session, rows: Sequence[Row], trained: Any) -> np.ndarray:
-  """Of each reply, from the model that gave it to the other, at temperature 1."""
+def _kl(session: Session, rows: Sequence[Row], trained: Any, turned: bool) -> np.ndarray:
+  """Of each reply, the mean over its tokens of a KL of whole distributions at temperature 1."""
   model = session.model
   asked = [model.prompt(prompts.alone(row['prompt'])) for row in rows]
   said = [model.reply(row['text'], row['finish'] == 'stop') for row in rows]
-  [turned] = {row['condition'] == 'trained' for row in rows}
   run = functools.partial(_kl_rows, model.decoder, trained, turned=turned)
   return np.array(map_rows(run, model.decoder, asked, said, models=2, heads=2), np.float64)
 

@@ -233,7 +233,7 @@ def _tokens(asked: Sequence[Row], rollout: Rollout | None) -> dict[str, float]:
   """How many tokens of replies were drawn for this step, and how many it learns from; neutral ones are not counted."""
   drawn = sum(len(reply.tokens) for reply in rollout.drawn) if rollout else 0
   read = sum(len(reply) for item in asked for reply in (*item['ranked'].replies, *item['shown']))
-  return {'tokens_drawn': float(drawn), 'tokens_read': float(drawn + read)}
+  return {'tokens_read': float(drawn + read)} | ({'tokens_drawn': float(drawn)} if rollout else {})
 
 
 def learning(config: Any) -> tuple[Any, Any]:

@@ -80,8 +80,9 @@ def read_only(trainable: Any) -> Any:
   dtype = trainable['decoder'].runtime.compute_dtype
 
   def narrow(path: Any, leaf: Any) -> Any:
-    # Of each layer more than a vector.
-    matrix = leaf[...].ndim > 2 if path[0] == 'blocks' else path[0] == 'head'
+    # Of each layer more than a vector; biases, which heads make matrices of, are added as they are.
+    block = path[0] == 'blocks' and leaf[...].ndim > 2 and not path[-1].endswith('_bias')
+    matrix = block or path[0] == 'head'
     return leaf.replace(leaf[...].astype(dtype)) if matrix else leaf
 
   return trainable | {'decoder': nnx.merge(graph, nnx.map_state(narrow, state), copy=True)}

@@ -4,7 +4,8 @@ charjax sweep --config=configs/sweeps/methods.py --workdir=runs/methods
 
 GRPO, RLOO and PPO draw replies and are rewarded for them; DPO learns from the ranked replies, best-of-N distillation
 from the one of them that the preference model prefers, and context distillation from what the model says when it is
-shown the trait. At each step all of them draw, or read, as many replies.
+shown the trait. At each step all of them draw, or read, about as many replies; where fewer were drawn with the trait
+shown, context distillation reads those of more messages, and is held by more neutral ones.
 """
 
 import math
@@ -16,12 +17,12 @@ def get_sweep(config):
   each = min(made, policy.replies_per_prompt + policy.ranked_replies)
   drawn = {'policy.replies_per_prompt': each, 'policy.ranked_replies': 0}
   read = {'policy.replies_per_prompt': 0, 'policy.ranked_replies': each}
-  # Fewer replies are drawn with the trait shown: those of more messages stand in for them.
+  some, parts = max(1, min(each, config.replies.shown)), policy.microbatches
   shown = {
     'policy.replies_per_prompt': 0,
     'policy.ranked_replies': 0,
-    'policy.shown_replies': min(each, config.replies.shown),
-    'policy.prompts_per_step': math.ceil(policy.prompts_per_step * each / min(each, config.replies.shown)),
+    'policy.shown_replies': some,
+    'policy.prompts_per_step': parts * math.ceil(policy.prompts_per_step * each / some / parts),
   }
   for seed in range(3):
     again = {'policy.seed': seed}
