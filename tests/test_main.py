@@ -41,7 +41,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def toy_stages(monkeypatch):
-  """Two stages that need no model, in place of the seven."""
+  """Two stages that need no model, in place of the loop's."""
 
   def write(name):
     def run(session):
