@@ -225,16 +225,15 @@ def _summary(columns: Sequence[Column]) -> Table:
     if column.evaluated:
       won = sum((value := column.wins(trait)) is not None and value.side_of(0.5) == 1 for trait in column.traits)
       count = len(column.traits)
-      row += [f'{len(_risen(column))} of {count}', f'{won} of {count}', _cell(margins[column.name], signed=True),
+      risen, won_of = (f'{some}\u00a0of\u00a0{count}' for some in (len(_risen(column)), won))
+      row += [risen, won_of, _cell(margins[column.name], signed=True),
               _cell(wins[column.name], True), _cell(over_prompted[column.name], True)]  # fmt: skip
       row += [_cell(column.figure('neutral', 'log_prob', 'delta'), signed=True), _cell(column.kl())]
     else:
       row += [_NONE] * 7
-    seconds = sum(column.seconds().values())
-    row += [duration(seconds).replace(' ', '\u00a0') if seconds else _NONE]
     rows.append(row)
   head = ('run', *shown, 'margins risen', 'traits won', 'mean margin', 'wins against base', 'against prompted',
-          'neutral log-prob', 'KL a token', 'time')  # fmt: skip
+          'neutral log-prob', 'KL a token')  # fmt: skip
   return Table(head, rows)
 
 
