@@ -69,6 +69,12 @@ def block_parameters(config: ModelConfig) -> dict[str, BlockParameter]:
   return out
 
 
+def vectors(config: ModelConfig) -> set[str]:
+  """The names of the block parameters that are no matrix of a product, and are not rounded for one: biases of heads
+  too, though they have two dimensions."""
+  return {name for name, parameter in block_parameters(config).items() if not parameter.inputs}
+
+
 def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Shapes of the stacked block parameters."""
   return {name: parameter.shape for name, parameter in block_parameters(config).items()}

@@ -17,6 +17,7 @@ from charjax.engine.batch import Tokens
 from charjax.engine.rows import Rows
 from charjax.engine.score import hidden_states, map_rows, mean_states
 from charjax.mesh import lay_out
+from charjax.model.blocks import vectors
 from charjax.model.decoder import Decoder, Prefix
 from charjax.model.lora import Adapter
 from charjax.training.losses import preference_loss, right_pairs
@@ -77,12 +78,10 @@ def read_only(trainable: Any) -> Any:
   if 'decoder' not in trainable:
     return trainable
   graph, state = nnx.split(trainable['decoder'])
-  dtype = trainable['decoder'].runtime.compute_dtype
+  dtype, apart = trainable['decoder'].runtime.compute_dtype, vectors(trainable['decoder'].config)
 
   def narrow(path: Any, leaf: Any) -> Any:
-    # Of each layer more than a vector; biases, which heads make matrices of, are added as they are.
-    block = path[0] == 'blocks' and leaf[...].ndim > 2 and not path[-1].endswith('_bias')
-    matrix = block or path[0] == 'head'
+    matrix = path[0] == 'head' or (path[0] == 'blocks' and path[-1] not in apart)
     return leaf.replace(leaf[...].astype(dtype)) if matrix else leaf
 
   return trainable | {'decoder': nnx.merge(graph, nnx.map_state(narrow, state), copy=True)}
