@@ -14,9 +14,10 @@ from charjax.engine.rows import FixedShapes, Group
 from charjax.mesh import lay_out, make_mesh
 from charjax.model.decoder import Runtime
 from charjax.model.weights import make_decoder
-from charjax.stages import policy, preference
+from charjax.stages import preference
 from charjax.training.heads import make_trainable
 from charjax.training.losses import count_pairs
+from charjax.training.policy_loss import policy_loss
 from charjax.training.step import init_optimizer, make_batch, make_step
 
 CONFIG = tiny_config(vocab_size=60)
@@ -83,7 +84,7 @@ def policies():
     'ranked_pairs': count_pairs(more['real'], WEIGHT)[1],
   }
   whole = {name: np.float32(value) for name, value in whole.items()}
-  return policy._loss, {'opening': SHAPES.opening} | whole | {'ends': np.array([7, 9])}, arrays
+  return policy_loss, {'opening': SHAPES.opening} | whole | {'ends': np.array([7, 9])}, arrays
 
 
 TASKS = {

@@ -17,6 +17,7 @@ from charjax.model.decoder import Runtime, forward
 from charjax.model.weights import make_decoder
 from charjax.stages import policy, rollouts
 from charjax.training.heads import make_trainable
+from charjax.training.policy_loss import policy_loss
 
 
 class Words:
@@ -192,33 +193,33 @@ def test_ranked_replies_are_preferred_by_how_much_likelier_they_became():
     },
   }  # fmt: skip
   trained = {'decoder': decoders[1]}
-  loss, metrics = policy._loss(trained, decoders[0], batch)
+  loss, metrics = policy_loss(trained, decoders[0], batch)
   assert float(metrics['ranked_loss']) == pytest.approx(np.mean(weight * expected), rel=1e-3)
   assert float(loss) == pytest.approx(2 * float(metrics['ranked_loss']), rel=1e-5)
   # The likelihood of the best one, a token.
   best = [
     weight[m] * going_on(now, prompts[m], replies[m][1 + k]) / len(replies[m][1 + k]) for m, k in ((0, 2), (1, 0))
   ]
-  more, _ = policy._loss(trained, decoders[0], batch | {'ranked_likelihood': 0.5})
+  more, _ = policy_loss(trained, decoders[0], batch | {'ranked_likelihood': 0.5})
   assert float(more - loss) == pytest.approx(-0.5 * np.mean(best), rel=1e-3)
   # Neutral replies are held by the KL a token of the starting model's distribution to the policy's.
   text = [*prompts[0], 9, 10]
   told = [numpy_log_probs(config, tensors, text)[-3:-1] for tensors in (start, now)]
   kl = np.mean([(np.exp(p) * (p - q)).sum() for p, q in zip(*told, strict=True)])
-  more, metrics = policy._loss(trained, decoders[0], batch | {'neutral_weight': 3.0})
+  more, metrics = policy_loss(trained, decoders[0], batch | {'neutral_weight': 3.0})
   assert float(metrics['neutral_kl']) == pytest.approx(kl, rel=1e-3)
   assert float(more - loss) == pytest.approx(3 * kl, rel=1e-3)
   # With nothing drawn, it is all there is.
   alone = {key: value for key, value in batch.items() if key != 'drawn'}
   alone['rows'] = shapes.rows([Group(prompt, some[1:]) for prompt, some in zip(prompts, replies, strict=True)], 3)
   alone |= {'temperature': np.full(6, 2.0), 'going_on': np.full(6, True)}
-  offline, metrics = policy._loss(trained, decoders[0], alone)
+  offline, metrics = policy_loss(trained, decoders[0], alone)
   assert float(offline) == pytest.approx(float(loss), rel=1e-5) and 'clip_fraction' not in metrics
   # Without ranked replies there is nothing of it.
   del batch['ranked']
   batch['rows'] = shapes.rows([Group(prompt, some[:1]) for prompt, some in zip(prompts, replies, strict=True)], 1)
   batch |= {'temperature': np.array([0.7, 0.7]), 'going_on': np.array([False, False])}
-  loss, metrics = policy._loss(trained, decoders[0], batch)
+  loss, metrics = policy_loss(trained, decoders[0], batch)
   assert float(loss) == 0 and 'ranked_loss' not in metrics
 
 
@@ -238,7 +239,7 @@ def test_what_was_shown_is_distilled_by_the_exact_divergence_of_the_model_that_s
     'shown': rows, 'teacher': teacher, 'shown_tokens': np.float32(sum(map(len, said))), 'shown_weight': 2.0,
     'neutral': shapes.rows([Group(prompts[0], [[9, 10]])], 1), 'neutral_tokens': 2.0, 'neutral_weight': 0.0,
   }  # fmt: skip
-  loss, metrics = policy._loss({'decoder': decoders[1]}, decoders[0], batch)
+  loss, metrics = policy_loss({'decoder': decoders[1]}, decoders[0], batch)
   total = 0.0
   for prompt, before, some in zip(prompts, shown, replies, strict=True):
     for reply in some:
@@ -268,7 +269,7 @@ def test_a_value_head_learns_from_states_that_it_leaves_as_they_are():
     'ends': np.array([END]), 'clip': 0.2, 'drawn_tokens': 10.0, 'neutral_weight': 0.0, 'neutral_tokens': 2.0,
     'neutral': shapes.rows([Group(prompts[0], [[9, 10]])], 1),
   }  # fmt: skip
-  (_, metrics), gradient = jax.value_and_grad(policy._loss, has_aux=True)(trainable, decoder, batch)
+  (_, metrics), gradient = jax.value_and_grad(policy_loss, has_aux=True)(trainable, decoder, batch)
   expected, slope = 0.0, 0.0
   for number, (prompt, reply) in enumerate((p, r) for p, some in zip(prompts, replies, strict=True) for r in some):
     text = np.array([[*prompt, *reply]])

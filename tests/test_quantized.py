@@ -11,6 +11,7 @@ from llama_reference import numpy_log_probs, random_tensors, tiny_config
 from test_peft import random_adapter
 
 from charjax import defaults, limits, starting_model
+from charjax.engine.decode import prepare
 from charjax.engine.score import score
 from charjax.errors import UserError
 from charjax.mesh import make_mesh, shardings
@@ -67,6 +68,18 @@ def test_log_probs_are_those_of_the_numbers_it_holds(kind, scan):
   plain = score(dequantized(decoder), PROMPTS, REPLIES, batch_size=2)
   for one, other in zip(found, plain, strict=True):
     np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@both
+def test_replies_are_drawn_from_the_numbers_that_training_reads(kind):
+  """Products in bfloat16 round neither what is in few bits nor its scales."""
+  decoder = build(kind, compute_dtype=jnp.bfloat16)
+  for layer, (weights, _) in enumerate(prepare(decoder, None, ())[0]):
+    for name in CONFIG.dense_projections:
+      for one in (name, f'{name}_scale'):
+        stored = getattr(decoder.blocks, one)[layer]
+        assert weights[one].dtype == stored.dtype
+        np.testing.assert_array_equal(weights[one], stored)
 
 
 @both

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from charjax.engine.draw import draw
 from charjax.mesh import constrain
 from charjax.model.attention import Places
-from charjax.model.blocks import vectors
+from charjax.model.blocks import matrices
 from charjax.model.decoder import KV, Cache, Decoder, Prefix, forward, layer_weights, logits, output_head
 from charjax.model.decoder import make_cache as decoder_cache
 
@@ -61,13 +61,12 @@ class Move(NamedTuple):
 @jax.jit
 def prepare(decoder: Decoder, adapter: Any, shared: Sequence[Prefix]) -> tuple[Any, Sequence[Prefix]]:
   """Weights and shared keys, cut into layers and in the dtype of products, once for all tokens."""
-  dtype, apart = decoder.runtime.compute_dtype, vectors(decoder.config)
+  dtype = decoder.runtime.compute_dtype
+  # Quantised ones stay in their few bits.
+  wide = {name for name in matrices(decoder.config) if f'{name}_scale' not in decoder.blocks.names}
 
   def cast(layer: Any) -> Any:
-    return {n: as_matrix(n, a) if multiplies(n, a) else a for n, a in layer.items()}
-
-  def multiplies(name: str, array: jax.Array) -> bool:
-    return array.ndim > 1 and name not in apart and f'{name}_scale' not in decoder.blocks.names
+    return {n: as_matrix(n, a) if n in wide else a for n, a in layer.items()}
 
   def as_matrix(name: str, array: jax.Array) -> jax.Array:
     # All heads as one dimension, which more devices can split.

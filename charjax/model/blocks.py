@@ -69,10 +69,10 @@ def block_parameters(config: ModelConfig) -> dict[str, BlockParameter]:
   return out
 
 
-def vectors(config: ModelConfig) -> set[str]:
-  """The names of the block parameters that are no matrix of a product, and are not rounded for one: biases of heads
-  too, though they have two dimensions."""
-  return {name for name, parameter in block_parameters(config).items() if not parameter.inputs}
+def matrices(config: ModelConfig) -> set[str]:
+  """The names of the block parameters that are matrices of products, and are rounded for these: biases of heads are
+  not, though they have two dimensions, nor scales of quantised ones."""
+  return {name for name, parameter in block_parameters(config).items() if parameter.inputs}
 
 
 def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

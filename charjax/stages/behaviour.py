@@ -36,13 +36,12 @@ from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
 from charjax.engine.score import score
 from charjax.files import Row, chunks, read_jsonl, write_jsonl, write_text
-from charjax.mesh import fetch, replicate
 from charjax.progress import Progress
-from charjax.stages import evaluation, messages, policy, preference, prompts, revealed
+from charjax.stages import conditions, evaluation, messages, policy, preference, prompts, revealed
 from charjax.stages.habits import HABITS
 from charjax.stages.rankers import Answer, Settings, evidence, treat_length
 from charjax.stages.statistics import combine, interval, ratio, share
-from charjax.training.heads import bind, read_rewards, reply_states
+from charjax.training.heads import bind
 from charjax.workdir import Session, fingerprint
 
 MODELS = revealed.MODELS
@@ -217,9 +216,7 @@ def _measure(session: Session, rows: Sequence[Row]) -> list[Row]:
     return []
   judge = preference.load(session, 'judge')
   report = json.loads((session.folder('preference') / 'report.json').read_text())['judge']
-  asked = [model.prompt(prompts.alone(row['message'])) for row in rows]
-  said = [model.reply(row['text'], row['finish'] == 'stop') for row in rows]
-  scores = fetch(read_rewards(judge, replicate(reply_states(preference.trunk(session), judge, asked, said))))
+  scores = preference.rewards(session, judge, *conditions.exchanges(model, rows, 'message'))
   settings = Settings(examples=session.config.evaluation.examples)
   found = []
   with Progress('traits in replies', len(traits), 'traits') as bar:

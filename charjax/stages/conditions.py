@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from charjax.character import Trait
-from charjax.engine.batch import item_keys
+from charjax.engine.batch import Tokens, item_keys
 from charjax.engine.sample import Sampling, sample
 from charjax.engine.score import score
 from charjax.files import Row, chunks
-from charjax.mesh import fetch, replicate
+from charjax.model.language_model import LanguageModel
 from charjax.progress import Progress
 from charjax.stages import messages, preference, prompts
 from charjax.stages.probes import found, read_neutral, read_probes
-from charjax.training.heads import bind, read_rewards, reply_states
+from charjax.training.heads import bind
 from charjax.workdir import Session
 
 STARTING = ('base', 'prompted', 'prompted_examples')
@@ -90,15 +90,18 @@ def _draw(
   ]
 
 
+def exchanges(model: LanguageModel, rows: Sequence[Row], message: str = 'prompt') -> tuple[list[Tokens], list[Tokens]]:
+  """The tokens of each row's message, alone, and of its reply: with the end of the turn where the reply came to one."""
+  asked: list[Tokens] = [model.prompt(prompts.alone(row[message])) for row in rows]
+  return asked, [model.reply(row['text'], row['finish'] == 'stop') for row in rows]
+
+
 def _judge(session: Session, rows: Sequence[Row]) -> None:
   """Adds the held-out judge's score to every reply to a trait's message: the judge has no opinion of others."""
-  model, judge = session.model, preference.load(session, 'judge')
+  judge = preference.load(session, 'judge')
   places = {trait.id: place for place, trait in enumerate(session.character.traits)}
   judged = [row for row in rows if row['trait'] is not None]
-  asked = [model.prompt(prompts.alone(row['prompt'])) for row in judged]
-  said = [model.reply(row['text'], row['finish'] == 'stop') for row in judged]
-  states = reply_states(preference.trunk(session), judge, asked, said)
-  scores = fetch(read_rewards(judge, replicate(states)))
+  scores = preference.rewards(session, judge, *exchanges(session.model, judged))
   for row, values in zip(judged, scores, strict=True):
     row['score'] = round(float(values[places[row['trait']]]), 5)
 

@@ -16,16 +16,16 @@ import numpy as np
 
 from charjax.character import Trait
 from charjax.engine.rows import Rows
-from charjax.engine.score import hidden_states, map_rows, mean_over_tokens, over_tokens
+from charjax.engine.score import hidden_states, map_rows, mean_over_tokens
 from charjax.files import Row, read_jsonl, write_jsonl, write_text
-from charjax.model.decoder import Prefix, logits, output_head
+from charjax.model.decoder import Prefix
 from charjax.progress import Progress
-from charjax.stages import conditions, over_optimisation, policy, preference, prompts
+from charjax.stages import conditions, over_optimisation, policy, preference
 from charjax.stages.conditions import CONDITIONS
 from charjax.stages.habits import praises
 from charjax.stages.statistics import comparisons, interval, ratio, share
 from charjax.training.heads import bind
-from charjax.training.losses import kl_from_logits
+from charjax.training.policy_loss import token_kl
 from charjax.workdir import Session, fingerprint
 
 _WINS = {'win_rate': 'base', 'win_rate_vs_prompted': 'prompted'}  # whose replies are to be beaten
@@ -184,23 +184,16 @@ def _kl_rows(decoder: Any, trained: Any, before: Sequence[Prefix], rows: Rows, t
   models read the rows."""
   del before
   used, adapter = bind(decoder, trained)
-  hidden = hidden_states(decoder, rows), hidden_states(used, rows, adapter=adapter)
-  first, last = output_head(decoder), output_head(used)
-
-  def from_one_to_other(r: jax.Array, p: jax.Array) -> jax.Array:
-    both = logits(decoder, r, first), logits(used, p, last)
-    return kl_from_logits(*(both[::-1] if turned else both))
-
-  return mean_over_tokens(over_tokens(from_one_to_other, rows, hidden), rows)
+  start, end = (decoder, hidden_states(decoder, rows)), (used, hidden_states(used, rows, adapter=adapter))
+  reference, model = (end, start) if turned else (start, end)
+  return mean_over_tokens(token_kl(reference, model, rows), rows)
 
 
 def _kl(session: Session, rows: Sequence[Row], trained: Any, turned: bool) -> np.ndarray:
   """Of each reply, the mean over its tokens of a KL of whole distributions at temperature 1."""
-  model = session.model
-  asked = [model.prompt(prompts.alone(row['prompt'])) for row in rows]
-  said = [model.reply(row['text'], row['finish'] == 'stop') for row in rows]
-  run = functools.partial(_kl_rows, model.decoder, trained, turned=turned)
-  return np.array(map_rows(run, model.decoder, asked, said, models=2, heads=2), np.float64)
+  decoder = session.model.decoder
+  run = functools.partial(_kl_rows, decoder, trained, turned=turned)
+  return np.array(map_rows(run, decoder, *conditions.exchanges(session.model, rows), models=2, heads=2), np.float64)
 
 
 _SIDE_EFFECTS: dict[str, Callable[[Row], float]] = {

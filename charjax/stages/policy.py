@@ -13,19 +13,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from charjax import hosts
 from charjax.engine import work
 from charjax.engine.batch import item_keys
-from charjax.engine.rows import FixedShapes, Group, reply_mask, take_replies
+from charjax.engine.rows import FixedShapes, Group
 from charjax.engine.sample import Sampling, end_ids, sample
-from charjax.engine.score import all_hidden_states, hidden_states, over_tokens, token_log_probs
 from charjax.errors import UserError
 from charjax.files import Row, chunks, read_jsonl, write_jsonl, write_text
-from charjax.model.decoder import Decoder, logits, output_head
+from charjax.model.decoder import Decoder
 from charjax.progress import Progress
 from charjax.stages import choice, messages, prompts, replies
 from charjax.stages.rollouts import (
@@ -34,24 +31,19 @@ from charjax.stages.rollouts import (
   judge_ranked,
   make_judge,
   ranked_replies,
-  read_expected,
   roll_out,
   seed,
   shown_replies,
 )
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import Together, batches
-from charjax.training.heads import bind, make_trainable
+from charjax.training.heads import make_trainable
 from charjax.training.loop import tell_undivided, train
 from charjax.training.losses import (
   adapt_kl,
-  bradley_terry,
   count_pairs,
-  kl_from_logits,
-  policy_gradient,
-  right_pairs,
-  value_loss,
 )
+from charjax.training.policy_loss import policy_loss
 from charjax.training.step import Batch, make_batch, make_optimizer
 from charjax.workdir import Session
 
@@ -238,7 +230,7 @@ def _tokens(asked: Sequence[Row], rollout: Rollout | None) -> dict[str, float]:
 
 def learning(config: Any) -> tuple[Any, Any]:
   """The loss of a train step and its optimizer."""
-  return _loss, make_optimizer(
+  return policy_loss, make_optimizer(
     config.learning_rate, config.warmup, config.steps, config.weight_decay, config.max_gradient
   )
 
@@ -322,83 +314,6 @@ def _neutral_replies(session: Session) -> list[Row]:
     return [{'prompt': p, 'reply': reply.tokens} for p, reply in zip(asked, drawn, strict=True)]
 
   return chunks(session.folder('policy'), 'neutral', rows, 256, make)
-
-
-# ---- the step ----
-
-
-def _loss(trainable: Any, decoder: Any, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """What drawn, ranked and shown replies teach, as far as there are any; the exact KL a token on neutral replies."""
-  used, adapter = bind(decoder, trainable)
-  names = [name for name in ('rows', 'shown', 'neutral') if name in batch]
-  found = all_hidden_states(used, [batch[name] for name in names], adapter=adapter, opening=batch['opening'])
-  hidden = dict(zip(names, found, strict=True))
-  first, last = output_head(decoder), output_head(used)
-  loss, metrics = jnp.float32(0), dict[str, jax.Array]()
-  if 'rows' in hidden:
-    loss, metrics = _replies_loss(trainable, used, hidden['rows'], batch)
-
-  def kl_to(start: jax.Array, name: str) -> jax.Array:
-    """Of the policy from a model whose states these are, summed over the tokens of replies."""
-    rows, both = batch[name], (jax.lax.stop_gradient(start), hidden[name])
-    kl = over_tokens(lambda r, p: kl_from_logits(logits(decoder, r, first), logits(used, p, last)), rows, both)
-    return jnp.where(reply_mask(rows), kl, 0.0).sum()
-
-  if 'shown' in hidden:
-    # Context distillation (Askell et al. 2021, section 2.2), of the whole distribution of each token.
-    teacher = hidden_states(decoder, batch['teacher'], opening=batch['shown_opening'])
-    taught = kl_to(teacher, 'shown') / batch['shown_tokens']
-    loss, metrics = loss + batch['shown_weight'] * taught, metrics | {'shown_kl': taught}
-  # In this very program, whose products round alike: the policy is all but at 0 before its first step.
-  start = hidden_states(decoder, batch['neutral'], opening=batch['opening'])
-  neutral_kl = kl_to(start, 'neutral') / batch['neutral_tokens']
-  return loss + batch['neutral_weight'] * neutral_kl, metrics | {'neutral_kl': neutral_kl}
-
-
-def _replies_loss(
-  trainable: Any, used: Decoder, hidden: jax.Array, batch: Row
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The clipped policy gradient a token of drawn replies, and what ranked ones teach, from the states of both."""
-  rows, drawn = batch['rows'], batch.get('drawn')
-  every = token_log_probs(used, hidden, rows, batch['temperature'], batch['ends'], batch['going_on'])
-  prompts = len(rows.prompts)
-  each = len(drawn['before']) // prompts if drawn else 0
-  loss, metrics = jnp.float32(0), dict[str, jax.Array]()
-  if drawn:
-    log_probs, mask = (take_replies(array, prompts, slice(each)) for array in (every, reply_mask(rows)))
-    gradient, _, clipped = policy_gradient(log_probs, drawn['before'], drawn['advantages'], mask, batch['clip'])
-    tokens = batch['drawn_tokens']
-    gap = jnp.where(mask, jnp.abs(log_probs - drawn['before']), 0.0).sum() / tokens
-    loss = gradient / tokens
-    metrics = {'clip_fraction': clipped / tokens, 'logprob_gap': gap}
-    if 'returns' in drawn:
-      expected = take_replies(read_expected(trainable, hidden, rows), prompts, slice(each))
-      error = value_loss(expected, drawn['returns'], mask) / tokens
-      loss, metrics = loss + error, metrics | {'value_loss': error}
-  if 'ranked' in batch:
-    going_on = reply_mask(rows) & ~jnp.isin(rows.tokens[:, 1:], batch['ends'])
-    ranked, going_on = (take_replies(array, prompts, slice(each, None)) for array in (every, going_on))
-    taught, more = _ranked_loss(ranked, going_on, batch)
-    loss, metrics = loss + taught, metrics | more
-  return loss, metrics
-
-
-def _ranked_loss(log_probs: jax.Array, mask: jax.Array, batch: Row) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """DPO (Rafailov et al. 2023, eq. 7) with soft labels over all pairs of a message, and the negative log-likelihood a
-  token of its best reply (as Pang et al. 2024, eq. 1, add it); of log-probs at a temperature of their own and
-  conditional on going on."""
-  ranked, weight = batch['ranked'], batch['weight']
-  gained = log_probs.reshape(ranked['before'].shape) - ranked['before']
-  gained = jnp.where(mask.reshape(gained.shape), gained, 0.0).sum(2)
-  preference, _ = bradley_terry(batch['ranked_beta'] * gained, ranked['preferred'], ranked['real'], weight)
-  preference = preference / batch['prompts']
-  mean = (jnp.where(mask, log_probs, 0.0).sum(1) / jnp.maximum(mask.sum(1), 1)).reshape(gained.shape)
-  likelihood = -(jnp.take_along_axis(mean, ranked['best'][:, None], 1)[:, 0] * weight).sum() / batch['prompts']
-  right, _ = right_pairs(gained, ranked['preferred'], ranked['real'])
-  return (
-    batch['ranked_weight'] * preference + batch['ranked_likelihood'] * likelihood,
-    {'ranked_loss': preference, 'ranked_likelihood': -likelihood, 'ranked_accuracy': right / batch['ranked_pairs']},
-  )
 
 
 # ---- samples ----

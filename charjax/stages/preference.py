@@ -25,6 +25,7 @@ import numpy as np
 
 from charjax import hosts
 from charjax.engine import work
+from charjax.engine.batch import Tokens
 from charjax.engine.rows import FixedShapes, Group
 from charjax.engine.score import hidden_states, mean_states
 from charjax.errors import UserError
@@ -330,6 +331,11 @@ def load(session: Session, name: str) -> Any:
   """A trained preference model ('train' or 'judge'), whose head reads `training.heads.reply_states` of `trunk`."""
   with Checkpoints(session.folder('preference') / name, _seed(session, name)) as checkpoints:
     return checkpoints.load(untrained(session, trunk(session), name))
+
+
+def rewards(session: Session, trainable: Any, asked: Sequence[Tokens], said: Sequence[Tokens]) -> np.ndarray:
+  """A trained preference model's rewards of replies after their prompts, [replies, traits]."""
+  return fetch(read_rewards(trainable, replicate(reply_states(trunk(session), trainable, asked, said))))
 
 
 # ---- measuring ----

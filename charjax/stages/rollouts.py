@@ -36,7 +36,7 @@ from charjax.training.advantages import (
   value_moments,
   whiten,
 )
-from charjax.training.heads import bind, read_only, read_rewards
+from charjax.training.heads import bind, read_expected, read_only, read_rewards
 from charjax.training.losses import soft_labels
 from charjax.workdir import Session
 
@@ -324,12 +324,6 @@ def _expected(decoder: Decoder, trainable: Any, opening: Opening, rows: Rows) ->
   """What the policy's value head expects before each reply token, [N, R]."""
   used, adapter = bind(decoder, trainable)
   return read_expected(trainable, hidden_states(used, rows, adapter=adapter, opening=opening), rows)
-
-
-def read_expected(trainable: Any, hidden: jax.Array, rows: Rows) -> jax.Array:
-  """What the value head expects before each reply token, [N, R], of the states that it is predicted from; they are not
-  changed for its sake."""
-  return read_rewards(trainable, jax.lax.stop_gradient(in_rows(hidden, rows))[:, :-1])[..., 0]
 
 
 # ---- what is rewarded, and what was ranked ----

@@ -15,9 +15,9 @@ from flax import nnx
 
 from charjax.engine.batch import Tokens
 from charjax.engine.rows import Rows
-from charjax.engine.score import hidden_states, map_rows, mean_states
+from charjax.engine.score import hidden_states, in_rows, map_rows, mean_states
 from charjax.mesh import lay_out
-from charjax.model.blocks import vectors
+from charjax.model.blocks import matrices
 from charjax.model.decoder import Decoder, Prefix
 from charjax.model.lora import Adapter
 from charjax.training.losses import preference_loss, right_pairs
@@ -78,10 +78,10 @@ def read_only(trainable: Any) -> Any:
   if 'decoder' not in trainable:
     return trainable
   graph, state = nnx.split(trainable['decoder'])
-  dtype, apart = trainable['decoder'].runtime.compute_dtype, vectors(trainable['decoder'].config)
+  dtype, names = trainable['decoder'].runtime.compute_dtype, matrices(trainable['decoder'].config)
 
   def narrow(path: Any, leaf: Any) -> Any:
-    matrix = path[0] == 'head' or (path[0] == 'blocks' and path[-1] not in apart)
+    matrix = path[0] == 'head' or (path[0] == 'blocks' and path[-1] in names)
     return leaf.replace(leaf[...].astype(dtype)) if matrix else leaf
 
   return trainable | {'decoder': nnx.merge(graph, nnx.map_state(narrow, state), copy=True)}
@@ -90,6 +90,12 @@ def read_only(trainable: Any) -> Any:
 def read_rewards(trainable: Any, states: Any) -> jax.Array:
   """Rewards [..., N] by each trait's direction, of mean states [..., D] of replies, or scores of tokens' states."""
   return jnp.asarray(states) @ trainable['head'].w[...].T
+
+
+def read_expected(trainable: Any, hidden: jax.Array, rows: Rows) -> jax.Array:
+  """What the value head expects before each reply token, [N, R], of the states that it is predicted from; they are not
+  changed for its sake."""
+  return read_rewards(trainable, jax.lax.stop_gradient(in_rows(hidden, rows))[:, :-1])[..., 0]
 
 
 @jax.jit
