@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from llama_reference import tiny_config
 
-from charjax import config_file, files, start
+from charjax import config_file, files, limits, start
 from charjax import main as command_line
 from charjax import workdir as workdirs
 from charjax.main import main
@@ -30,6 +30,14 @@ def get_config(name='plain'):
     config.seed = 8
   return config
 """
+
+
+@pytest.mark.parametrize('path', sorted(Path(QUICKSTART).parent.glob('*.py')), ids=lambda path: path.name)
+def test_every_shipped_config_is_one_that_a_run_takes(path):
+  config = config_file.read_config(str(path), ())
+  limits.check(config)
+  if shape := limits.told_shape(config):
+    limits.check_model(config, shape)
 
 
 @pytest.fixture
