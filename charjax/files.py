@@ -1,21 +1,19 @@
 """Files as a run reads and writes them: what people give, of which some is no file, text that is whole or not there at
-all, JSON Lines, and work that is committed in chunks.
+all, and JSON Lines.
 """
 
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from etils import epath
 
 from charjax import hosts, storage
 from charjax.errors import UserError
-from charjax.progress import Progress
 
 Row = dict[str, Any]
-T = TypeVar('T')
 
 
 def read_file(path: epath.PathLike) -> bytes:
@@ -111,41 +109,3 @@ _JSON_TYPES = {
 def _short(value: Any) -> str:
   text = json.dumps(value)
   return text if len(text) <= 60 else f'{text[:57]}...'
-
-
-def chunks(
-  folder: epath.Path,
-  name: str,
-  items: Sequence[T],
-  size: int,
-  make: Callable[[Sequence[T], int], list[Row]],
-  bar: Progress | None = None,
-) -> list[Row]:
-  """Makes rows from items in chunks of `size`, each committed as it is finished.
-
-  Args:
-    folder: the stage's folder; finished chunks are kept in its subfolder `chunks` until the stage ends.
-    name: what is made; names the files.
-    items: what the rows are made from.
-    size: items in a chunk; the last chunk may be shorter.
-    make: (the chunk's items, the chunk's index) -> its rows.
-    bar: counts items, if given.
-
-  Returns:
-    All rows in the order of the items, those of a process that was killed among them.
-  """
-  rows: list[Row] = []
-  for index, start in enumerate(range(0, len(items), size)):
-    path = folder / 'chunks' / f'{name}-{index:05d}.jsonl'
-    chunk = items[start : start + size]
-    if hosts.first(path.exists):
-      made = read_jsonl(path)
-      if bar is not None:
-        bar.skip(len(chunk))
-    else:
-      made = make(chunk, index)
-      write_jsonl(path, made)
-      if bar is not None:
-        bar.advance(len(chunk))
-    rows.extend(made)
-  return rows

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
   from charjax.model.language_model import LanguageModel
 
 
+CHUNKS = 'chunks'  # the folder of a stage for those of chunks.py
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
   """One step of the loop, and all that its result depends on.
@@ -45,6 +48,7 @@ class Stage:
     files: the config fields that name a file; its contents count, not its path.
     check: reads what `run` will read, and raises UserError where a person's edits broke it.
     added: folders that people add to a finished run, whose JSON Lines it reads where there are any.
+    keeps: whether its chunks (chunks.py) stay, so that what a changed character leaves as it is need not be made again.
   """
 
   name: str
@@ -55,6 +59,7 @@ class Stage:
   files: tuple[str, ...] = ()
   check: Callable[[Session], None] = lambda session: None
   added: tuple[str, ...] = ()
+  keeps: bool = False
 
 
 @dataclasses.dataclass
@@ -64,6 +69,8 @@ class Session:
   Attributes:
     checked: the stages that `check` has looked through since a stage last worked.
     asked: the address of a hub that config.model.path was, before it named the very commit; or ''.
+    basis: of the stage that works, the fingerprint of what its result depends on beside the character and its inputs.
+    used: the names of the chunks that it needed so far.
   """
 
   config: ml_collections.ConfigDict
@@ -71,6 +78,8 @@ class Session:
   workdir: epath.Path
   checked: set[str] = dataclasses.field(default_factory=set)
   asked: str = ''
+  basis: str = ''
+  used: set[str] = dataclasses.field(default_factory=set)
 
   def folder(self, stage_name: str) -> epath.Path:
     """Where a stage keeps its files."""
@@ -351,12 +360,13 @@ def read_products(session: Session, name: str) -> None:
       _read_json(path)
 
 
-def _empty(folder: epath.Path) -> None:
-  """Empties a stage's folder so that a kill half-way leaves one that is neither done nor resumable."""
+def _empty(folder: epath.Path, keeps: bool) -> None:
+  """Empties a stage's folder, of all but chunks that it keeps, so that a kill half-way leaves one that is neither done
+  nor resumable."""
   write_text(folder / 'unfinished.json', '{}')
   (folder / 'stage.json').unlink(missing_ok=True)
   for child in folder.iterdir():
-    if child.name == 'unfinished.json':
+    if child.name == 'unfinished.json' or (keeps and child.name == CHUNKS):
       continue
     if child.is_dir():
       child.rmtree()
@@ -364,10 +374,10 @@ def _empty(folder: epath.Path) -> None:
       child.unlink()
 
 
-def _tidy(folder: epath.Path) -> None:
+def _tidy(folder: epath.Path, keeps: bool) -> None:
   """Removes what only a resume needs."""
-  if (folder / 'chunks').exists():
-    (folder / 'chunks').rmtree()
+  if (folder / CHUNKS).exists() and not keeps:
+    (folder / CHUNKS).rmtree()
   (folder / 'unfinished.json').unlink(missing_ok=True)
 
 
@@ -379,6 +389,8 @@ def _perform(stage: Stage, session: Session) -> None:
     return
   from charjax.engine import work
 
+  beside = {field: value for field, value in record['config_values'].items() if not field.startswith('character.')}
+  session.basis, session.used = fingerprint([record['version'], beside]), set()
   start, before = time.monotonic(), work.done()
   with trace.into(session.folder(stage.name) / 'profile' if session.config.profile else None):
     counts = stage.run(session)
@@ -404,7 +416,7 @@ def _begin(stage: Stage, session: Session) -> Row:
     recorded = _read_records(folder)[0]['products']
     edited = [name for name in stage.products if recorded.get(name) != file_fingerprint(folder / name)]
     session.log(f'{stage.name}: done already' + (f' ({", ".join(edited)} edited since)' if edited else ''))
-    _tidy(folder)
+    _tidy(folder, stage.keeps)
     return {}
   if stage.name not in session.checked:
     check([stage], session)
@@ -422,7 +434,7 @@ def _begin(stage: Stage, session: Session) -> Row:
   else:
     session.log(f'{stage.name}: ' + ('starting' if state == 'missing' else f'made anew, since {state}'))
     if folder.exists():
-      _empty(folder)
+      _empty(folder, stage.keeps)
     write_text(folder / 'unfinished.json', json.dumps(record, indent=2, ensure_ascii=False))
   return record | {'resumed': state == 'unfinished'}
 
@@ -432,7 +444,11 @@ def _finish(stage: Stage, session: Session, record: Row, made: Row) -> None:
   resumed = record.pop('resumed')
   record |= {'products': _products(folder, stage.products)} | made | {'resumed': resumed}
   write_text(folder / 'stage.json', json.dumps(record, indent=2, ensure_ascii=False), new=True)
-  _tidy(folder)
+  _tidy(folder, stage.keeps)
+  if (folder / CHUNKS).exists():
+    for file in (folder / CHUNKS).iterdir():
+      if file.name not in session.used:  # Of an earlier character.
+        file.unlink()
 
 
 def execute(stages: Sequence[Stage], session: Session) -> None:

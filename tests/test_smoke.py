@@ -54,7 +54,7 @@ def test_every_stage_leaves_what_the_contract_names(finished):
     record = json.loads((workdir / stage / 'stage.json').read_text())
     assert record['stage'] == stage and record['counts'] is not None
     assert not (workdir / stage / 'unfinished.json').exists()
-    assert not (workdir / stage / 'chunks').exists()
+    assert (workdir / stage / 'chunks').exists() == (stage in ('messages', 'replies', 'rankings', 'baseline'))
   assert (workdir / 'config.json').exists() and (workdir / 'character.toml').exists()
   assert str(workdir / 'report' / 'index.html') in out
 

@@ -21,6 +21,7 @@ from test_workdir import make_session, make_stages
 
 from charjax import files, hosts, storage, watch
 from charjax import workdir as workdirs
+from charjax.chunks import chunks
 from charjax.main import main
 from charjax.mesh import make_mesh
 from charjax.progress import Progress
@@ -147,7 +148,7 @@ def make_rows(name: str, seconds: float) -> None:
 
   def run(session):
     folder = session.folder('slow')
-    files.write_jsonl(folder / 'rows.jsonl', files.chunks(folder, 'rows', range(10), 2, make))
+    files.write_jsonl(folder / 'rows.jsonl', chunks(session, 'slow', 'rows', range(10), 2, make))
     return {}
 
   session = make_session(storage.place(name))

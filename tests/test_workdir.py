@@ -250,6 +250,7 @@ _PROGRAM = """
 import pathlib, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without one
 sys.path.insert(0, {tests!r})
+from charjax.chunks import chunks
 from test_workdir import Stage, files, make_session, workdirs
 slow, count = sys.argv[2] == 'slow', int(sys.argv[3])
 
@@ -259,7 +260,7 @@ def run(session):
     if slow and index == 2:
       time.sleep(60)
     return [{{'id': item}} for item in items]
-  rows = files.chunks(session.folder('slow'), 'rows', range(10), 2, make)
+  rows = chunks(session, 'slow', 'rows', range(10), 2, make)
   files.write_jsonl(session.folder('slow') / 'rows.jsonl', rows)
   return {{'rows': len(rows)}}
 

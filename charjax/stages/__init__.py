@@ -34,6 +34,7 @@ def _stage(
   files: tuple[str, ...] = (),
   also: tuple[str, ...] = (),
   added: tuple[str, ...] = (),
+  keeps: bool = False,
 ) -> Stage:
   """A stage whose own settings are the config section of its name (some have none), and `also` some others."""
   own = () if name in ('baseline', 'report') else (name,)
@@ -46,13 +47,14 @@ def _stage(
     files=files,
     check=functools.partial(_check, name, reads),
     added=added,
+    keeps=keeps,
   )
 
 
 STAGES: tuple[Stage, ...] = (
-  _stage('messages', reads=(), products=('messages.jsonl',)),
-  _stage('replies', reads=('messages',), products=('replies.jsonl',)),
-  _stage('rankings', reads=('messages', 'replies'), products=('rankings.jsonl', 'audit.json')),
+  _stage('messages', reads=(), products=('messages.jsonl',), keeps=True),
+  _stage('replies', reads=('messages',), products=('replies.jsonl',), keeps=True),
+  _stage('rankings', reads=('messages', 'replies'), products=('rankings.jsonl', 'audit.json'), keeps=True),
   _stage(
     'preference',
     reads=('messages', 'replies', 'rankings'),
@@ -65,6 +67,7 @@ STAGES: tuple[Stage, ...] = (
     products=('replies.jsonl', 'measures.json'),
     files=('evaluation.probes', 'evaluation.neutral'),
     also=('evaluation',),
+    keeps=True,
   ),
   _stage(
     'policy',

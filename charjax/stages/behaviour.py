@@ -32,10 +32,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from charjax.chunks import chunks
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
 from charjax.engine.score import score
-from charjax.files import Row, chunks, read_jsonl, write_jsonl, write_text
+from charjax.files import Row, read_jsonl, write_jsonl, write_text
 from charjax.progress import Progress
 from charjax.stages import conditions, evaluation, messages, policy, preference, prompts, revealed
 from charjax.stages.habits import HABITS
@@ -165,13 +166,13 @@ def _draw(session: Session, asked: Sequence[Row], trained: Any) -> list[Row]:
     for condition in MODELS:
       make = functools.partial(_say, session, condition, trained)
       size = session.config.evaluation.batch_size
-      found += chunks(session.folder('behaviour'), condition, asked, size, make, bar)
+      found += chunks(session, 'behaviour', condition, asked, size, make, bar)
   return found
 
 
 def _converse(session: Session, trained: Any) -> list[Row]:
   """Conversations in which a user sends one held-out message of a trait after another; each model answers its own."""
-  config, folder = session.config.behaviour, session.folder('behaviour')
+  config = session.config.behaviour
   found: list[Row] = []
   held_out = {trait: rows for trait, rows in _held_out(session).items() if rows}
   total = 2 * config.turns * config.conversations * len(held_out)
@@ -188,7 +189,7 @@ def _converse(session: Session, trained: Any) -> list[Row]:
             items.append({'id': f'drift/{name}/{turn}', 'set': 'drift', 'name': name, 'turn': turn, 'trait': trait,
                           'message': text, 'prompt': [*said[name], prompts.user(text)]})  # fmt: skip
         make = functools.partial(_say, session, condition, trained)
-        drawn = chunks(folder, f'turn-{turn}-{condition}', items, max(1, len(items)), make, bar)
+        drawn = chunks(session, 'behaviour', f'turn-{turn}-{condition}', items, max(1, len(items)), make, bar)
         for item, row in zip(items, drawn, strict=True):
           said[item['name']] = [*item['prompt'], {'role': 'assistant', 'content': row['text'] or '...'}]
         found += drawn

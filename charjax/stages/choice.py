@@ -18,10 +18,11 @@ import numpy as np
 from etils import epath
 
 from charjax import hosts
+from charjax.chunks import chunks
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import sample
 from charjax.errors import UserError
-from charjax.files import Row, chunks, write_jsonl, write_text
+from charjax.files import Row, write_jsonl, write_text
 from charjax.progress import Progress
 from charjax.stages import over_optimisation, preference
 from charjax.stages.rollouts import drawing
@@ -71,7 +72,7 @@ def choose(session: Session, asked: Sequence[Row], steps: Sequence[int], load: C
       def make(some: Sequence[Row], _: int, step: int = step, policy: Any = policy) -> list[Row]:
         return _judged(session, judge, policy, step, some)
 
-      rows += chunks(folder, f'candidate-{step:06d}', items, drawing(config).batch_size, make, bar)
+      rows += chunks(session, 'policy', f'candidate-{step:06d}', items, drawing(config).batch_size, make, bar)
   write_jsonl(folder / 'candidates.jsonl', rows)
   scores = np.array([row['score'] for row in rows]).reshape(len(steps), len(items))
   found = compare(scores, [item['weight'] for item in items], steps)

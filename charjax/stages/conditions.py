@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from charjax.character import Trait
+from charjax.chunks import chunks
 from charjax.engine.batch import Tokens, item_keys
 from charjax.engine.sample import Sampling, sample
 from charjax.engine.score import score
-from charjax.files import Row, chunks
+from charjax.files import Row
 from charjax.model.language_model import LanguageModel
 from charjax.progress import Progress
 from charjax.stages import messages, preference, prompts
@@ -42,7 +43,7 @@ def _before(session: Session, trait: Trait | None, condition: str) -> prompts.Me
 def draw(session: Session, stage: str, conditions: Sequence[str], trained: Any) -> list[Row]:
   """Replies to the held-out messages: `samples` to each where nothing is shown, else one. Neutral messages have one,
   and nothing to show. Each reply to a trait's message has the held-out judge's `score`."""
-  config, folder = session.config.evaluation, session.folder(stage)
+  config = session.config.evaluation
   held = [row for row in messages.load(session) if row['split'] == 'heldout']
   alone = [row | {'sample': i} for row in held for i in range(config.samples if row['trait'] else 1)]
   first = [row for row in alone if row['trait'] and row['sample'] == 0]
@@ -54,7 +55,7 @@ def draw(session: Session, stage: str, conditions: Sequence[str], trained: Any) 
         items = [row for row in first if row['trait'] == trait.id] if trait else alone
         name = f'{condition}-{trait.id}' if trait else condition
         work = functools.partial(_draw, session, trained, condition, trait)
-        rows += chunks(folder, name, items, config.batch_size, work, bar)
+        rows += chunks(session, stage, name, items, config.batch_size, work, bar, of=_before(session, trait, condition))
   _judge(session, rows)
   return rows
 

@@ -15,10 +15,11 @@ from typing import Any
 from etils import epath
 
 from charjax.character import Character, Trait
+from charjax.chunks import chunks
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
 from charjax.errors import UserError
-from charjax.files import Row, chunks, numbered_rows, read_jsonl, write_jsonl
+from charjax.files import Row, numbered_rows, read_jsonl, write_jsonl
 from charjax.progress import Progress
 from charjax.stages import prompts
 from charjax.workdir import Session
@@ -69,7 +70,9 @@ def run(session: Session) -> Row:
         count = -(-missing // config.batch_size) * config.batch_size
         items = [f'{name}/{attempt}/{i}' for i in range(count)]
         make = functools.partial(write, session, trait, attempt)
-        for candidate in chunks(folder, f'{name}-{attempt}', items, config.batch_size, make):
+        for candidate in chunks(
+          session, 'messages', f'{name}-{attempt}', items, config.batch_size, make, of=list(_openings(trait))
+        ):
           written += 1
           reason = broken(candidate) or kept.reject(candidate['text'])
           if reason:
@@ -113,8 +116,7 @@ def write(session: Session, trait: Trait | None, attempt: int, items: Sequence[s
   """One batch of candidates, each from its own topic, asker, length and opening."""
   group = f'{trait.id if trait else "neutral"}/{attempt}/{index}'
   config, seed, model = session.config.messages, session.config.seed, session.model
-  seeds = NEUTRAL_SEEDS if trait is None else trait.seeds
-  openings = [*seeds, *(pair.message for pair in trait.pairs_for('shown'))] if trait else seeds
+  seeds, openings = NEUTRAL_SEEDS if trait is None else trait.seeds, _openings(trait)
   origins, beginnings, asked = [], [], []
   for item in items:
     origin = {
@@ -139,6 +141,11 @@ def write(session: Session, trait: Trait | None, attempt: int, items: Sequence[s
     }
     for item, beginning, reply, origin in zip(items, beginnings, drawn, origins, strict=True)
   ]
+
+
+def _openings(trait: Trait | None) -> Sequence[str]:
+  """The messages whose first words others may begin with: the seeds, and those of a trait's worked examples."""
+  return (*trait.seeds, *(pair.message for pair in trait.pairs_for('shown'))) if trait else NEUTRAL_SEEDS
 
 
 def broken(candidate: Row) -> str:

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from charjax import hosts
+from charjax.chunks import chunks
 from charjax.engine import work
 from charjax.engine.batch import item_keys
 from charjax.engine.rows import FixedShapes, Group
 from charjax.engine.sample import Sampling, end_ids, sample
 from charjax.errors import UserError
-from charjax.files import Row, chunks, read_jsonl, write_jsonl, write_text
+from charjax.files import Row, read_jsonl, write_jsonl, write_text
 from charjax.model.decoder import Decoder
 from charjax.progress import Progress
 from charjax.stages import choice, messages, prompts, replies
@@ -313,7 +314,7 @@ def _neutral_replies(session: Session) -> list[Row]:
     drawn = sample(model.decoder, asked, keys, model.eos_ids, settings, width=config.prompt_width)
     return [{'prompt': p, 'reply': reply.tokens} for p, reply in zip(asked, drawn, strict=True)]
 
-  return chunks(session.folder('policy'), 'neutral', rows, 256, make)
+  return chunks(session, 'policy', 'neutral', rows, 256, make)
 
 
 # ---- samples ----

@@ -4,9 +4,11 @@ A trait is shown as a system message that states it, followed by worked examples
 conversation. What is shown is a list of messages: a chat template turns it into tokens.
 """
 
+import dataclasses
 import hashlib
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 from charjax.character import Character, Pair, Trait
 
@@ -46,6 +48,11 @@ def opposed(trait: Trait, opposite: str, examples: int) -> Messages:
   system = {'role': 'system', 'content': _SYSTEM.format(statement=trait.opposites[opposite])}
   pairs = [pair for pair in trait.pairs_for('shown') if pair.opposite == opposite]
   return [system, *_turns(pairs[:examples], False)]
+
+
+def seen(trait: Trait) -> Any:
+  """All of a trait that a model is ever shown: its pairs that choose rankers or are kept are not among it."""
+  return [trait.statement, trait.opposites, [dataclasses.astuple(pair) for pair in trait.pairs_for('shown')]]
 
 
 def plain() -> Messages:

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from charjax.character import Pair, Trait
+from charjax.chunks import chunks
 from charjax.errors import UserError
-from charjax.files import Row, chunks, numbered_rows, write_jsonl, write_text
+from charjax.files import Row, numbered_rows, write_jsonl, write_text
 from charjax.model.language_model import LanguageModel
 from charjax.progress import Progress
-from charjax.stages import messages, replies
+from charjax.stages import messages, prompts, replies
 from charjax.stages.rankers import (
   RANKERS,
   Answer,
@@ -48,16 +49,17 @@ def run(session: Session) -> Row:
   drawn = replies.load(session)
   groups = _grouped(messages.load(session), drawn)
 
-  def examine(items: Sequence[Trait], _: int) -> list[Row]:
-    return [_examine(session, trait, groups[trait.id]) for trait in items]
+  def examine(items: Sequence[tuple[Trait, Sequence[Group]]], _: int) -> list[Row]:
+    return [_examine(session, trait, some) for trait, some in items]
 
+  examined = [(trait, groups[trait.id][: config.triples]) for trait in traits]
   with Progress('audit', len(traits), 'traits') as bar:
-    rows = chunks(folder, 'audit', traits, 1, examine, bar)
+    rows = chunks(session, 'rankings', 'audit', examined, 1, examine, bar)
   length, length_why = length_treatment(rows)
   ranker, why = _choose(config.ranker, _audit(rows, length))
   if ranker != 'likelihood':
     # Only now is it known that this ranker's figures on the kept pairs are wanted.
-    more = chunks(folder, f'audit-{ranker}', traits, 1, functools.partial(_examine_kept, session, ranker))
+    more = chunks(session, 'rankings', f'audit-{ranker}', traits, 1, functools.partial(_examine_kept, session, ranker))
     for row, kept in zip(rows, more, strict=True):
       row[ranker] = {name: row[ranker][name] + kept[name] for name in kept}
   audit: Row = {
@@ -116,7 +118,7 @@ def _examine(session: Session, trait: Trait, groups: Sequence[Group]) -> Row:
   choosing = [pair for pair in pairs if pair.use == 'choosing']
   for name in ('pairwise', 'pointwise'):
     row[name] = _ask(session, name, trait, choosing)
-  row['triples'] = _triples(session, trait, groups[: config.triples])
+  row['triples'] = _triples(session, trait, groups)
   return row
 
 
@@ -294,7 +296,7 @@ def _grouped(asked: Sequence[Row], drawn: Sequence[Row]) -> dict[str, list[Group
 
 
 def _rank(session: Session, groups: Mapping[str, Sequence[Group]], settings: Settings, ranker: str) -> list[Row]:
-  config, folder = session.config.rankings, session.folder('rankings')
+  config = session.config.rankings
   ranked = []
   with Progress('rankings', sum(map(len, groups.values())), 'messages') as bar:
     for trait in session.character.traits:
@@ -310,7 +312,10 @@ def _rank(session: Session, groups: Mapping[str, Sequence[Group]], settings: Set
           if len(each) > 1
         ]
 
-      ranked += chunks(folder, f'rank-{trait.id}', groups[trait.id], config.messages_per_chunk, make, bar)
+      ranked += chunks(
+        session, 'rankings', f'rank-{trait.id}', groups[trait.id], config.messages_per_chunk, make, bar,
+        of=[ranker, settings.length, prompts.seen(trait)],
+      )  # fmt: skip
   left_out = {name for some in groups.values() for _, ids in some for name in ids}
   left_out -= {name for row in ranked for name in row['replies']}
   if len(left_out) > config.skipped_replies:

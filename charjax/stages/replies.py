@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from charjax.character import Trait
+from charjax.chunks import chunks
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
 from charjax.errors import UserError
-from charjax.files import Row, chunks, numbered_rows, write_jsonl
+from charjax.files import Row, numbered_rows, write_jsonl
 from charjax.progress import Progress
 from charjax.stages import messages, prompts
 from charjax.workdir import Session
@@ -32,7 +33,7 @@ def run(session: Session) -> Row:
   with Progress('replies', len(asked) * sum(config[condition] for condition in CONDITIONS), 'replies') as bar:
     for name, condition, before, items in _work(session, asked):
       make = functools.partial(_draw, session, condition, before)
-      drawn = chunks(folder, name, items, config.batch_size, make, bar)
+      drawn = chunks(session, 'replies', name, items, config.batch_size, make, bar, of=before)
       banned = runs_of_words([message['content'] for message in before])
       for row in drawn:
         if not row['text']:

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from charjax.character import Character
+from charjax.chunks import chunks
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import Sampling, sample
-from charjax.files import Row, chunks
+from charjax.files import Row
 from charjax.progress import Progress
 from charjax.stages import prompts
 from charjax.stages.statistics import share, strength_intervals, strengths
@@ -66,7 +67,7 @@ def ask(session: Session, trained: Any) -> dict[str, list[Row]]:
   with Progress('preferences', 2 * len(asked), 'answers') as bar:
     for condition in MODELS:
       make = functools.partial(_answer, session, condition, trained)
-      found[condition] = chunks(session.folder('behaviour'), f'revealed-{condition}', asked, _AT_ONCE, make, bar)
+      found[condition] = chunks(session, 'behaviour', f'revealed-{condition}', asked, _AT_ONCE, make, bar)
   return found
 
 
