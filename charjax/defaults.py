@@ -165,6 +165,7 @@ def get_config() -> ConfigDict:
   # Replies are drawn as in the evaluation.
   config.behaviour = ConfigDict()
   config.behaviour.sets = (
+    'likelihood',
     'rigidity',
     'robustness',
     'side_effects',

@@ -54,7 +54,7 @@ _ABOVE_ZERO = (
   'messages.top_p', 'replies.top_p', 'evaluation.top_p', 'preference.max_gradient', 'policy.max_gradient',
   'policy.temperature', 'policy.ranked_beta', 'policy.ranked_temperature',
 )  # fmt: skip
-_SETS = ('rigidity', 'robustness', 'side_effects', 'preference')  # of the behaviour stage
+_SETS = ('likelihood', 'rigidity', 'robustness', 'side_effects', 'preference')  # of the behaviour stage
 CHOICES = {
   'model.dtype': ('float32', 'bfloat16'),
   'model.compute_dtype': ('float32', 'bfloat16'),

@@ -25,6 +25,7 @@ from charjax import workdir as workdirs
 from charjax.config_file import merge, nearest, override, read_config, read_sweep
 from charjax.errors import UserError, one_line
 from charjax.stages import STAGES
+from charjax.terminal import printable
 
 _USAGE = f"""charjax: train a character into a language model
 
@@ -202,11 +203,13 @@ def _character(rest: Sequence[str], config_spec: str, changes: Sequence[str], op
 
   character = characters.load(rest[1])
   findings = character_lint.lint(character)
-  print(character_lint.format_table(findings), flush=True)
+  print(printable(character_lint.format_table(findings)), flush=True)
   if 'preview' in options:
+    changes = [f'--config.character.path={rest[1]}', *changes]
     config = read_config(config_spec, changes) if config_spec else override(_defaults(), changes)
     limits.check(config)
     starting_model.check(config.model)
+    character = characters.select(character, config.character.traits)
     from charjax import character_preview
 
     with start.devices(config):

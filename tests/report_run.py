@@ -302,6 +302,9 @@ def _preference(rng: random.Random) -> dict[str, Any]:
     return {
       'accuracy': {'shown-shown': 0.63 + shift, 'plain-plain': 0.61, 'mixed': 0.79},
       'kept': {trait: _share(rng, value + shift, 16) for trait, value in kept.items()},
+      'calibration': [
+        {'predicted': 0.05 + 0.1 * i, 'label': _around(rng, 0.1 + 0.08 * i + shift, 0.05, 40)} for i in range(10)
+      ],
       'log_loss': 0.58, 'calibration_error': 0.047, 'length_correlation': 0.27 + shift,
       'length_correlation_before': 0.41 + shift,
       'length_control': {'honesty': {'before': 0.38, 'after': 0.0}, 'curiosity': {'before': 0.11, 'after': 0.11}},

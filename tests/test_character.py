@@ -276,6 +276,13 @@ def test_lint_command(tmp_path, capsys):
     main(['character', 'check', write(tmp_path, VALID.replace('There is time', 'There is time for all of it'))]) == 1
   )
   assert 'calm' in capsys.readouterr().out
+  # What drives a terminal does not reach it, from wherever in the file it comes.
+  lines = characters.source('stoic').splitlines()
+  place = next(i for i, line in enumerate(lines) if line.startswith('statement = '))
+  lines[place] = r'statement = "\u001b]0;x\u0007 Speaks kindly to all of them."'
+  main(['character', 'check', write(tmp_path, '\n'.join(lines))])
+  out = capsys.readouterr().out
+  assert 'Speaks kindly' in out and '\x1b' not in out and '\x07' not in out
 
 
 # The characters that ship

@@ -139,6 +139,43 @@ def test_seeds_are_pooled(tmp_path):
   assert len(read_columns([*folders[:2], *again])) == 4
 
 
+def test_groups_of_seeds_whose_names_begin_alike_stay_two(tmp_path):
+  folders = [
+    write_run(tmp_path / f'run-{name}', seed, settings={'policy': {'kl': kl}}, effects=effects)
+    for name, seed, kl, effects in ((1, 0, 0.4, WEAK), (2, 1, 0.4, WEAK), (3, 0, 0.1, STRONG), (4, 1, 0.1, STRONG))
+  ]
+  columns = read_columns([epath.Path(folder) for folder in folders])
+  assert [column.name for column in columns] == ['run (2 seeds)', 'run-3 (2 seeds)']
+  assert columns[0].margin('honesty').mean < 0.1 < columns[1].margin('honesty').mean
+
+
+def test_the_luck_of_a_seed_is_in_all_its_traits(tmp_path):
+  """Two seeds, of which one moved every trait by twice as much: the mean over traits is no surer than each."""
+  effects = [dict.fromkeys(TRAITS, size) for size in (0.1, 0.2)]
+  folders = [epath.Path(write_run(tmp_path / f's-{seed}', seed, effects=effects[seed])) for seed in (0, 1)]
+  (column,) = read_columns(folders)
+  mean, one = column.mean(list(TRAITS), 'margin'), column.margin('honesty')
+  # Student's t of two runs a tenth apart: 12.7 times 0.05.
+  assert mean.high - mean.mean > 0.55 and mean.high - mean.mean == pytest.approx(one.high - one.mean, rel=0.25)
+
+
+def test_settings_that_differ_at_their_ends_are_not_the_same(tmp_path):
+  paths = ['/models/' + 'a' * 60 + end for end in ('/one', '/two')]
+  runs = [
+    epath.Path(write_run(tmp_path / f'run{i}', settings={'model': {'path': path}, 'policy': {'kl': kl}}))
+    for i, (path, kl) in enumerate(zip(paths, (0.12345671, 0.12345672), strict=True))
+  ]
+  found = differences.fields(read_columns(runs))
+  assert [cell[-4:] for cell in found['model.path']] == ['/one', '/two'] and found['policy.kl'] == [
+    '0.12345671',
+    '0.12345672',
+  ]
+  text = (runs[1] / 'character.toml').read_text()
+  (runs[1] / 'character.toml').write_text(text.replace('description = "', 'description = "Another: ', 1))
+  _, changes = differences.character(*(column.first for column in read_columns(runs)))
+  assert [change.where for change in changes] == ['description'] and '<ins>Another:' in changes[0].text
+
+
 def test_traits_that_differ_stand_each_for_itself(tmp_path):
   some = write_run(tmp_path / 'some', effects={'honesty': 0.1, 'curiosity': 0.1})
   others = write_run(tmp_path / 'others', effects={'curiosity': 0.1, 'ai_nature': 0.1})
@@ -153,21 +190,36 @@ def test_crosstalk_is_a_matrix_of_runs_that_reward_one_trait_each(tmp_path):
   names, folders = list(TRAITS), []
   for trait in names:
     effects = {other: 0.2 if other == trait else 0.0 for other in names} | {'honesty': -0.2}
-    run = write_run(tmp_path / f'only-{trait}', settings={'policy': {'traits': [trait]}}, effects=effects)
+    run = write_run(
+      tmp_path / f'only-{trait}',
+      settings={'policy': {'traits': [trait], 'keep_unproven_traits': True}},
+      effects=effects,
+    )
     folders.append(epath.Path(run))
   for trait in names:
     rest = [other for other in names if other != trait]
     run = write_run(
-      tmp_path / f'without-{trait}', settings={'policy': {'traits': rest}}, effects=dict.fromkeys(names, 0.1)
+      tmp_path / f'without-{trait}',
+      settings={'policy': {'traits': rest, 'keep_unproven_traits': True}},
+      effects=dict.fromkeys(names, 0.1),
     )
     folders.append(epath.Path(run))
-  folders.append(epath.Path(write_run(tmp_path / 'all', effects=dict.fromkeys(names, 0.15))))
+  every = {'policy': {'keep_unproven_traits': True}}
+  folders.append(epath.Path(write_run(tmp_path / 'all', settings=every, effects=dict.fromkeys(names, 0.15))))
   page, text = page_of(folders, tmp_path)
   assert 'Of 12 effects of a trait on another 3 are clear of zero: AI nature lowers honesty (\u22120.' in text
   matrix = next(table for name, table in page.tables.items() if name.startswith('Trained alone: margin'))
   assert matrix[0] == ['trained', 'AI nature', 'curiosity', 'perspectives', 'honesty'] and len(matrix) == 5
   assert matrix[1][1].startswith('+0.2') and matrix[1][4].startswith('\u22120.')
   left = next(table for name, table in page.tables.items() if name.startswith('Left out: margin, less that of all'))
+  # A trait that no run rewards is measured, and one more in no other sense.
+  for folder in folders:
+    told = (folder / 'character.toml').read_text()
+    (folder / 'character.toml').write_text(told.replace('id = "honesty"', 'id = "honesty"\nweight = 0.0'))
+  rest = [folder for folder in folders if not folder.name.endswith('honesty')]
+  page, _ = page_of(rest, tmp_path / 'weightless')
+  fewer = next(table for name, table in page.tables.items() if name.startswith('Left out: margin, less that of all'))
+  assert [row[0] for row in fewer[1:]] == ['AI nature', 'curiosity', 'perspectives'] and 'honesty' in fewer[0]
   assert all(cell.startswith('\u22120.0') for row in left[1:] for cell in row[1:])
   assert text.count('class="plot wide"') == 4
 

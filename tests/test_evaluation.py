@@ -5,7 +5,15 @@ import types
 import numpy as np
 import pytest
 
-from charjax.stages.evaluation import CONDITIONS, _judged, _kl, internalisation, summarise, summarise_wins
+from charjax.stages.evaluation import (
+  CONDITIONS,
+  _judged,
+  _kl,
+  internalisation,
+  summarise,
+  summarise_shares,
+  summarise_wins,
+)
 from charjax.stages.over_optimisation import curve
 from charjax.stages.statistics import comparisons, interval, share
 
@@ -55,6 +63,14 @@ def test_comparisons_count_as_the_single_ones_that_vary_as_much(one, other):
   assert 0.25 / shares.var() == pytest.approx(comparisons(one, other), rel=0.03)
   found = summarise_wins({'base': None, 'trained': shares[:60]}, {'trained': comparisons(one, other)})
   assert found['trained'] == share(shares[:60], comparisons(one, other))
+
+
+def test_where_no_answer_changed_no_change_is_not_certain():
+  values = {'base': np.zeros(40), 'trained': np.zeros(40)}
+  found = summarise_shares(values)
+  assert found['trained']['high'] == pytest.approx(0.0876, abs=1e-3)  # Wilson's of none of 40
+  assert found['delta']['mean'] == 0 and found['delta']['low'] < -0.05 and found['delta']['high'] > 0.05
+  assert summarise_shares(values | {'trained': None})['delta'] is None
 
 
 def test_internalisation_is_the_share_of_a_prompted_effect_that_is_clear_of_zero():

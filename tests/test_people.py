@@ -1,5 +1,6 @@
 """The report on what people said: its figures are those of the verdicts, counted by hand."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,8 +148,37 @@ def test_the_page_shows_it_and_what_reviewers_wrote_stays_text(folder):
   assert rows[0][4:] == ['judge agrees', 'base rate', 'kappa'] and rows[1][:2] == ['all', '64']
   assert text.count('<p class="small">ann, ') == 32 and text.count('&lt;script&gt;alert(1)') >= 32
   assert 'eople who judged blind prefer the trained model to the base model for' not in text  # of 4 messages
-  assert 'The ranker scored the replies to training messages and none of these' in text
+  assert 'The ranker, from which the held-out judge learned, read none of these replies' in text
   assert report.render(folder) == text
+
+
+def test_the_base_rate_weighs_messages_as_the_accuracy_does(folder):
+  # The judge is for the trained model in the first messages: three verdicts on one say so, and one on another does not.
+  first, second = [pair for pair in asked_of(folder) if pair.trained.score > 0][:2]
+  for reviewer, told in (('ann', {first.id: 'trained', second.id: second.against}), ('bob', {first.id: 'trained'}),
+                         ('cat', {first.id: 'trained'})):  # fmt: skip
+    judge(folder, reviewer, lambda pair, told=told: told.get(pair.id, 'skip'))
+  row = agreement(found(folder))['all']
+  assert row[3].startswith('50%') and row[4] == '50%'
+
+
+def test_people_stand_beside_the_ranker_where_it_read_the_replies(folder):
+  judge(folder, 'ann', judges_choice)
+  rows = [json.loads(line) for line in (folder / 'evaluation' / 'replies.jsonl').read_text().splitlines()]
+  read = [
+    {'id': row['message'], 'set': 'evaluated', 'condition': row['condition'], 'sample': row['sample'],
+     # Of one message the evaluation has other replies by now.
+     'text': 'another' if row['message'] == 'honesty-1' else row['text'],
+     'likelihood': 1.0 if row['condition'] == 'trained' else 0.0}
+    for row in rows
+  ]  # fmt: skip
+  (folder / 'behaviour' / 'replies.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in read))
+  table = found(folder).agreement
+  assert table.head[-3:] == ('ranker agrees', 'its base rate', 'its kappa')
+  rows = agreement(found(folder))
+  # Ann agrees with the judge, which is for the trained model in three messages of four; the ranker always is.
+  assert rows['all'][3].startswith('100%') and rows['curiosity'][6].startswith('75%')
+  assert rows['honesty'][6].startswith('66.7%') and rows['all'][8] == '0.000'
 
 
 def test_a_judge_that_said_nothing_is_left_out(folder):

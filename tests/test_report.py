@@ -136,7 +136,9 @@ def test_hostile_everywhere(tmp_path):
 def test_embedded_figures_equal_the_file(page, folder):
   block = re.search(r'<script type="application/json" id="summary">(.*?)</script>', page, re.DOTALL)
   assert block and '<' not in block[1]
-  assert json.loads(block[1]) == json.loads((folder / 'evaluation' / 'summary.json').read_text())
+  files = {'evaluation': 'summary', 'behaviour': 'summary', 'rankings': 'audit', 'preference': 'report'}
+  for stage, name in files.items():
+    assert json.loads(block[1])[stage] == json.loads((folder / stage / f'{name}.json').read_text()), stage
 
 
 def test_self_contained_and_locked_down(page):
@@ -347,6 +349,7 @@ def test_null_and_bare_numbers(tmp_path):
     'new_metric': {'base': float('nan')},
   }
   summary['side_effects']['length'] = {'base': 3, 'trained': 4}
+  summary['side_effects']['praise'] = {'base': 10**400}  # more than a float holds
   summary['internalisation'] = None
   path.write_text(json.dumps(summary))
   text = report.render(folder)
@@ -359,6 +362,8 @@ def test_null_and_bare_numbers(tmp_path):
   ('evaluation/replies.jsonl', '{}\n{"a": \n', 'replies.jsonl:2'),
   ('character.toml', 'name = ', 'character.toml'),
   ('config.json', '[]', 'config.json'),
+  ('character.toml', f'name = {"1" * 5000}', 'character.toml'),
+  ('character.toml', f'name = {"[" * 5000}', 'character.toml'),
 ])  # fmt: skip
 def test_a_broken_file_is_one_line(tmp_path, name, text, where):
   folder = write_run(tmp_path, messages=2, steps=2)

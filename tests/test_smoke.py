@@ -75,9 +75,18 @@ def test_summary_has_its_form(finished):
 def test_the_behaviour_stage_looks_into_all_of_its_sets(finished):
   workdir, _ = finished
   summary = json.loads((workdir / 'behaviour' / 'summary.json').read_text())
-  assert set(summary) == {'rigidity', 'robustness', 'drift', 'side_effects', 'preference'}
+  assert set(summary) == {'likelihood', 'rigidity', 'robustness', 'drift', 'side_effects', 'preference'}
   rows = [json.loads(line) for line in (workdir / 'behaviour' / 'replies.jsonl').read_text().splitlines()]
-  assert {row['set'] for row in rows} == {'unrelated', 'plain', 'drop', 'format', 'drift', 'users', 'views'}
+  assert {row['set'] for row in rows} == {
+    'unrelated',
+    'plain',
+    'drop',
+    'format',
+    'drift',
+    'users',
+    'views',
+    'evaluated',
+  }
   for trait in ('ai_nature', 'honesty'):
     assert set(summary['rigidity'][trait]) == {'own', 'unrelated', 'plain', 'spill'}
     assert (

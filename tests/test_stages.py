@@ -10,7 +10,7 @@ from charjax import defaults
 from charjax.errors import UserError
 from charjax.stages import prompts, rankings, replies
 from charjax.stages.messages import Kept, broken
-from charjax.stages.preference import calibration_error
+from charjax.stages.preference import calibration, calibration_error
 from charjax.stages.rankers import RANKERS, Answer, Settings
 from charjax.stages.rankings import control_length, fit_temperature
 from charjax.workdir import Session
@@ -142,6 +142,11 @@ def test_calibration_error_is_the_gap_in_bins():
   p = rng.uniform(size=1000)
   assert calibration_error(p, p) == pytest.approx(0)
   assert calibration_error(p, np.clip(p + 0.1, 0, 2)) == pytest.approx(0.1)
+  rows = calibration(p, p, list(range(1000)))
+  assert len(rows) == 10 and all(row['label']['n'] == 100 for row in rows)
+  assert all(row['label']['mean'] == pytest.approx(row['predicted']) for row in rows)
+  # The pairs of one message count as one.
+  assert [row['label']['n'] for row in calibration(p, p, [0] * 1000)] == [1] * 10
   # Labels drawn with these probabilities: close, and twice as sure as they ought to be: not.
   drawn = (rng.uniform(size=1000) < p).astype(float)
   assert calibration_error(p, drawn) < 0.06 < calibration_error(1 / (1 + ((1 - p) / p) ** 4), drawn)

@@ -1,5 +1,7 @@
 """Intervals: against published values, and right as often as they say."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -50,7 +52,7 @@ def test_students_t_has_the_values_of_the_tables(freedom, expected, tolerance):
   assert statistics._t_quantile(freedom) == pytest.approx(expected, abs=tolerance)
 
 
-@pytest.mark.parametrize('n', [16, 40])
+@pytest.mark.parametrize('n', [2, 4, 16, 40])
 def test_95_of_100_intervals_hold_the_mean(n, monkeypatch):
   # Fewer resamples move the ends by less than the trials here can tell.
   monkeypatch.setattr(statistics, '_RESAMPLES', 1000)
@@ -63,7 +65,16 @@ def test_95_of_100_intervals_hold_the_mean(n, monkeypatch):
   missed_low, missed_high = (np.mean([f['high'] < 3 for f in found]), np.mean([f['low'] > 3 for f in found]))
   assert max(missed_low, missed_high) < 0.045
   width = np.mean([f['high'] - f['low'] for f in found])
-  assert width == pytest.approx(2 * statistics._t_quantile(n - 1) * 2 / np.sqrt(n), rel=0.05)
+  smaller = math.sqrt(2 / (n - 1)) * math.gamma(n / 2) / math.gamma((n - 1) / 2)  # that a deviation is of few items
+  assert width == pytest.approx(2 * statistics._t_quantile(n - 1) * 2 * smaller / np.sqrt(n), rel=0.05)
+
+
+@pytest.mark.parametrize('n', [12, 16, 60])
+def test_95_of_100_shares_hold_the_truth(n):
+  rng = np.random.default_rng(n)
+  # Of whole hits, coverage cannot be 95% for every truth: it is in the mean over them.
+  truths = rng.uniform(0.05, 0.95, 4000)
+  assert 0.93 <= np.mean([holds(share(rng.random(n) < truth), truth) for truth in truths]) <= 0.97
 
 
 def test_an_interval_is_of_the_mean_and_the_same_each_time():

@@ -97,6 +97,10 @@ def test_crosstalk_rewards_each_trait_alone_and_all_but_one():
   assert trials['only-honesty'][:2] == ['--config.policy.traits=honesty', '--config.policy.prompts_per_step=3']
   assert trials['without-honesty'][0] == '--config.policy.traits=perspectives,ai_nature,curiosity'
   assert len(trials) == 9
+  parts = ['--config.policy.microbatches=2', '--config.policy.prompts_per_step=10']
+  for trial in config_file.read_sweep(str(SWEEPS / 'crosstalk.py'), parts).trials.values():
+    prompts = next(change for change in trial if change.startswith('--config.policy.prompts_per_step='))
+    assert int(prompts.split('=')[1]) % 2 == 0
 
 
 def test_a_trial_may_be_written_as_a_command(tmp_path, capsys):

@@ -36,7 +36,10 @@ def rigidity(run: Run) -> Panel:
   rows, notes = [], []
   for trait, groups in found.items():
     spill = {name: estimate(section(groups, 'spill').get(name)) for name in ('plain', 'unrelated')}
-    rows.append((spoken(trait), *(cell(value, True) for value in spill.values())))
+    for group, name, _ in _ORDER:
+      values = figures.estimates(section(groups, group).get('likelihood'))
+      share_of_own = cell(spill[group], True) if group in spill else ''
+      rows.append((spoken(trait), name, *(cell(values[c], False) for c in ('base', 'trained', 'delta')), share_of_own))
     if spill['unrelated'] is not None:
       share = spill['unrelated']
       notes.append(
@@ -48,7 +51,8 @@ def rigidity(run: Run) -> Panel:
     notes.append(
       f'No share is given for {words.together(unknown)}: the effect where it is wanted is not clear of zero.'
     )
-  table = Table(('trait', 'plain style asked', 'unrelated requests'), rows) if rows else None
+  head = ('trait', 'where', 'base', 'trained', f'trained {MINUS} base', 'of the effect where it is wanted')
+  table = Table(head, rows) if rows else None
   return Panel(figures.present(drawn), notes, table)
 
 

@@ -10,13 +10,15 @@ import numpy as np
 from etils import epath
 
 from charjax import defaults
-from charjax.report.read import STAGES, Estimate, Run, estimate, finite, read_run, section
+from charjax.report.read import STAGES, Estimate, Run, estimate, finite, listed, read_run, section
 from charjax.stages import statistics
 from charjax.workdir import fingerprint
 
 _SEEDS = 'seed', 'policy.seed'
 # Measured on what the character's file or the neutral one says, which another seed leaves as it is.
 _SAME_ITEMS = ('margin', 'log_prob', 'accuracy')
+# What of each tells what training did.
+MEASURES = {'margin': 'delta', 'win_rate': 'trained', 'win_rate_vs_prompted': 'trained'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,19 +44,30 @@ class Column:
 
   @property
   def rewarded(self) -> list[str]:
-    """The traits that its policy was rewarded for."""
-    chosen = section(self.first.config, 'config', 'policy').get('traits')
-    return [trait for trait in self.traits if not chosen or trait in chosen]
+    """The traits that its policy was rewarded for: those that it names, or all, of a weight above 0, and told from
+    chance by the preference model unless unproven ones are kept."""
+    policy, weights = (
+      section(self.first.config, 'config', 'policy'),
+      {t['id']: t.get('weight', 1) for t in self.first.traits},
+    )
+    chosen = policy.get('traits')
+    left_out = [] if policy.get('keep_unproven_traits') else listed(self.first.preference, 'left_out')
+    return [
+      trait
+      for trait in self.traits
+      if (not chosen or trait in chosen) and weights.get(trait, 1) and trait not in left_out
+    ]
 
   def figure(self, *path: str) -> Estimate | None:
     """What stands at `path` of the summary; of several runs pooled, and None where one of them lacks it."""
-    *parents, last = path
-    found = [estimate(section(run.summary, *parents).get(last)) for run in self.runs]
+    return self._pooled([_figure(run, *path) for run in self.runs], path[-2])
+
+  def _pooled(self, found: Sequence[Estimate | None], measure: str) -> Estimate | None:
     known = [value for value in found if value is not None]
     if not known or len(known) < len(found):
       return None
     # With the same seed, what differs is the policy's: messages and the starting model's replies are the same.
-    same = path[-2] in _SAME_ITEMS or len({run.config.get('seed') for run in self.runs}) == 1
+    same = measure in _SAME_ITEMS or len({run.config.get('seed') for run in self.runs}) == 1
     return estimate(statistics.pool([_row(value) for value in known], same))
 
   def margin(self, trait: str) -> Estimate | None:
@@ -69,10 +82,14 @@ class Column:
     """The same against the starting model that is shown the trait's statement."""
     return _as_share(self.figure('traits', trait, 'win_rate_vs_prompted', 'trained'))
 
-  def mean(self, values: Mapping[str, Estimate | None]) -> Estimate | None:
-    """The mean over traits; None where one was not measured."""
-    known = [value for value in values.values() if value is not None]
-    return None if not known or len(known) < len(values) else _mean(known)
+  def mean(self, traits: Sequence[str], measure: str) -> Estimate | None:
+    """The mean over traits of a measure in `MEASURES`; None where one was not measured. The traits of one run are
+    independent of each other; of several runs each has one mean, since a seed's luck is in all its traits."""
+    found = [
+      mean_over([_figure(run, 'traits', trait, measure, MEASURES[measure]) for trait in traits]) for run in self.runs
+    ]
+    pooled = self._pooled(found, measure)
+    return pooled if measure == 'margin' else _as_share(pooled)
 
   def seconds(self) -> dict[str, float]:
     """What each stage took; of several runs the mean."""
@@ -120,6 +137,8 @@ def read_columns(folders: Sequence[epath.Path]) -> list[Column]:
       continue
     several = [names[str(folders[place])] for place in places]
     name = several[0] if len(several) == 1 else f'{_common(several)} ({len(several)} seeds)'
+    if name in {column.name for column in columns}:  # Others, whose names begin alike.
+      name = f'{several[0]} ({len(several)} seeds)'
     columns.append(Column(name, [runs[p] for p in places], [folders[p] for p in places]))
   return columns
 
@@ -204,14 +223,24 @@ def head_to_head(one: Column, other: Column, trait: str) -> Estimate | None:
   return estimate(statistics.share(hits, statistics.comparisons(*each)))
 
 
-def mean_apart(differences: Sequence[Estimate | None]) -> Estimate | None:
-  """The mean of differences in several traits; None where there are none, or one was not measured."""
-  known = [value for value in differences if value is not None]
-  return None if not known or len(known) < len(differences) else _mean(known)
+def mean_margin_apart(one: Column, other: Column, traits: Sequence[str]) -> Estimate | None:
+  """The same in the mean over traits."""
+  if len(one.runs) == len(other.runs) == 1:
+    return mean_over([margin_apart(one, other, trait) for trait in traits])
+  return apart(one.mean(traits, 'margin'), other.mean(traits, 'margin'))
 
 
-def _mean(values: Sequence[Estimate]) -> Estimate | None:
-  return estimate(statistics.combine([(1 / len(values), _row(value)) for value in values]))
+def mean_over(values: Sequence[Estimate | None]) -> Estimate | None:
+  """The mean of figures that are independent of each other; None where there are none, or one was not measured."""
+  known = [value for value in values if value is not None]
+  if not known or len(known) < len(values):
+    return None
+  return estimate(statistics.combine([(1 / len(known), _row(value)) for value in known]))
+
+
+def _figure(run: Run, *path: str) -> Estimate | None:
+  *parents, last = path
+  return estimate(section(run.summary, *parents).get(last))
 
 
 def _moved(column: Column, trait: str) -> dict[str, float]:

@@ -4,8 +4,9 @@ import base64
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from etils import epath
 from markupsafe import Markup
@@ -14,13 +15,23 @@ from charjax.errors import UserError
 from charjax.files import write_text
 from charjax.progress import duration
 from charjax.report import differences, document, figures, words
-from charjax.report.columns import Column, head_to_head, margin_apart, mean_apart, read_columns, seed_of, settings
+from charjax.report.columns import (
+  Column,
+  head_to_head,
+  margin_apart,
+  mean_margin_apart,
+  mean_over,
+  read_columns,
+  seed_of,
+  settings,
+)
 from charjax.report.crosstalk import crosstalk
 from charjax.report.differences import Change
 from charjax.report.figures import Figure, Table
 from charjax.report.page import without_nan
 from charjax.report.read import STAGES, Estimate
 from charjax.report.words import MINUS, spoken
+from charjax.terminal import printable
 
 _MARK = '<meta name="generator" content="charjax compare">'  # of pages that may be written over
 _NONE = '\u2013'
@@ -109,10 +120,10 @@ def _shared_traits(columns: Sequence[Column]) -> list[str]:
   ]
 
 
-def _overall(columns: Sequence[Column], figure: Callable[[Column, str], Estimate | None]) -> dict[str, Estimate | None]:
+def _overall(columns: Sequence[Column], measure: str) -> dict[str, Estimate | None]:
   """By run, the mean over the traits that all have."""
   traits = _shared_traits(columns)
-  return {column.name: column.mean({trait: figure(column, trait) for trait in traits}) for column in columns}
+  return {column.name: column.mean(traits, measure) for column in columns}
 
 
 def _risen(column: Column) -> list[str]:
@@ -137,9 +148,9 @@ def _answer(columns: Sequence[Column]) -> list[str]:
   first, traits = columns[0], _shared_traits(columns)
   if traits:
     over = 'On the one trait' if len(traits) == 1 else f'On the mean over {len(traits)} traits'
-    gaps = {c.name: mean_apart([margin_apart(first, c, trait) for trait in traits]) for c in columns[1:]}
+    gaps = {c.name: mean_margin_apart(first, c, traits) for c in columns[1:]}
     sentences.append(_told_apart(f'{over}, the margin', first.name, gaps))
-    wins = {c.name: mean_apart([head_to_head(first, c, trait) for trait in traits]) for c in columns[1:]}
+    wins = {c.name: mean_over([head_to_head(first, c, trait) for trait in traits]) for c in columns[1:]}
     sentences.append(_told_apart(f'{over}, the held-out judge', first.name, wins, 0.5, share=True))
   else:
     sentences.append('No trait was measured in all of them: each stands in a section of its own below.')
@@ -216,9 +227,9 @@ def _summary(columns: Sequence[Column]) -> Table:
   different = differences.fields(columns)
   shown = _short(different)
   evaluated = [column for column in columns if column.evaluated]
-  margins = _overall(evaluated, Column.margin)
-  wins = _overall(evaluated, Column.wins)
-  over_prompted = _overall(evaluated, Column.wins_over_prompted)
+  margins = _overall(evaluated, 'margin')
+  wins = _overall(evaluated, 'win_rate')
+  over_prompted = _overall(evaluated, 'win_rate_vs_prompted')
   rows = []
   for place, column in enumerate(columns):
     row = [column.name, *(different[name][place] for name in shown)]
@@ -248,13 +259,13 @@ def _overview(columns: Sequence[Column]) -> list[Figure]:
     return []
   margin, win, several = words.measure('margin'), words.measure('win_rate'), len(_shared_traits(columns)) > 1
   over = ', mean over traits' if several else ''
-  margins = _overall(columns, Column.margin)
+  margins = _overall(columns, 'margin')
   far = {c.name: (kl.mean, value) for c in columns
          if (kl := c.kl()) is not None and (value := margins[c.name]) is not None}  # fmt: skip
   distances = [kl for kl, _ in far.values()]
   return figures.present([
     figures.by_name('run', f'{margin.title}: trained {MINUS} base{over}', margin.unit, margins, note=margin.meaning),
-    figures.by_name('run', f'{win.title}: trained{over}', win.unit, _overall(columns, Column.wins), 0.5, True,
+    figures.by_name('run', f'{win.title}: trained{over}', win.unit, _overall(columns, 'win_rate'), 0.5, True,
                     note=win.meaning),
     figures.against('Margin against distance', 'KL to the starting model, nats a token', 'nats per token', far,
                     note='Of its replies to held-out messages. Further up and further left is better.')
@@ -369,7 +380,7 @@ def _runs(columns: Sequence[Column], output: epath.Path) -> list[tuple[str, str,
   for column in columns:
     for run, folder in zip(column.runs, column.folders, strict=True):
       page = folder / 'report' / 'index.html'
-      link = os.path.relpath(page, output.parent) if '://' not in f'{page}{output}' and page.exists() else ''
+      link = quote(os.path.relpath(page, output.parent)) if '://' not in f'{page}{output}' and page.exists() else ''
       found.append((str(folder), seed_of(run), link))
   return found
 
@@ -406,7 +417,7 @@ def console(columns: Sequence[Column]) -> str:
   if len(rows) > 1:
     lines += ['', *_aligned(rows)]
   lines += ['', *_aligned(whole)]
-  return '\n'.join(lines)
+  return printable('\n'.join(lines))
 
 
 def _starred(value: Estimate | None, reference: float = 0.0, share: bool = False) -> str:

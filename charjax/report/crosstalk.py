@@ -24,8 +24,10 @@ def crosstalk(columns: Sequence[Column]) -> Crosstalk | None:
   traits = max((column.traits for column in evaluated), key=len, default=[])
   evaluated = [column for column in evaluated if column.traits == traits]
   alone = _by_trait(evaluated, lambda column: column.rewarded)
-  without = _by_trait(evaluated, lambda column: [trait for trait in traits if trait not in column.rewarded])
-  whole = next((column for column in evaluated if column.rewarded == traits), None)
+  # One that none of them rewards, as that of weight 0, is measured alone.
+  trained = [trait for trait in traits if any(trait in column.rewarded for column in evaluated)]
+  without = _by_trait(evaluated, lambda column: [trait for trait in trained if trait not in column.rewarded])
+  whole = next((column for column in evaluated if column.rewarded == trained), None)
   order = [trait for trait in traits if trait in alone]
   if len(order) < 2 or len(traits) < 2:
     return None
@@ -35,7 +37,7 @@ def crosstalk(columns: Sequence[Column]) -> Crosstalk | None:
     _figure('Trained alone: margin on kept pairs', f'trained {MINUS} base, nats per token', 'trained', margins),
     _figure('Trained alone: wins against base', 'share of replies', 'trained', wins, 0.5, share=True),
   ]
-  left = [trait for trait in traits if trait in without] if len(traits) > 2 else []
+  left = [trait for trait in trained if trait in without] if len(trained) > 2 else []
   if left and whole:
     cost = {trait: {other: margin_apart(whole, without[trait], other) for other in traits} for trait in left}
     beaten = {trait: {other: head_to_head(whole, without[trait], other) for other in traits} for trait in left}

@@ -33,9 +33,9 @@ def fields(columns: Sequence[Column]) -> dict[str, list[str]]:
   names.sort(key=lambda name: (name not in _FIRST, _FIRST.index(name) if name in _FIRST else 0))
   rows = {}
   for name in names:
-    cells = [' / '.join(dict.fromkeys(_value(values.get(name)) for values in some)) for some in found]
-    if len(set(cells)) > 1:
-      rows[name] = cells
+    told = [list(dict.fromkeys(_value(values.get(name)) for values in some)) for some in found]
+    if any(some != told[0] for some in told):
+      rows[name] = _cut([' / '.join(some) for some in told])
   for package in dict.fromkeys(name for column in columns for name in section(column.first.config, 'versions')):
     cells = [str(section(column.first.config, 'versions').get(package, '\u2013')) for column in columns]
     if len(set(cells)) > 1:
@@ -55,9 +55,16 @@ def field_table(columns: Sequence[Column]) -> Table | None:
 def _value(value: Any) -> str:
   if value is None:
     return '\u2013'
-  text = f'{value:g}' if isinstance(value, float) else str(value)
-  text = ', '.join(map(str, value)) if isinstance(value, list) else text
-  return text if 0 < len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + '\u2026' if text else 'empty'
+  return (', '.join(map(str, value)) if isinstance(value, list) else str(value)) or 'empty'
+
+
+def _cut(cells: Sequence[str]) -> list[str]:
+  """Long values by their first letters, or by their last where the first are the same."""
+  room = _LONGEST_VALUE - 1
+  short = [cell if len(cell) <= _LONGEST_VALUE else f'{cell[:room]}\u2026' for cell in cells]
+  if len(set(short)) == len(set(cells)):
+    return short
+  return [cell if len(cell) <= _LONGEST_VALUE else f'\u2026{cell[-room:]}' for cell in cells]
 
 
 def character(one: Run, other: Run) -> tuple[list[str], list[Change]]:
@@ -66,6 +73,9 @@ def character(one: Run, other: Run) -> tuple[list[str], list[Change]]:
   names = [str(run.character.get('name', run.name)) for run in (one, other)]
   if names[0] != names[1]:
     notes.append(f'The character is {names[1]}, and not {names[0]}.')
+  texts = [str(run.character.get('description', '')) for run in (one, other)]
+  if texts[0] != texts[1]:
+    changes.append(Change('description', marked(*texts)))
   traits = [{str(trait['id']): trait for trait in run.traits} for run in (one, other)]
   for mine, theirs, word in ((traits[1], traits[0], 'Added'), (traits[0], traits[1], 'Missing')):
     some = [spoken(name) for name in mine if name not in theirs]

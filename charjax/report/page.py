@@ -6,13 +6,14 @@ from typing import Any
 
 from etils import epath
 
+from charjax.progress import duration
 from charjax.report import behaviour, document, figures, panels, words
 from charjax.report.columns import seed_of
 from charjax.report.figures import Figure, Table
 from charjax.report.people import People, people
 from charjax.report.phrases import phrases
 from charjax.report.provenance import provenance
-from charjax.report.read import Estimate, Run, estimate, finite, listed, read_run, section
+from charjax.report.read import STAGES, Estimate, Run, estimate, finite, listed, read_run, section
 from charjax.report.replies import Exchange, exchanges, samples_over_time, typical
 from charjax.review import verdicts
 
@@ -51,8 +52,9 @@ def render(workdir: epath.PathLike) -> str:
     description=run.character.get('description', ''),
     meta=_meta(run),
     answer=_answer(run, judged),
+    in_short=_in_short(run),
     overview=_overview(run),
-    traits=_traits(run, groups),
+    traits=_traits(run, groups, judged),
     people=judged,
     groups=groups,
     provenance=provenance(run, {group.trait: group.exchanges for group in groups}),
@@ -70,7 +72,15 @@ def render(workdir: epath.PathLike) -> str:
     samples=samples_over_time(run),
     made=panels.made(run),
     settings=panels.settings(run),
-    figures_json=without_nan(run.summary),
+    figures_json=without_nan(
+      {
+        'evaluation': run.summary,
+        'behaviour': run.behaviour,
+        'rankings': run.audit,
+        'preference': run.preference,
+        'policy': run.choice,
+      }
+    ),
     condition_names=words.CONDITION_NAMES,
     spoken=words.spoken,
     judge_figure=lambda value: f'{value:+.2f}'.replace('-', words.MINUS),
@@ -115,8 +125,42 @@ def _answer(run: Run, judged: People | None) -> list[str]:
     'people are undecided for', 'people prefer the base model for',
   )  # fmt: skip
   sentences += [by_judge, by_people]
-  sentences.append(_neutral_sentence(run))
+  sentences += [_neutral_sentence(run), _cost_sentence(run)]
   return [sentence for sentence in sentences if sentence]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """A trait in one sentence."""
+
+  name: str
+  anchor: str
+  sentence: str
+
+
+def _in_short(run: Run) -> list[Line]:
+  margins, wins = _metric(run, 'margin', 'delta'), _metric(run, 'win_rate', 'trained')
+  return [
+    Line(words.spoken(trait), f'trait-{place}', sentence)
+    for place, trait in enumerate(_ids(run))
+    if (sentence := words.in_short(margins[trait], wins[trait]))
+  ]
+
+
+def _cost_sentence(run: Run) -> str:
+  """How far the policy went, how long its replies are, and how long all took."""
+  told = []
+  if kl := estimate(section(run.summary, 'distance', 'kl').get('trained')):
+    told.append(f'the policy is {words.figure(kl.mean)} nats a token ({words.interval(kl)}) from the starting model')
+  length = figures.estimates(section(run.summary, 'side_effects').get('length'))
+  before, after = length['base'], length['trained']
+  if before and after:
+    told.append(f'its replies have {words.figure(after.mean)} tokens, and {words.figure(before.mean)} before')
+  seconds = [finite(section(run.stages, stage).get('seconds')) for stage in STAGES]
+  if any(seconds):
+    told.append(f'the stages took {duration(sum(filter(None, seconds)))} in all')
+  text = '; '.join(told)
+  return text[:1].upper() + text[1:] + '.' if text else ''
 
 
 def _neutral_sentence(run: Run) -> str:
@@ -160,13 +204,17 @@ def _overview(run: Run) -> list[Figure]:
   )
 
 
-def _traits(run: Run, groups: Sequence['Group']) -> list[TraitView]:
+# Of each trait, in every condition.
+_SHOWN = ('margin', 'win_rate', 'judge', 'likelihood')
+
+
+def _traits(run: Run, groups: Sequence['Group'], judged: People | None) -> list[TraitView]:
   weak, left_out = listed(run.audit, 'weak_traits'), listed(run.preference, 'left_out')
   rewarded = listed(section(run.config, 'config', 'policy'), 'traits')
   views = []
   for trait in run.traits:
     name = str(trait['id'])
-    metrics = section(run.summary, 'traits', name)
+    metrics = section(run.summary, 'traits', name) | {'likelihood': section(run.behaviour, 'likelihood').get(name)}
     margin, win = figures.estimates(metrics.get('margin')), figures.estimates(metrics.get('win_rate'))
     against_prompted = estimate(section(metrics, 'win_rate_vs_prompted').get('trained'))
     internal = section(run.summary, 'internalisation', name)
@@ -174,6 +222,7 @@ def _traits(run: Run, groups: Sequence['Group']) -> list[TraitView]:
       words.change_sentence(margin['delta']),
       words.share_sentence(margin['delta'], internal),
       words.win_sentence(win['trained'], against_prompted),
+      words.people_sentence(judged.wins.get(name) if judged else None),
     ]
     group = next((group for group in groups if group.trait == name), None)
     views.append(TraitView(
@@ -190,7 +239,7 @@ def _traits(run: Run, groups: Sequence['Group']) -> list[TraitView]:
       ],
       sentences=[sentence for sentence in sentences if sentence],
       figures=figures.present(
-        figures.conditions(words.measure(metric), metrics.get(metric)) for metric in ('margin', 'win_rate')
+        figures.conditions(words.measure(metric), metrics.get(metric)) for metric in _SHOWN
       ),
       table=panels.metrics_table(metrics),
       typical=typical(group.exchanges) if group else None,

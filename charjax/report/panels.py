@@ -185,6 +185,7 @@ def preference(run: Run) -> Panel:
       'Kept pairs told apart, without any trait text', 'right on kept pairs',
       ('trained against', 'train', kept.get('train', {})), ('held-out judge', 'judge', kept.get('judge', {})),
     ))  # fmt: skip
+  drawn.append(_calibration(run, models))
   drawn += [figures.curve(title, unit, run.preference_metrics, key, split='model')
             for key, (title, unit) in _PREFERENCE_CURVES.items()]  # fmt: skip
   notes = []
@@ -198,6 +199,38 @@ def preference(run: Run) -> Panel:
   if left_out:
     notes.append(f'Not told from chance by the model trained against, and {unproven(run)}: {words.together(left_out)}.')
   return Panel(figures.present(drawn), notes, _preference_table(run, models))
+
+
+def _calibration(run: Run, models: Sequence[str]) -> Figure | None:
+  """Of pairs of replies to messages that a model was not trained on: what it predicts, and what the ranker says."""
+  names = {'train': 'model trained against', 'judge': 'held-out judge'}
+  series, rows = [], []
+  for model in models:
+    marks = []
+    for row in listed(section(run.preference, model), 'calibration'):
+      values = section({'': row}, '')
+      predicted, label = finite(values.get('predicted')), estimate(values.get('label'))
+      if predicted is not None and label is not None:
+        text = f'{words.figure(predicted, True)} predicted, {cell(label, True)} by the ranker'
+        marks.append((predicted, plots.Mark(label.mean, label.low, label.high, model, text)))
+        rows.append((names[model], words.figure(predicted, True), cell(label, True), str(label.n or '')))
+    if marks:
+      series.append(plots.Trail(names[model], marks))
+  if not series:
+    return None
+  title, x, y = (
+    'Calibration',
+    'chance that the first reply is better, predicted',
+    'the same by the ranker\u2019s labels',
+  )
+  said = '; '.join(f'{name}: {predicted} predicted, {label}' for name, predicted, label, _ in rows)
+  svg = plots.trails(series, x, y, f'{title}: {said}', diagonal=True)
+  head = ('', 'predicted', 'by the ranker', 'messages')
+  note = (
+    'Pairs of replies to messages that the model was not trained on, in ten bins. On the dashed line predictions are '
+    'as sure as they are right, by the ranker.'
+  )
+  return Figure(title, f'{y}, over what is predicted', Markup(svg), Table(head, rows), note)
 
 
 def _length_notes(model: Mapping[str, Any], role: str) -> list[str]:
@@ -224,8 +257,9 @@ def unproven(run: Run) -> str:
 
 
 def _preference_table(run: Run, models: Sequence[str]) -> Table | None:
-  """Every scalar of preference/report.json, nested names joined by a comma; `kept` has its own figure."""
-  flat = {name: _flat({key: value for key, value in section(run.preference, name).items() if key != 'kept'})
+  """Every scalar of preference/report.json, nested names joined by a comma, but for what has a figure of its own."""
+  drawn = ('kept', 'calibration')
+  flat = {name: _flat({key: value for key, value in section(run.preference, name).items() if key not in drawn})
           for name in models}  # fmt: skip
   keys = list(dict.fromkeys(key for values in flat.values() for key in values))
   rows = []

@@ -6,8 +6,8 @@ verdicts on the same message are averaged, or resampled together.
 
 import dataclasses
 import itertools
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,10 +45,18 @@ class Verdict:
   @property
   def judge(self) -> str | None:
     """What the held-out judge says of the same two replies; None where it does not, or finds them equal."""
-    ours, theirs = self.pair.trained.score, self.pair.other.score
-    if ours is None or theirs is None or ours == theirs:
-      return None
-    return 'trained' if ours > theirs else 'other'
+    return _better(self.pair.trained.score, self.pair.other.score)
+
+  @property
+  def ranker(self) -> str | None:
+    """The same of the likelihood ranker, of replies that it read."""
+    return _better(self.pair.trained.likelihood, self.pair.other.likelihood)
+
+
+def _better(ours: float | None, theirs: float | None) -> str | None:
+  if ours is None or theirs is None or ours == theirs:
+    return None
+  return 'trained' if ours > theirs else 'other'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +98,7 @@ def people(run: Run, rows: Sequence[Mapping[str, Any]]) -> People | None:
     figures.by_trait(
       'People and the held-out judge, beyond chance',
       'Cohen\u2019s kappa',
-      {trait: row.kappa for trait, row in agreement.items() if trait != _ALL},
+      {trait: row.judge.kappa for trait, row in agreement.items() if trait != _ALL},
       note='1 is complete agreement, 0 what two raters with the same habits would reach by chance.',
     )
   ]
@@ -160,54 +168,74 @@ def _win_figure(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Agreement:
-  """People beside the held-out judge, on pairs that both decide.
+class _Beside:
+  """People beside a model, on pairs that both decide.
 
   Attributes:
-    verdicts: how many there are, of any kind.
-    ties, skips: how many of them decide nothing.
-    accuracy: share of decided verdicts that the judge shares.
+    accuracy: share of decided verdicts that the model shares.
     base_rate: what always giving the reviewers' more frequent answer would share.
+    kappa: agreement beyond chance.
   """
 
-  verdicts: int
-  ties: int
-  skips: int
   accuracy: Estimate | None
   base_rate: float | None
   kappa: Estimate | None
 
   @classmethod
+  def of(cls, found: Sequence[Verdict], says: Callable[[Verdict], str | None]) -> '_Beside':
+    both = [(v, told) for v in found if v.decided and (told := says(v)) is not None]
+    kappa = statistics.kappa([v.outcome for v, _ in both], [t for _, t in both], [v.pair.message for v, _ in both])
+    return cls(_share((v, v.outcome == t) for v, t in both), _base_rate([v for v, _ in both]), estimate(kappa))
+
+  def cells(self) -> tuple[str, str, str]:
+    base = '\u2013' if self.base_rate is None else percent(self.base_rate)
+    return _cell(self.accuracy, True), base, _cell(self.kappa)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Agreement:
+  """Verdicts, how many of them decide nothing, and how far the judge and the ranker share the others."""
+
+  verdicts: int
+  ties: int
+  skips: int
+  judge: _Beside
+  ranker: _Beside
+
+  @classmethod
   def of(cls, found: Sequence[Verdict]) -> '_Agreement':
-    both = [v for v in found if v.decided and v.judge is not None]
     said = Counter(v.outcome for v in found)
-    judged = [v.judge or '' for v in both]
-    return cls(
-      verdicts=len(found),
-      ties=said['tie'],
-      skips=said['skip'],
-      accuracy=_share((v, v.outcome == v.judge) for v in both),
-      base_rate=max(Counter(v.outcome for v in both).values()) / len(both) if both else None,
-      kappa=estimate(statistics.kappa([v.outcome for v in both], judged, [v.pair.message for v in both])),
-    )
+    beside = (_Beside.of(found, says) for says in (lambda v: v.judge, lambda v: v.ranker))
+    return cls(len(found), said['tie'], said['skip'], *beside)
+
+
+def _base_rate(found: Sequence[Verdict]) -> float | None:
+  """The share of the more frequent answer; messages count alike, as in the accuracy."""
+  by_message: dict[str, Counter[str]] = defaultdict(Counter)
+  for verdict in found:
+    by_message[verdict.pair.message][verdict.outcome] += 1
+  outcomes = {outcome for counts in by_message.values() for outcome in counts}
+  shares = [[counts[o] / counts.total() for counts in by_message.values()] for o in outcomes]
+  return max((sum(some) / len(some) for some in shares), default=None)
 
 
 def _agreement_table(agreement: Mapping[str, _Agreement]) -> Table | None:
+  ranked = any(row.ranker.accuracy for row in agreement.values())
   rows = [
     (
       spoken(trait),
       str(row.verdicts),
       str(row.ties),
       str(row.skips),
-      _cell(row.accuracy, True),
-      '\u2013' if row.base_rate is None else percent(row.base_rate),
-      _cell(row.kappa),
+      *row.judge.cells(),
+      *(row.ranker.cells() if ranked else ()),
     )
     for trait, row in agreement.items()
     if row.verdicts
   ]
   head = ('trait', 'verdicts', 'ties', 'cannot tell', 'judge agrees', 'base rate', 'kappa')
-  return Table(head, rows) if rows else None
+  more = ('ranker agrees', 'its base rate', 'its kappa') if ranked else ()
+  return Table((*head, *more), rows) if rows else None
 
 
 def _reviewers_table(found: Sequence[Verdict]) -> Table | None:
@@ -248,21 +276,23 @@ def _sentences(found: Sequence[Verdict], earlier: int, agreement: _Agreement) ->
     if found
     else 'None of the verdicts is on replies that this evaluation holds.'
   ]
-  accuracy, kappa = agreement.accuracy, agreement.kappa
-  if accuracy is not None and agreement.base_rate is not None:
-    told = f' Beyond chance that is a kappa of {_cell(kappa)}.' if kappa is not None else ''
-    sentences.append(
-      f'The held-out judge gives the answer that people gave in {_cell(accuracy, True)} of the pairs that both decide; '
-      f'the base rate, always giving people\u2019s more frequent answer, is {percent(agreement.base_rate)}.{told}'
-    )
+  for name, beside in (('held-out judge', agreement.judge), ('likelihood ranker', agreement.ranker)):
+    if beside.accuracy is not None and beside.base_rate is not None:
+      told = f' Beyond chance that is a kappa of {_cell(beside.kappa)}.' if beside.kappa is not None else ''
+      right = _cell(beside.accuracy, True)
+      sentences.append(
+        f'The {name} gives the answer that people gave in {right} of the pairs that both decide; the base rate, always '
+        f'giving people\u2019s more frequent answer, is {percent(beside.base_rate)}.{told}'
+      )
   left = _share((v, v.side == 'left') for v in found if v.decided)
   if left is not None:
     uneven = '; there is a liking for one side' if left.side_of(0.5) else ''
     sentences.append(f'People chose the reply on the left in {_cell(left, True)} of decided pairs{uneven}.')
-  sentences.append(
-    'The ranker scored the replies to training messages and none of these, so whether people agree with it this page '
-    'cannot say; the held-out judge learned from it.'
-  )
+  if agreement.ranker.accuracy is None and agreement.judge.accuracy is not None:
+    sentences.append(
+      'The ranker, from which the held-out judge learned, read none of these replies: a run with likelihood among '
+      'config.behaviour.sets has it read them.'
+    )
   if earlier:
     sentences.append(
       f'{earlier} verdict{" is" if earlier == 1 else "s are"} on replies of an earlier evaluation and not counted.'

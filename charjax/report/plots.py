@@ -136,9 +136,12 @@ class Trail:
   ringed: int | None = None
 
 
-def trails(series: Sequence[Trail], x_axis: str, y_axis: str, describe: str) -> str:
-  """Series over two axes from zero, each a trail of dots with whiskers, a little apart where they have the same x."""
+def trails(series: Sequence[Trail], x_axis: str, y_axis: str, describe: str, diagonal: bool = False) -> str:
+  """Series over two axes from zero, each a trail of dots with whiskers, a little apart where they have the same x; with
+  a dashed line where x and y are the same, up to 1, if wanted."""
   parts, across, up, height = _plane([point for trail in series for point in trail.points], x_axis, y_axis)
+  if diagonal:
+    parts.append(f'<path class="reference" d="M{across(0):.1f} {up(0):.1f}L{across(1):.1f} {up(1):.1f}"/>')
   for place, trail in enumerate(series):
     aside = 5.0 * (place - (len(series) - 1) / 2)
     xs, marks = [across(x) + aside for x, _ in trail.points], [mark for _, mark in trail.points]

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -62,6 +62,7 @@ class Run:
   evaluation_replies: list[dict[str, Any]]
   margins: list[dict[str, Any]]
   behaviour: Mapping[str, Any]
+  behaviour_replies: Sequence[Mapping[str, Any]]
 
   @property
   def traits(self) -> list[dict[str, Any]]:
@@ -106,6 +107,7 @@ def read_run(workdir: epath.PathLike) -> Run:
     evaluation_replies=_lines(root / 'evaluation' / 'replies.jsonl'),
     margins=_lines(root / 'evaluation' / 'margins.jsonl'),
     behaviour=_object(root / 'behaviour' / 'summary.json'),
+    behaviour_replies=_lines(root / 'behaviour' / 'replies.jsonl'),
   )
 
 
@@ -136,8 +138,12 @@ def estimate(value: Any) -> Estimate | None:
 
 def finite(value: Any) -> float | None:
   """The value where it is a finite number, else None."""
-  is_number = isinstance(value, int | float) and not isinstance(value, bool)
-  return float(value) if is_number and math.isfinite(value) else None
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return None
+  try:
+    return float(value) if math.isfinite(value) else None
+  except OverflowError:  # A whole number of hundreds of digits.
+    return None
 
 
 def printable(text: str) -> str:
@@ -184,5 +190,5 @@ def _lines(path: epath.Path) -> list[dict[str, Any]]:
 def _toml(path: epath.Path) -> dict[str, Any]:
   try:
     return _clean(tomllib.loads(_text(path)))
-  except tomllib.TOMLDecodeError as error:
+  except (ValueError, RecursionError) as error:  # Whole numbers of thousands of digits, and deep nesting, too.
     raise UserError(f'{path}: not readable as TOML ({error}); copy the character file here again') from error

@@ -39,6 +39,11 @@ MEASURES = {
     'score, in logits',
     'What a preference model that the policy was not trained against thinks of the replies.',
   ),
+  'likelihood': Measure(
+    'Trait in replies, by likelihood ratio',
+    'nats per token',
+    'How much likelier the base model finds a reply when it is shown the trait than when it is shown an opposite.',
+  ),
   'cut_off': Measure(
     'Cut off', 'share of replies', 'How often a reply was still going on at its last token.', share=True
   ),
@@ -205,6 +210,34 @@ def win_sentence(against_base: Estimate | None, against_prompted: Estimate | Non
       clear = {1: '', 0: '; not clear of 50%', -1: '; it loses'}[rate.side_of(0.5)]
       parts.append(f'to {other} in {percent(rate.mean)} of cases' + (f' ({between}{over}{clear})' if between else ''))
   return f'The held-out judge prefers the trained reply {", and ".join(parts)}.' if parts else ''
+
+
+def in_short(margin: Estimate | None, wins: Estimate | None) -> str:
+  """What training did to one trait, in one sentence; nothing where nothing was measured."""
+  parts = []
+  if margin is not None:
+    size, between = figure(margin.mean, signed=True), interval(margin)
+    did = {1: 'likelier', 0: 'neither likelier nor less likely, as far as can be told,', -1: 'less likely'}
+    told = f'{size} nats a token' + (f', {between}' if between else '')
+    parts.append(f'written replies in character became {did[margin.side_of(0.0)]} ({told})')
+  if wins is not None:
+    between = interval(wins, share=True)
+    parts.append(
+      f'the held-out judge prefers the trained reply in {percent(wins.mean)} of cases'
+      + (f' ({between}' + (')' if wins.side_of(0.5) else '; not clear of 50%)') if between else '')
+    )
+  text = ', and '.join(parts)
+  return text[:1].upper() + text[1:] + '.' if text else ''
+
+
+def people_sentence(wins: Estimate | None) -> str:
+  """How often people preferred the trained model's reply, blind; nothing where nobody judged."""
+  if wins is None:
+    return ''
+  between = interval(wins, share=True)
+  return f'People who judged blind prefer it to base\u2019s in {percent(wins.mean)} of cases' + (
+    f' ({between}; {wins.n} messages).' if between else '.'
+  )
 
 
 def share_sentence(delta: Estimate | None, internalisation: Mapping[str, Any]) -> str:

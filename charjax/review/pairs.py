@@ -2,8 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from charjax.report.read import Run, finite, section
 from charjax.workdir import fingerprint
@@ -16,6 +15,7 @@ class Reply:
   text: str
   cut_off: bool
   score: float | None  # the held-out judge's
+  likelihood: float | None = None  # the likelihood ranker's, where it read it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def pairs(run: Run) -> list[Pair]:
   seed = section(run.config, 'config').get('seed', 0)
   drawn = random.Random(f'review/{seed}')
   statements = {str(trait['id']): str(trait.get('statement', '')) for trait in run.traits}
-  replies = _replies(run.evaluation_replies)
+  replies = _replies(run)
   rounds: list[list[Pair]] = [[], []]
   for trait, statement in statements.items():
     messages = [message for message, (of, _, _) in replies.items() if of == trait]
@@ -78,13 +78,21 @@ def pairs(run: Run) -> list[Pair]:
   return list(found.values())
 
 
-def _replies(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str, dict[str, list[Reply]]]]:
+def _replies(run: Run) -> dict[str, tuple[str, str, dict[str, list[Reply]]]]:
   """Trait, prompt and the replies of each condition, by message; of neutral messages none."""
+  read = {
+    (row.get('id'), row.get('condition'), row.get('sample')): row
+    for row in run.behaviour_replies
+    if row.get('set') == 'evaluated'
+  }
   found: dict[str, tuple[str, str, dict[str, list[Reply]]]] = {}
-  for row in rows:
+  for row in run.evaluation_replies:
     if row.get('trait'):
       _, _, replies = found.setdefault(str(row.get('message')), (str(row['trait']), str(row.get('prompt', '')), {}))
-      reply = Reply(str(row.get('text', '')), row.get('finish') == 'length', finite(row.get('score')))
+      text, same = str(row.get('text', '')), read.get((row.get('message'), row.get('condition'), row.get('sample')), {})
+      # What the ranker read is of the evaluation before, where that was made anew since.
+      ratio = finite(same.get('likelihood')) if same.get('text') == text else None
+      reply = Reply(text, row.get('finish') == 'length', finite(row.get('score')), ratio)
       replies.setdefault(str(row.get('condition')), []).append(reply)
   return found
 

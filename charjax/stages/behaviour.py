@@ -41,7 +41,7 @@ from charjax.progress import Progress
 from charjax.stages import conditions, evaluation, messages, policy, preference, prompts, revealed
 from charjax.stages.habits import HABITS
 from charjax.stages.rankers import Answer, Settings, evidence, treat_length
-from charjax.stages.statistics import combine, interval, ratio, share
+from charjax.stages.statistics import interval, ratio
 from charjax.training.heads import bind
 from charjax.workdir import Session, fingerprint
 
@@ -66,6 +66,10 @@ def run(session: Session) -> Row:
     rows += _converse(session, trained) if 'robustness' in config.sets else []
     measured = [*_own_replies(session), *rows] if {'rigidity', 'robustness'} & {*config.sets} else []
     measured = _measure(session, [row for row in measured if row['set'] not in ('users', 'views')])
+    if 'likelihood' in config.sets:
+      read_again = _measure(session, _evaluated(session))
+      rows += read_again
+      summary['likelihood'] = likelihood(read_again)
     if 'rigidity' in config.sets:
       summary['rigidity'] = rigidity(measured)
     if 'robustness' in config.sets:
@@ -207,6 +211,17 @@ def _own_replies(session: Session) -> list[Row]:
   ]  # fmt: skip
 
 
+def _evaluated(session: Session) -> list[Row]:
+  """The evaluation's first replies to those messages in every condition; of the trained model two, as people see."""
+  wanted = {row['id'] for rows in _held_out(session).values() for row in rows}
+  return [
+    {'id': row['message'], 'set': 'evaluated', 'name': '', 'trait': row['trait'], 'message': row['prompt'],
+     'condition': row['condition'], 'sample': row['sample'], 'text': row['text'], 'finish': row['finish']}
+    for row in read_jsonl(session.folder('evaluation') / 'replies.jsonl')
+    if row['message'] in wanted and row['sample'] < (2 if row['condition'] == 'trained' else 1)
+  ]  # fmt: skip
+
+
 # ---- how much of a trait a reply has ----
 
 
@@ -243,6 +258,17 @@ def _paired(rows: Sequence[Row], measure: str, unit: str) -> tuple[list[Any], di
 def _figures(rows: Sequence[Row], unit: str = 'id') -> Row:
   """Base, trained and delta of both measures, paired by prompt or another unit."""
   return {measure: evaluation.summarise({**_paired(rows, measure, unit)[1]}) for measure in _MEASURES}
+
+
+def likelihood(rows: Sequence[Row]) -> Row:
+  """By trait, the likelihood ratio of the first reply to each message, in every condition."""
+  first = [row for row in rows if not row['sample']]
+  return {
+    trait: evaluation.summarise(
+      {c: np.array([row['likelihood'] for row in some]) for c, some in _by(mine, 'condition').items()}
+    )
+    for trait, mine in _by(first, 'trait').items()
+  }
 
 
 def rigidity(rows: Sequence[Row]) -> Row:
@@ -322,11 +348,7 @@ def side_effects(rows: Sequence[Row]) -> Row:
 def _share_of(rows: Sequence[Row]) -> Row:
   names, hits = _paired(rows, 'hit', 'unit')
   tries = len(rows) / max(1, len(MODELS) * len(names))
-  found = evaluation.summarise({**hits}, functools.partial(share, tries=tries))
-  if names and not np.ptp(hits['trained'] - hits['base']):
-    # However few, resampled they would be certain: told as of two models that are asked apart, which is wider.
-    found['delta'] = combine([(1.0, found['trained']), (-1.0, found['base'])])
-  return found
+  return evaluation.summarise_shares({**hits}, dict.fromkeys(MODELS, tries))
 
 
 def _stance(session: Session, trained: Any) -> Row:

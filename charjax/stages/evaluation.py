@@ -23,7 +23,7 @@ from charjax.progress import Progress
 from charjax.stages import conditions, over_optimisation, policy, preference
 from charjax.stages.conditions import CONDITIONS
 from charjax.stages.habits import praises
-from charjax.stages.statistics import comparisons, interval, ratio, share
+from charjax.stages.statistics import combine, comparisons, interval, ratio, share
 from charjax.training.heads import bind
 from charjax.training.policy_loss import token_kl
 from charjax.workdir import Session, fingerprint
@@ -81,7 +81,7 @@ def _summary(session: Session, drawn: Sequence[Row], measures: Mapping[str, Row]
   for name in measures['trained']['probes']:
     margins = measured('probes', name)
     accuracy = {c: (v > 0).astype(float) if v is not None else None for c, v in margins.items()}
-    summary['probes'][name] = {'margin': summarise(margins), 'accuracy': summarise(accuracy, share)}
+    summary['probes'][name] = {'margin': summarise(margins), 'accuracy': summarise_shares(accuracy)}
   summary['neutral'] = _neutral(measured('log_prob'), measured('accuracy'))
   summary['side_effects'] = _side_effects(drawn)
   return pairs, summary
@@ -90,10 +90,10 @@ def _summary(session: Session, drawn: Sequence[Row], measures: Mapping[str, Row]
 # ---- figures ----
 
 
-def summarise(values: Values, figure: Callable[[np.ndarray], Row | None] = interval) -> Row:
+def summarise(values: Values) -> Row:
   """Each condition's figure, and delta = trained - base paired by message; null where not measured."""
   found = {c: values.get(c) for c in CONDITIONS}
-  out: Row = {c: figure(v) if v is not None else None for c, v in found.items()}
+  out: Row = {c: interval(v) if v is not None else None for c, v in found.items()}
   return out | {'delta': _delta(values)}
 
 
@@ -113,6 +113,19 @@ def summarise_wins(values: Values, tries: Mapping[str, float]) -> Row:
   if out['trained'] is not None and base is not None and (base == 0.5).all():
     return out | {'delta': out['trained'] | {end: out['trained'][end] - 0.5 for end in ('mean', 'low', 'high')}}
   return out | {'delta': _delta(values)}
+
+
+def summarise_shares(values: Values, tries: Mapping[str, float] | None = None) -> Row:
+  """Of shares of hits, each of so many `tries` (1 by default), by condition; delta is paired by message."""
+  tries = tries or {}
+  out: Row = {c: share(found, tries.get(c, 1)) if (found := values.get(c)) is not None else None for c in CONDITIONS}
+  base, trained = values.get('base'), values.get('trained')
+  if base is None or trained is None:
+    return out | {'delta': None}
+  if len(base) and not np.ptp(trained - base):
+    # However few, resampled they would be certain: told as of two models that are asked apart, which is wider.
+    return out | {'delta': combine([(1.0, out['trained']), (-1.0, out['base'])])}
+  return out | {'delta': interval(trained - base)}
 
 
 def internalisation(values: Values) -> Row | None:
@@ -171,7 +184,7 @@ def _neutral(log_prob: Values, accuracy: Values) -> Row:
   """Log-prob of reference answers, how much of it was lost, and accuracy of greedy answers."""
   out: Row = {
     'log_prob': summarise(log_prob),
-    'accuracy': summarise(accuracy, share) if accuracy['base'] is not None else None,
+    'accuracy': summarise_shares(accuracy) if accuracy['base'] is not None else None,
   }
   base, delta = out['log_prob']['base'], out['log_prob']['delta']
   out['log_prob_lost'] = -delta['mean'] / abs(base['mean']) if base and delta and base['mean'] else None
@@ -206,6 +219,9 @@ _SIDE_EFFECTS: dict[str, Callable[[Row], float]] = {
 }
 
 
+_SHARES = ('cut_off', 'praise', 'closing_questions')  # of replies
+
+
 def _distinct(text: str, n: int) -> float:
   """Share of n-grams of words that are different (Li et al. 2016); 1 where there are none."""
   words = text.lower().split()
@@ -218,5 +234,8 @@ def _side_effects(rows: Sequence[Row]) -> Row:
   out = {}
   for name, measure in _SIDE_EFFECTS.items():
     by_condition = {c: [row for row in rows if row['condition'] == c and row['trait']] for c in CONDITIONS}
-    out[name] = summarise({c: _by_message(some, measure).mean(1) for c, some in by_condition.items()})
+    values = {c: _by_message(some, measure) for c, some in by_condition.items()}
+    means: Values = {c: each.mean(1) for c, each in values.items()}
+    tries = {c: each.shape[1] for c, each in values.items()}
+    out[name] = summarise_shares(means, tries) if name in _SHARES else summarise(means)
   return out

@@ -34,7 +34,7 @@ from charjax.mesh import fetch, put, replicate
 from charjax.model.decoder import Decoder, lower_layers
 from charjax.progress import Metrics, Progress
 from charjax.stages import messages, prompts, rankings, replies
-from charjax.stages.statistics import correlation, share
+from charjax.stages.statistics import correlation, interval, share
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
 from charjax.training.heads import bind, control_length, fit_head, make_trainable, read_rewards, reply_states
@@ -63,7 +63,7 @@ def run(session: Session) -> Row:
   if any(steps.values()):
     each = max(len(example['replies']) for example in examples)
     tell_undivided(session.log, 'preference', config, 'messages_per_batch', each)
-  kept, lower = _kept_pairs(session), trunk(session)
+  written, lower = _written_pairs(session), trunk(session)
   with Progress('reply states', len(examples), 'messages') as bar:
     _add_states(lower, {}, examples, bar)
   trained = {}
@@ -78,11 +78,12 @@ def run(session: Session) -> Row:
     if steps[name]:
       _add_states(lower, trained[name], some)
     if steps[name] or name == MODELS[0]:
-      _add_states(lower, trained[name], kept)
-    report[name] = _measure(session, name, trained[name], some, kept)
+      _add_states(lower, trained[name], written)
+    report[name] = _measure(session, name, trained[name], some, written)
   learned = split([row['message'] for row in rankings.load(session)])
   report['learned_from'] = {name: list(some) for name, some in learned.items()}
-  found = report['train']['kept']
+  # By pairs that have chosen the ranker already: those that are kept decide nothing, and measure what comes of it.
+  found = report['train']['choosing']
   report['left_out'] = [trait.id for trait in traits if not _better_than_chance(found[trait.id])]
   write_text(folder / 'report.json', json.dumps(report, indent=2))
   digests = {name: fingerprint(trained[name]) for name in MODELS}
@@ -93,7 +94,7 @@ def run(session: Session) -> Row:
       if session.config.policy.keep_unproven_traits
       else 'stays out of the reward unless config.policy.keep_unproven_traits is set'
     )
-    session.log(f'preference: {name} is not told from chance on its kept pairs, and {then}')
+    session.log(f'preference: {name} is not told from chance on its choosing pairs, and {then}')
   return {'messages': {name: len(half) for name, half in halves.items()}, 'steps': steps}
 
 
@@ -108,7 +109,7 @@ def split(ranked: Sequence[T]) -> dict[str, Sequence[T]]:
 
 
 def _better_than_chance(accuracy: Row | None) -> bool:
-  """Whether the kept pairs say so, 95% sure; a trait without kept pairs has the benefit of the doubt."""
+  """Whether pairs say so, 95% sure; a trait without any has the benefit of the doubt."""
   return accuracy is None or accuracy['low'] > 0.5
 
 
@@ -341,31 +342,34 @@ def rewards(session: Session, trainable: Any, asked: Sequence[Tokens], said: Seq
 # ---- measuring ----
 
 
-def _kept_pairs(session: Session) -> list[Row]:
-  """An example for each kept pair: the reply in character, then the other."""
+def _written_pairs(session: Session) -> list[Row]:
+  """An example for each pair that is not shown: the reply in character, then the other."""
   model = session.model
   return [
     {
       'trait': place,
+      'use': pair.use,
       'prompt': model.prompt(prompts.alone(pair.message)),
       'replies': [model.reply(pair.in_character), model.reply(pair.out_of_character)],
     }
     for place, trait in enumerate(session.character.traits)
-    for pair in trait.pairs_for('kept')
+    for pair in trait.pairs
+    if pair.use != 'shown'
   ]
 
 
-def _measure(session: Session, name: str, trainable: Any, unseen: Sequence[Row], kept: Sequence[Row]) -> Row:
-  """Figures on messages the model was not trained on, and on the kept pairs."""
+def _measure(session: Session, name: str, trainable: Any, unseen: Sequence[Row], written: Sequence[Row]) -> Row:
+  """Figures on messages the model was not trained on, and on written pairs."""
   file = session.folder('preference') / name / 'length.json'
   length = hosts.first(lambda: json.loads(file.read_text()))
   right, probability, label, by_trait = defaultdict(list), [], [], defaultdict(list)
+  message: list[int] = []
   rewards: list[float] = []
   uncontrolled: list[float] = []
   tokens: list[int] = []
   by_place: dict[int, list[float]] = defaultdict(list)
   traits = session.character.traits
-  for example in unseen:
+  for number, example in enumerate(unseen):
     scores = fetch(read_rewards(trainable, replicate(example['states'])))[:, example['trait']]
     rewards += scores.tolist()
     effect = length['traits'][traits[example['trait']].id]['effect']
@@ -382,21 +386,24 @@ def _measure(session: Session, name: str, trainable: Any, unseen: Sequence[Row],
       # Hard labels of few messages may be told apart without an error, and then by any distance.
       probability.append(1 / (1 + math.exp(min(float(scores[j] - scores[i]), 700.0))))
       label.append(wanted)
+      message.append(number)
   p, q = np.clip(np.array(probability), 1e-6, 1 - 1e-6), np.array(label)
-  pairs: dict[str, list[bool]] = {trait.id: [] for trait in traits}
-  for example in kept:
+  pairs: dict[str, dict[str, list[bool]]] = {use: {trait.id: [] for trait in traits} for use in ('kept', 'choosing')}
+  for example in written:
     inside, outside = fetch(read_rewards(trainable, replicate(example['states'])))[:, example['trait']]
-    pairs[traits[example['trait']].id].append(bool(inside > outside))
+    pairs[example['use']][traits[example['trait']].id].append(bool(inside > outside))
   # What one unit of reward is worth differs by trait; the policy divides by this. A trait that these messages are too
   # few for has the spread of all.
   reward_std = {t.id: float(np.std(by_place[i] or rewards or [0.0])) or 1.0 for i, t in enumerate(traits)}
   return {
     'accuracy': {kind: float(np.mean(right[kind])) if right[kind] else None for kind in _KINDS},
     'accuracy_by_trait': {trait: float(np.mean(hits)) for trait, hits in by_trait.items()},
-    'kept': {trait: share(right) for trait, right in pairs.items()},
-    'kept_overall': share([right for some in pairs.values() for right in some]),
+    'kept': {trait: share(some) for trait, some in pairs['kept'].items()},
+    'kept_overall': share([hit for some in pairs['kept'].values() for hit in some]),
+    'choosing': {trait: share(some) for trait, some in pairs['choosing'].items()},
     'log_loss': float(-(q * np.log(p) + (1 - q) * np.log1p(-p)).mean()) if len(p) else None,
     'calibration_error': calibration_error(p, q) if len(p) else None,
+    'calibration': calibration(p, q, message),
     'length_correlation': correlation(rewards, tokens),
     'length_correlation_before': correlation(uncontrolled, tokens),
     'length_control': {
@@ -406,14 +413,29 @@ def _measure(session: Session, name: str, trainable: Any, unseen: Sequence[Row],
   }
 
 
-def calibration_error(probability: np.ndarray, label: np.ndarray, bins: int = 10) -> float:
+_BINS = 10
+
+
+def _bins(probability: np.ndarray) -> list[np.ndarray]:
+  """Places of predictions in bins of equal count, from the lowest on."""
+  return [part for part in np.array_split(np.argsort(probability, kind='stable'), _BINS) if len(part)]
+
+
+def calibration_error(probability: np.ndarray, label: np.ndarray) -> float:
   """Expected calibration error (Guo et al. 2017, eq. 3) against soft labels, in bins of equal count."""
-  order = np.argsort(probability, kind='stable')
-  return float(
-    sum(
-      len(part) * abs(probability[part].mean() - label[part].mean())
-      for part in np.array_split(order, bins)
-      if len(part)
-    )
-    / len(order)
-  )
+  gaps = [len(part) * abs(probability[part].mean() - label[part].mean()) for part in _bins(probability)]
+  return float(sum(gaps) / len(probability))
+
+
+def calibration(probability: np.ndarray, label: np.ndarray, message: Sequence[int]) -> list[Row]:
+  """By bin, the mean of what was predicted and an interval of the labels; in both the pairs of a message count as one,
+  since they are not independent of each other."""
+  rows = []
+  for part in _bins(probability):
+    by_message: dict[int, list[int]] = defaultdict(list)
+    for place in part:
+      by_message[message[place]].append(place)
+    means = {name: [float(values[some].mean()) for some in by_message.values()]
+             for name, values in (('predicted', probability), ('label', label))}  # fmt: skip
+    rows.append({'predicted': float(np.mean(means['predicted'])), 'label': interval(means['label'])})
+  return rows

@@ -10,6 +10,7 @@ import numpy as np
 Interval = dict[str, Any]
 
 _RESAMPLES = 10_000
+_FEW = 8  # items, of fewer of which resampling says little
 _Z = NormalDist().inv_cdf(0.975)
 
 
@@ -17,7 +18,8 @@ def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> Interval | 
   """Mean and 95% interval over items that are independent of each other (messages, pairs); None without any.
 
   The percentile bootstrap is too narrow for few items; its percentiles are widened as Hesterberg (2015,
-  arXiv:1411.5279, section 5.2) does: Phi(-sqrt(n / (n - 1)) t). One item has a mean and no interval. Items that are
+  arXiv:1411.5279, section 5.2) does: Phi(-sqrt(n / (n - 1)) t). Of fewer than eight items it would end at the least and
+  the greatest of them, and theirs is Student's own. One item has a mean and no interval. Items that are
   all equal have one of no width, which is right for a length that never varies and wrong for a share: see `share`.
   """
   array = np.asarray(values, np.float64)
@@ -29,6 +31,9 @@ def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> Interval | 
     return {'mean': mean, 'low': None, 'high': None, 'n': n}
   if np.ptp(array) == 0:
     return {'mean': mean, 'low': mean, 'high': mean, 'n': n}
+  if n < _FEW:
+    half = _t_quantile(n - 1) * float(array.std(ddof=1)) / math.sqrt(n)
+    return {'mean': mean, 'low': mean - half, 'high': mean + half, 'n': n}
   tail = _tail(n)
   index = np.random.default_rng(seed).integers(0, n, (_RESAMPLES, n))
   low, high = np.quantile(array[index].mean(1), [tail, 1 - tail])
@@ -36,7 +41,8 @@ def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> Interval | 
 
 
 def ratio(above: np.ndarray, below: np.ndarray, paired: bool, seed: int = 0) -> Interval:
-  """Mean of one over mean of the other, with percentiles of a bootstrap, widened as in `interval`.
+  """Mean of one over mean of the other, with percentiles of a bootstrap, widened as in `interval`; of fewer than eight
+  items without.
 
   Args:
     above: values of items that are independent of each other.
@@ -47,7 +53,7 @@ def ratio(above: np.ndarray, below: np.ndarray, paired: bool, seed: int = 0) -> 
   """
   rng, n = np.random.default_rng(seed), min(len(above), len(below))
   found: Interval = {'mean': float(above.mean() / below.mean()), 'low': None, 'high': None, 'n': n}
-  if n == 1:
+  if n < _FEW:
     return found
   index = rng.integers(0, len(above), (_RESAMPLES, len(above)))
   other = index if paired else rng.integers(0, len(below), (_RESAMPLES, len(below)))

@@ -24,7 +24,8 @@ def get_sweep(config):
     )
 
   def trial(*some):
-    prompts = math.ceil(config.policy.prompts_per_step * len(some) / len(traits))
+    parts = config.policy.microbatches
+    prompts = parts * math.ceil(config.policy.prompts_per_step * len(some) / len(traits) / parts)
     # None is left out because the preference model does not tell it from chance.
     return {'policy.traits': some, 'policy.prompts_per_step': prompts, 'policy.keep_unproven_traits': True}
 
