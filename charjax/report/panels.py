@@ -212,7 +212,9 @@ def _calibration(run: Run, models: Sequence[str]) -> Figure | None:
       predicted, label = finite(values.get('predicted')), estimate(values.get('label'))
       if predicted is not None and label is not None:
         text = f'{words.figure(predicted, True)} predicted, {cell(label, True)} by the ranker'
-        marks.append((predicted, plots.Mark(label.mean, label.low, label.high, model, text)))
+        # Of few messages Student's interval of a probability may end beyond what is one.
+        low, high = (None if end is None else min(max(end, 0.0), 1.0) for end in (label.low, label.high))
+        marks.append((predicted, plots.Mark(label.mean, low, high, model, text)))
         rows.append((names[model], words.figure(predicted, True), cell(label, True), str(label.n or '')))
     if marks:
       series.append(plots.Trail(names[model], marks))

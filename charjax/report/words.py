@@ -217,9 +217,9 @@ def in_short(margin: Estimate | None, wins: Estimate | None) -> str:
   parts = []
   if margin is not None:
     size, between = figure(margin.mean, signed=True), interval(margin)
-    did = {1: 'likelier', 0: 'neither likelier nor less likely, as far as can be told,', -1: 'less likely'}
+    did = {1: 'became likelier', 0: 'are not clearly likelier', -1: 'became less likely'}
     told = f'{size} nats a token' + (f', {between}' if between else '')
-    parts.append(f'written replies in character became {did[margin.side_of(0.0)]} ({told})')
+    parts.append(f'written replies in character {did[margin.side_of(0.0)]} ({told})')
   if wins is not None:
     between = interval(wins, share=True)
     parts.append(
