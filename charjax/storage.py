@@ -183,7 +183,8 @@ def put(path: epath.Path, data: bytes, new: bool = False) -> None:
 
 def _replace(path: epath.Path, data: bytes) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.parent / f'.{path.name}.tmp'
+  # Of several processes that write the same file without a lock, as those of a search, each has its own.
+  temporary = path.parent / f'.{path.name}.{os.getpid()}.tmp'
   try:
     with open(temporary, 'wb') as file:
       file.write(data)

@@ -81,6 +81,7 @@ class _Watch:
     now = time.monotonic()
     self._heard: dict[int, tuple[Any, float]] = {i: (None, now) for i in range(self._count)}
     self._failed_at = 0.0
+    self._answered = now  # when process 0 last took what this one said
     self._say()
     self._leader = json.loads(hosts.wait('charjax/at/0'))['host']
     self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._obey)]
@@ -112,6 +113,7 @@ class _Watch:
     with contextlib.suppress(RuntimeError):  # Process 0 is lost: `_obey` hears of it, too.
       while not self._over:
         self._say()
+        self._answered = time.monotonic()
         if self._index == 0 and self._judge(time.monotonic()):
           return
         time.sleep(_BEAT)
@@ -123,6 +125,11 @@ class _Watch:
       while not verdict:
         if self._over:
           return
+        # A machine that is gone breaks no connection, and its store answers nothing: no more than that a key is unset.
+        silent = time.monotonic() - self._answered
+        if self._index and silent > self.lost_seconds:
+          lost = f'process 0 ({self._leader}) was lost: no answer for {duration(silent)}'
+          hosts.exit_now(LOST, f'{lost}; {_AGAIN}')
         with hosts.no_answer_yet():
           verdict = json.loads(self._client.blocking_key_value_get('charjax/end', round(1000 * _BEAT)))
     except RuntimeError:

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from charjax import interrupts
+from charjax import hosts, interrupts
 from charjax.progress import Progress
 from charjax.training.interrupts import Interrupts
 
@@ -128,3 +128,23 @@ def test_an_ignored_interrupt_stays_ignored():
       send(signal.SIGINT)
   finally:
     signal.signal(signal.SIGINT, before)
+
+
+def test_a_pod_that_is_told_to_stop_is_told_once(sigterm, monkeypatch):
+  """Each process hears of another's interrupt, and has its own a moment later: that is no second one."""
+  told, saved = {}, []
+  monkeypatch.setattr(hosts, 'told', told.get)
+  monkeypatch.setattr(hosts, 'tell', told.__setitem__)
+  with pytest.raises(sigterm), Interrupts() as interrupts:
+    told['interrupt'] = signal.SIGTERM  # in another process
+    assert interrupts.agreed()
+    send(signal.SIGTERM)  # here, while all save
+    saved.append(True)
+    interrupts.let_through()
+    pytest.fail('it was not let through')
+  assert saved
+  with pytest.raises(sigterm), Interrupts() as interrupts:
+    assert interrupts.agreed()
+    send(signal.SIGTERM)
+    send(signal.SIGTERM)
+    pytest.fail('its own second one was held')

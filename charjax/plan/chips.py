@@ -30,7 +30,7 @@ GIB = 2**30
 # Of TPUs: cloud.google.com/tpu/docs/v4, v5e, v5p and v6e (peak compute, HBM bandwidth, and half of the bidirectional
 # bandwidth of all ICI links of a chip).
 TPUS = {
-  'v4': Chip(31.25 * GIB, 275e12, 1228e9, 150e9),
+  'v4': Chip(31.25 * GIB, 275e12, 1228e9, 300e9),
   'v5e': Chip(15.75 * GIB, 197e12, 819e9, 200e9),
   'v5p': Chip(95.74 * GIB, 459e12, 2765e9, 600e9),
   'v6e': Chip(31.25 * GIB, 918e12, 1640e9, 400e9),

@@ -92,7 +92,7 @@ def make(config: Any, character: Any, shape: ModelConfig, topology: Topology, on
   devices = topology.devices or jax.devices('cpu')[: topology.size]
   with jax.set_mesh(make_mesh(config.mesh, devices)):
     found = []
-    for program in programs.make(config, character, shape, 'tpu'):
+    for program in programs.make(config, character, shape, 'tpu' if topology.devices else 'gpu'):
       if on_program:
         on_program(program.name)
       found.append(_figures(program, topology, shape))

@@ -39,15 +39,14 @@ class Checkpoints:
       cleanup_tmp_directories=True,
     )
 
-  def save(
-    self, step: int, trainable: Any, optimizer_state: Any, position: dict[str, Any], devices_busy: bool = False
-  ) -> None:
+  def save(self, step: int, trainable: Any, optimizer_state: Any, position: dict[str, Any], last: bool = True) -> None:
     """Saves the state and the data position (JSON) after `step` steps; returns when it is on disk.
 
-    With `devices_busy`, what many processes hold in parts has no fingerprint: it would have to wait for the devices.
+    Of what many processes hold in parts, all but the `last` have no fingerprint: each process would have to gather all
+    of it by way of the devices, which may be busy, and in the seconds that a preemption leaves.
     """
     apart = any(is_apart(leaf) for leaf in jax.tree.leaves(trainable))
-    digest = None if devices_busy and apart else fingerprint(trainable)
+    digest = fingerprint(trainable) if last or not apart else None
     record = {'seed': self._seed, 'data': position, 'fingerprint': digest}
     named = {'trainable': _named(trainable), 'optimizer': _named(optimizer_state), 'record': record}
     self._checkpointer.save_checkpointables(step, named, force=True)
@@ -146,7 +145,7 @@ def read_trained(folder: epath.Path) -> Tensors:
     found = _digest(read(name, stored[keys[name]].dtype) for name in sorted(keys, key=lambda name: keys[name]))
   except (ValueError, KeyError, OSError, TypeError) as error:
     raise UserError(f'{where}: cannot be read ({one_line(error)}); restore it, or train again') from error
-  if found != record['fingerprint']:
+  if record['fingerprint'] not in (None, found):
     raise UserError(f'{where}: the checkpoint is damaged (wrong fingerprint); restore it, or train again')
   return trained
 

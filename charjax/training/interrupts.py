@@ -35,12 +35,13 @@ class Interrupts:
         interrupts.let_through()
 
   Only what would raise in this process is held: a handler in Python, in the main thread. Of many processes, any that is
-  interrupted speaks for all.
+  interrupted speaks for all; that a whole pod is told to stop, each process a moment after another, is one interrupt.
   """
 
   def __init__(self) -> None:
     self._before: dict[int, Any] = {}
     self._came: int | None = None
+    self._own = False  # whether it came to this process, too
 
   def agreed(self) -> bool:
     """Whether an interrupt is held in some process. All of them ask after the same step, and are told the same."""
@@ -88,8 +89,11 @@ class Interrupts:
     return self._came or hosts.told('interrupt')
 
   def _hold(self, number: int, frame: FrameType | None) -> None:
-    if self._came is not None:
+    if self._own:
       self._before[number](number, frame)
+      return
+    self._own = True
+    if self._came is not None:
       return
     self._came = number
     hosts.tell('interrupt', number)

@@ -7,6 +7,7 @@ from typing import Any
 import optax
 from etils import epath
 
+from charjax import hosts
 from charjax.mesh import batch_parts, fetch
 from charjax.progress import Metrics, Progress
 from charjax.training.checkpoint import Checkpoints
@@ -70,9 +71,11 @@ def train(
   state, layout = init_optimizer(optimizer, trainable)
   step_function = make_step(loss, optimizer, trainable, layout)
 
-  def save(step: int, position: Any, devices_busy: bool = False) -> None:
+  def save(step: int, position: Any) -> None:
     metrics.flush()  # who goes on from this checkpoint finds the rows of its steps
-    checkpoints.save(step, trainable, state, position, devices_busy)
+    hosts.at(f'the checkpoint after step {step}')
+    checkpoints.save(step, trainable, state, position, step == steps)
+    hosts.at(f'step {step + 1}')
 
   with Metrics(folder) as metrics, Interrupts() as interrupts:
     start, trainable, state, position = checkpoints.restore(trainable, state)
@@ -92,7 +95,7 @@ def train(
       if interrupted:
         # What was being made is made anew; it may take long, and what was learned is not yet touched by it.
         if saved < step - 1:
-          save(step - 1, position, devices_busy=True)
+          save(step - 1, position)
         interrupts.let_through()
       batch, figures = made.result()
       trainable, state, values = step_function(trainable, state, frozen, batch)
