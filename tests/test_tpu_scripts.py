@@ -117,6 +117,8 @@ def test_by_hand(cloud):
   assert cloud.run('run', *RUN)[0] == 0
   code, _, told = cloud.run('run', *RUN)
   assert code == 1 and told.count('a run goes on here') == WORKERS
+  code, _, told = cloud.run('setup')
+  assert code == 2 and 'setup.sh: a run goes on there' in told and (machine / 'charjax' / 'pyproject.toml').exists()
   code, out, told = cloud.run('logs', '--worker=1')
   assert code == 0 and COST in told
   words = ['-m', 'charjax.main', *RUN[1:]]
@@ -195,6 +197,7 @@ def test_babysit_gives_up_what_starting_again_does_not_mend(cloud, ends, code, s
     ('create --price=cheap', 'create.sh: --price=cheap: give US dollars a chip-hour, as 1.20'),
     ('run', 'run.sh: what is to be run? give it behind --, as in: -- run --config=configs/llama3_8b.py'),
     ('run -- run --workdir=/x', 'run.sh: charjax needs --config=FILE.py behind --'),
+    ('run -- export /x --config=x.py', 'run.sh: behind -- comes run, or one of its stages, and not export'),
     (
       'run -- run --config=x.py --workdir=runs/x',
       'run.sh: charjax needs --workdir= behind --: a folder that all workers',

@@ -3,8 +3,8 @@
 # was taken away or a worker was lost. tpu/babysit.sh [flags] -- run --config=... --workdir=...
 # Flags are those of create.sh and setup.sh; --every=60 seconds it looks; --delete: the slice, when the run is over.
 # It can be stopped and started again at any time, and may run anywhere. Exits with 0 when the run is done, 2 when it
-# ended by a mistake, 1 when it ended by an error for the second time, 75 when five starts in a row did not last ten
-# minutes, and else as the run did.
+# ended by a mistake or gcloud may not be asked, 1 when it ended by an error for the second time, 75 when five starts in a
+# row did not last an hour or ten requests in a row were refused, and else as the run did.
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 every=60 delete=
 parse 'accelerator spot runtime price install every delete' "$@"
@@ -32,7 +32,7 @@ trap 'rm -f "$errors"' EXIT
 
 say() { echo "$(date +%H:%M:%S) $*" >&2; }
 
-# The state of the queued resource, or: absent, unknown.
+# The state of the queued resource, or: absent, forbidden (which waiting does not mend), unknown.
 slice() {
   if gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>"$errors"; then
     return
@@ -40,7 +40,7 @@ slice() {
     echo absent
   else
     cat "$errors" >&2
-    echo unknown
+    if grep -qE 'PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT' "$errors"; then echo forbidden; else echo unknown; fi
   fi
 }
 
@@ -66,7 +66,14 @@ run() {
 # Ends with a code and a reason.
 over() {
   say "$2"
-  if [[ -n $delete ]]; then "$tpu/delete.sh"; else TPU_TOLD='' cost; fi
+  if [[ -n $delete ]]; then
+    for attempt in 1 2 3 4 5; do
+      if "$tpu/delete.sh"; then exit "$1"; fi
+      say "it could not be deleted, attempt $attempt of 5"
+      sleep "$every"
+    done
+  fi
+  TPU_TOLD='' cost
   exit "$1"
 }
 
@@ -75,12 +82,19 @@ last_words() { on 0 'tail --lines=3 charjax-run/log' >&2 2>/dev/null || true; }
 
 remove() { gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet || true; }
 
-failures=0 unreachable=0 started='' erred=''
-# A start that was cut off: five in a row that did not last are enough.
+failures=0 refused=0 unreachable=0 started='' erred=''
+# A start that was cut off, and not by a preemption: five in a row that did not last are enough. It takes a run twenty
+# minutes to find that it is stuck, and that is not to be paid for again and again.
 cut_off() {
-  if [[ -z $started ]] || ((SECONDS - started < 600)); then failures=$((failures + 1)); else failures=0; fi
+  if [[ -z $started ]] || ((SECONDS - started < 3600)); then failures=$((failures + 1)); else failures=0 erred=; fi
   started=
-  ((failures < 5)) || over 75 'five starts in a row did not last ten minutes; logs.sh --worker=all tells why'
+  ((failures < 5)) || over 75 'five starts in a row did not last an hour; logs.sh --worker=all tells why'
+}
+
+# A request that came to nothing.
+refuse() {
+  refused=$((refused + 1))
+  ((refused < 10)) || over 75 'ten requests in a row were refused; is there quota, and is the zone one that has them?'
 }
 
 start() {
@@ -96,10 +110,19 @@ while true; do
   [[ $state == "$before" ]] || say "$name: $state"
   before=$state
   [[ $state == unreachable ]] || unreachable=0
+  case $state in absent | FAILED | unknown) ;; *) refused=0 ;; esac
   case $state in
-    absent) "$tpu/create.sh" || say 'it could not be asked for' ;;
-    SUSPENDED | FAILED)
-      cut_off
+    absent) "$tpu/create.sh" || { say 'it could not be asked for'; refuse; } ;;
+    forbidden)
+      say 'gcloud may not ask for it; mend what it says above, and start this again'
+      exit 2
+      ;;
+    SUSPENDED) # A preemption, of which there may be any number.
+      started=
+      remove
+      ;;
+    FAILED)
+      refuse
       remove
       ;;
     unset) if "$tpu/setup.sh"; then start; else cut_off; fi ;;

@@ -7,8 +7,13 @@ parse 'cluster accelerator price' "$@"
 source "$tpu/command.sh"
 [[ -n $cluster ]] || fail 'which cluster? give --cluster=NAME, as you called it in xpk cluster create'
 
-cost
+cost 'the nodes of the cluster are gone'
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+pack "$folder"
+mkdir "$folder/charjax"
+tar -xzf "$folder/charjax.tar.gz" -C "$folder/charjax"
 # Exit codes from 127 on restart it anyway: 134, 137 and 143.
 try xpk workload create --cluster="$cluster" --workload="$name" "${where[@]}" --tpu-type="$accelerator" \
-  --base-docker-image=python:3.11 --script-dir="$tpu/.." --max-restarts=100 --restart-on-exit-codes=75 \
+  --base-docker-image=python:3.11 --script-dir="$folder/charjax" --max-restarts=100 --restart-on-exit-codes=75 \
   --termination-grace-period-seconds=30 --command="./tpu/install.sh && .venv/bin/charjax$(printf ' %q' "${rest[@]}")"

@@ -71,12 +71,21 @@ parse() {
   [[ -z $project ]] || where+=(--project="$project")
 }
 
-# What it costs for as long as it is there, whether it works or not.
+# pack FOLDER: this checkout in a file of that folder, charjax.tar.gz, with what git does not ignore.
+pack() {
+  cd "$tpu/.."
+  git ls-files -z --cached --others --exclude-standard >"$1/files" 2>/dev/null ||
+    fail "$PWD: no git checkout, so that it is not known what to take"
+  tar --create --gzip --file="$1/charjax.tar.gz" --ignore-failed-read --null --files-from="$1/files" 2>"$1/errors" ||
+    fail "tar: $(tail -n 1 "$1/errors")"
+}
+
+# cost [END]: what it costs for as long as it is there, whether it works or not.
 cost() {
   [[ -z ${TPU_TOLD:-} ]] || return 0
-  LC_ALL=C awk -v chips="$chips" -v price="$price" -v what="$accelerator" -v note="$price_note" 'BEGIN {
-    printf "%s, %d chips: about $%.2f an hour, $%.0f a day, until tpu/delete.sh, at $%s a chip-hour (%s)\n",
-      what, chips, chips * price, 24 * chips * price, price, note }' >&2
+  LC_ALL=C awk -v chips="$chips" -v price="$price" -v what="$accelerator" -v note="$price_note" -v end="${1:-tpu/delete.sh}" 'BEGIN {
+    printf "%s, %d chips: about $%.2f an hour, $%.0f a day, until %s, at $%s a chip-hour (%s)\n",
+      what, chips, chips * price, 24 * chips * price, end, price, note }' >&2
   [[ $price_note == you* ]] || echo "prices change, and spot costs less: see cloud.google.com/tpu/pricing, and give --price=" >&2
 }
 

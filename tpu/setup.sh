@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Brings this checkout to each worker, into charjax in the home directory, with
-# what git does not ignore, and installs it there by --install, a command line that is run in it: ./tpu/install.sh, unless
-# you need more, such as to mount a folder that all share.
+# Brings this checkout to each worker, into charjax in the home directory, with what git does not ignore, and installs it
+# there by --install, a command line that is run in it: ./tpu/install.sh, unless you need more, such as to mount a folder
+# that all share.
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 parse 'accelerator price install' "$@"
 
 cost
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-cd "$tpu/.."
-git ls-files -z --cached --others --exclude-standard >"$folder/files" 2>/dev/null ||
-  fail "$PWD: no git checkout, so that it is not known what to take"
-tar --create --gzip --file="$folder/charjax.tar.gz" --ignore-failed-read --null --files-from="$folder/files" 2>"$folder/errors" ||
-  fail "tar: $(tail -n 1 "$folder/errors")"
+pack "$folder"
+if [[ -z $dry_run ]]; then
+  states=$(on all 'if [ -e charjax/tpu/worker.sh ]; then charjax/tpu/worker.sh state; fi')
+  [[ $states != *running* ]] ||
+    fail "a run goes on there, from the code that would be replaced; wait for its end, or delete.sh"
+fi
 try gcloud compute tpus tpu-vm scp "$folder/charjax.tar.gz" "$name:" "${where[@]}" --worker=all
 # Files that are no more must not be imported; what is installed stays.
 on all "mkdir -p charjax && cd charjax && find . -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} + &&\
