@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The linter, the type checker and all tests. Arguments are passed on to pytest. PYTHON names the interpreter that
+# The linters, the type checker and all tests. Arguments are passed on to pytest. PYTHON names the interpreter that
 # makes .venv.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -16,5 +16,6 @@ ensure test requirements-test.txt requirements-model.txt requirements-tokenizers
   scripts/test.sh
 "$venv/bin/ruff" check .
 "$venv/bin/mypy"
+"$venv/bin/shellcheck" tpu/*.sh scripts/*.sh .ci/run
 # In two processes, a file of tests to each in turn: most of the time one thread compiles programs.
 exec "$venv/bin/python" -m pytest -q --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"
