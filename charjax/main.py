@@ -50,7 +50,8 @@ _USAGE = f"""charjax: train a character into a language model
   --model=policy|preference|judge|start|adapter  export: the policy, what rewarded it, what judged it, or the beginning;
                                                  or the policy's LoRA alone, for PEFT
   --dtype=bfloat16|float32                       export: of the weights
-  --parallel=1 --launch=FILE                     sweep: trials at a time; or only write their commands, one a line
+  --parallel=1 --launch=FILE [--tpu]             sweep: trials at a time; or only write their commands, one a line,
+                                                 or launches of slices of a TPU by tpu/babysit.sh
   --trials=20                                    sweep: of a search, by all processes that were given the command
   --preview=N [--config=FILE.py]                 character check: messages a trait that the model writes and answers
   --topology=NAME --json                         plan: the chips; or figures alone, as JSON
@@ -66,7 +67,7 @@ _FLAGS_OF = {
   'chat': ('side_by_side', 'trait', 'temperature', 'max_new_tokens', 'seed'),
   'export': ('output', 'model', 'dtype'),
   'review': ('reviewer', 'port'),
-  'sweep': ('parallel', 'launch', 'trials'),
+  'sweep': ('parallel', 'launch', 'tpu', 'trials'),
   'compare': ('output',),
   'character': ('preview',),
   'plan': ('topology', 'json'),
@@ -334,14 +335,20 @@ def _sweep(config_spec: str, changes: Sequence[str], workdir: str, options: dict
     return sweep.Trial(name, session, command)
 
   if (
-    wrong := [name for name in ('parallel', 'launch') if name in options]
+    wrong := [name for name in ('parallel', 'launch', 'tpu') if name in options]
     if found.search
     else (['trials'] if 'trials' in options else [])
   ):
     why = 'gives one trial after another; give the command several times' if found.search else 'names its trials'
     raise UserError(f'--{wrong[0]}: {config_spec} {why}, and leave the flag out')
+  if options.get('tpu') and not launch:
+    raise UserError('--tpu goes with --launch=FILE: a slice is asked for by whoever gives a command of that file')
   if launch:
-    lines = [shlex.join(['charjax', *make(name, own).command]) for name, own in found.trials.items()]
+    trials = [make(name, own) for name, own in found.trials.items()]
+    commands = [['charjax', *trial.command] for trial in trials]
+    if options.get('tpu'):
+      commands = sweep.launches(trials, root, found.base)
+    lines = [shlex.join(command) for command in commands]
     files.write_text(os.path.expanduser(launch), ''.join(line + '\n' for line in lines))
     print(f'{len(lines)} commands: {launch}')
     return 0
@@ -448,6 +455,7 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str, list[str], list[st
   flags.DEFINE_integer('parallel', None, 'trials at a time', lower_bound=1, upper_bound=1000, flag_values=values)
   flags.DEFINE_integer('trials', None, 'of a search', lower_bound=1, upper_bound=10**6, flag_values=values)
   flags.DEFINE_string('launch', None, 'where the commands of trials are written', flag_values=values)
+  flags.DEFINE_bool('tpu', None, 'each on a slice of its own', flag_values=values)
   flags.DEFINE_string('topology', None, 'the chips of a plan', flag_values=values)
   flags.DEFINE_bool('json', None, 'figures alone', flag_values=values)
   flags.DEFINE_string('reviewer', None, 'who judges', flag_values=values)

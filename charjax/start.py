@@ -95,8 +95,9 @@ def record(session: workdirs.Session) -> None:
 
 
 @contextlib.contextmanager
-def devices(config: ml_collections.ConfigDict) -> Iterator[None]:
-  """JAX as the stages find it: compiled programs kept between processes, and a mesh.
+def devices(config: ml_collections.ConfigDict, workdir: epath.Path | None = None) -> Iterator[None]:
+  """JAX as the stages find it: compiled programs kept between processes, and a mesh. Of many processes the first writes
+  what was compiled, and all read it in the run's folder, unless that is in a bucket.
 
   Raises:
     UserError: there is no device to run on, or the mesh does not fit those that are there.
@@ -109,7 +110,9 @@ def devices(config: ml_collections.ConfigDict) -> Iterator[None]:
   work.watch_compilation()
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    jax.config.update('jax_compilation_cache_dir', os.path.join(caches, 'charjax', 'xla'))
+    own = os.path.join(caches, 'charjax', 'xla')
+    shared = workdir is not None and hosts.count() > 1 and not storage.is_bucket(workdir)
+    jax.config.update('jax_compilation_cache_dir', str(workdir / '.xla') if workdir and shared else own)
   if not os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   try:
@@ -152,7 +155,7 @@ def run(chosen: Sequence[workdirs.Stage], config: ml_collections.ConfigDict, wor
           folder = session.folder(stage.name)
           raise UserError(f'{folder}: {state}, and {chosen[0].name} builds on it; run {stage.name} first')
     workdirs.check(chosen, session)
-    with devices(config):
+    with devices(config, workdir):
       # A broken model file is told of before any work too, unless there is none that needs the model.
       if any(stage.name != 'report' and workdirs.status(stage, session) != 'done' for stage in chosen):
         limits.check_model(config, session.checkpoint.config)

@@ -266,6 +266,31 @@ def _start_if_ready(trial: Trial, trials: Sequence[Trial], status: _Status) -> N
   status.say(f'{trial.name}: started')
 
 
+def launches(trials: Sequence[Trial], root: epath.Path, base: str) -> list[list[str]]:
+  """A command of tpu/babysit.sh for each trial: a slice of its own, deleted when it is over. What kind of slice, and
+  where, is said by flags or by the environment of who gives the command.
+
+  Args:
+    trials: of the sweep, whose names tell the slices apart.
+    root: the folder of the sweep.
+    base: the config that they vary.
+
+  Raises:
+    UserError: slices could not see the folder, or the config.
+  """
+  if not (storage.is_bucket(root) or root.is_absolute()):
+    raise UserError(f'--workdir={root}: no slice sees it; give a folder that all share, as gs://BUCKET/FOLDER')
+  if os.path.isabs(base):
+    raise UserError(f'--config: slices get this checkout, and {base} is elsewhere there; name it from the checkout on')
+  found = []
+  for trial in trials:
+    name = re.sub('[^a-z0-9]+', '-', f'{root.name}-{trial.name}'.lower()).strip('-')
+    # As gcloud takes it: small letters, digits and hyphens, at most 40. The digest keeps those apart that read alike.
+    name = f'run-{name}'[:33].rstrip('-') + '-' + workdir.fingerprint(trial.name)[:6]
+    found.append(['tpu/babysit.sh', f'--name={name}', '--delete', '--', *trial.command])
+  return found
+
+
 def _end_with_parent() -> None:
   """Has the kernel send SIGTERM when the sweep is killed; others than Linux let the trial go on to its end."""
   if sys.platform == 'linux':

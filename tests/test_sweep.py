@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -103,7 +105,7 @@ def test_crosstalk_rewards_each_trait_alone_and_all_but_one():
     assert int(prompts.split('=')[1]) % 2 == 0
 
 
-def test_a_trial_may_be_written_as_a_command(tmp_path, capsys):
+def test_a_trial_may_be_written_as_a_command(tmp_path, capsys, monkeypatch):
   file = tmp_path / 'commands.txt'
   arguments = ['sweep', f'--config={SWEEPS / "kl.py"}:smoke', '--workdir=gs://bucket/kl', '--config.seed=3']
   assert main([*arguments, f'--launch={file}']) == 0
@@ -111,6 +113,19 @@ def test_a_trial_may_be_written_as_a_command(tmp_path, capsys):
   base = ROOT / 'configs' / 'smoke.py'
   assert first == f'charjax run --config={base} --config.seed=3 --config.policy.kl=0.0 --workdir=gs://bucket/kl/kl=0'
   assert main(arguments) == 2 and 'needs a folder of this machine' in capsys.readouterr().err
+  # Or as a slice of a TPU each, whose name tells it apart.
+  assert (
+    main([*arguments, f'--launch={file}', '--tpu']) == 2 and 'name it from the checkout on' in capsys.readouterr().err
+  )
+  monkeypatch.chdir(ROOT)
+  arguments[1] = '--config=configs/sweeps/kl.py:smoke'
+  assert main([*arguments, f'--launch={file}', '--tpu']) == 0
+  lines = [shlex.split(line) for line in file.read_text().splitlines()]
+  assert lines[0][0] == 'tpu/babysit.sh' and lines[0][2:5] == ['--delete', '--', 'run']
+  assert lines[0][-1] == '--workdir=gs://bucket/kl/kl=0' and lines[0][5] == '--config=configs/smoke.py'
+  names = [line[1].removeprefix('--name=') for line in lines]
+  assert len(set(names)) == 4 and all(re.fullmatch('[a-z]([-a-z0-9]{0,38}[a-z0-9])?', name) for name in names)
+  assert main([*arguments, '--tpu']) == 2 and '--tpu goes with --launch' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
