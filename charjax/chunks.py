@@ -31,7 +31,7 @@ def chunks(
     session: of the run.
     stage: whose folder has the chunks.
     name: what is made; begins the files' names.
-    items: what the rows are made from: anything that JSON or `repr` tells by its contents.
+    items: what the rows are made from: anything that JSON, or `str`, tells by its contents.
     size: items in a chunk; the last chunk may be shorter.
     make: (the chunk's items, the chunk's index) -> its rows.
     bar: counts items, if given.

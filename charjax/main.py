@@ -328,7 +328,7 @@ def _sweep(config_spec: str, changes: Sequence[str], workdir: str, options: dict
 
   def make(name: str, own: Sequence[str]) -> sweep.Trial:
     place = os.path.join(folder, name)
-    session = start.prepare(read_config(found.base, [*found.changes, *own]), epath.Path(place))
+    session = start.prepare(read_config(found.base, [*found.changes, *own]), epath.Path(place), elsewhere=bool(launch))
     starting_model.check_apart(session.config.model, session.workdir)
     pinned = [] if launch else sweep.pin_model(root, session)
     command = ['run', f'--config={found.base}', *found.changes, *own, *pinned, f'--workdir={place}']

@@ -21,8 +21,9 @@ from charjax.stages import STAGES
 _PACKAGES = ('charjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: epath.Path) -> workdirs.Session:
-  """Reads all that can be wrong before a stage starts.
+def prepare(config: ml_collections.ConfigDict, workdir: epath.Path, elsewhere: bool = False) -> workdirs.Session:
+  """Reads all that can be wrong before a stage starts; of a run that is to be `elsewhere` not the model, which this
+  machine need not see.
 
   Raises:
     UserError: naming the first thing that is.
@@ -31,7 +32,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.Path) -> workdirs.
   character = characters.select(characters.load(config.character.path), config.character.traits)
   characters.check_rewarded(character, config.policy.traits)
   _can_be_judged(config, character)
-  starting_model.check(config.model)
+  if not elsewhere:
+    starting_model.check(config.model)
   if config.evaluation.probes or config.evaluation.neutral:
     from charjax.stages import probes
 
@@ -110,9 +112,10 @@ def devices(config: ml_collections.ConfigDict, workdir: epath.Path | None = None
   work.watch_compilation()
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    own = os.path.join(caches, 'charjax', 'xla')
-    shared = workdir is not None and hosts.count() > 1 and not storage.is_bucket(workdir)
-    jax.config.update('jax_compilation_cache_dir', str(workdir / '.xla') if workdir and shared else own)
+    cache = os.path.join(caches, 'charjax', 'xla')
+    if workdir is not None and hosts.count() > 1 and not storage.is_bucket(workdir):
+      cache = str(workdir / '.xla')
+    jax.config.update('jax_compilation_cache_dir', cache)
   if not os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   try:

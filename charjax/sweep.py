@@ -280,13 +280,15 @@ def launches(trials: Sequence[Trial], root: epath.Path, base: str) -> list[list[
   """
   if not (storage.is_bucket(root) or root.is_absolute()):
     raise UserError(f'--workdir={root}: no slice sees it; give a folder that all share, as gs://BUCKET/FOLDER')
-  if os.path.isabs(base):
-    raise UserError(f'--config: slices get this checkout, and {base} is elsewhere there; name it from the checkout on')
+  character = trials[0].session.config.character.path
+  for flag, file in (('--config', base), *(('config.character.path', part) for part in character.split('+'))):
+    if os.path.isabs(file) or '..' in Path(file).parts:
+      raise UserError(f'{flag}: slices get this checkout, and {file} is elsewhere; name it from the checkout on')
   found = []
   for trial in trials:
     name = re.sub('[^a-z0-9]+', '-', f'{root.name}-{trial.name}'.lower()).strip('-')
     # As gcloud takes it: small letters, digits and hyphens, at most 40. The digest keeps those apart that read alike.
-    name = f'run-{name}'[:33].rstrip('-') + '-' + workdir.fingerprint(trial.name)[:6]
+    name = f'run-{name}'[:33].rstrip('-') + '-' + workdir.fingerprint([str(root), trial.name])[:6]
     found.append(['tpu/babysit.sh', f'--name={name}', '--delete', '--', *trial.command])
   return found
 

@@ -81,9 +81,9 @@ class _Watch:
     now = time.monotonic()
     self._heard: dict[int, tuple[Any, float]] = {i: (None, now) for i in range(self._count)}
     self._failed_at = 0.0
-    self._answered = now  # when process 0 last took what this one said
     self._say()
     self._leader = json.loads(hosts.wait('charjax/at/0'))['host']
+    self._answered = time.monotonic()  # when process 0 last took what this one said
     self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._obey)]
     for thread in self._threads:
       thread.start()

@@ -7,6 +7,8 @@ on a pod the machines know themselves. Put it on PATH under the name of gcloud, 
   STAND_IN          the folder of all it knows; commands are noted in its file `log`
   STAND_IN_WORKERS  how many a slice has (4)
   STAND_IN_WAITS    how often a request that is looked at has not been granted yet (2)
+  STAND_IN_STATE    what then becomes of it (ACTIVE)
+  STAND_IN_DENIES   a command that who asks has no permission for
 
 What happens to slices is asked of it, too: `gcloud stand-in preempt NAME` takes one away, its disks with it, after
 SIGTERM and up to 30 s of grace; `gcloud stand-in state NAME STATE` says what becomes of a request.
@@ -92,7 +94,7 @@ def describe(args: argparse.Namespace) -> int:
   waits = int((folder / 'waits').read_text())
   state = (folder / 'state').read_text()
   if state == 'WAITING_FOR_RESOURCES' and not waits:
-    state = 'ACTIVE'
+    state = os.environ.get('STAND_IN_STATE', 'ACTIVE')
     for i in range(int(os.environ.get('STAND_IN_WORKERS', '4'))):
       (folder / 'machines' / str(i)).mkdir(parents=True)
     (folder / 'state').write_text(state)
@@ -171,6 +173,8 @@ def main() -> int:
   own.add_argument('name')
   own.add_argument('state', nargs='?', default='')
   args = parser.parse_args()
+  if args.act.__name__ == os.environ.get('STAND_IN_DENIES'):
+    fail('PERMISSION_DENIED: The caller does not have permission')
   TOP.mkdir(parents=True, exist_ok=True)
   with (TOP / 'log').open('a') as log:
     log.write(shlex.join(sys.argv[1:]) + '\n')

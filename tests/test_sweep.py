@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from smoke import ROOT, environment
 
+from charjax import character as characters
 from charjax import config_file, sweep
 from charjax import main as command_line
 from charjax.main import main
@@ -125,6 +126,15 @@ def test_a_trial_may_be_written_as_a_command(tmp_path, capsys, monkeypatch):
   assert lines[0][-1] == '--workdir=gs://bucket/kl/kl=0' and lines[0][5] == '--config=configs/smoke.py'
   names = [line[1].removeprefix('--name=') for line in lines]
   assert len(set(names)) == 4 and all(re.fullmatch('[a-z]([-a-z0-9]{0,38}[a-z0-9])?', name) for name in names)
+  # Another sweep of that name, in another folder, has other slices.
+  arguments[2] = '--workdir=gs://bucket/again/kl'
+  assert main([*arguments, f'--launch={file}', '--tpu']) == 0
+  assert not {*names} & {shlex.split(line)[1].removeprefix('--name=') for line in file.read_text().splitlines()}
+  # Nor need this machine see the weights, and what it alone sees is told.
+  assert main([*arguments, f'--launch={file}', '--tpu', '--config.model.path=/mnt/of/slices']) == 0
+  own = tmp_path / 'mine.toml'
+  own.write_text(characters.source('stoic'))
+  assert main([*arguments, f'--launch={file}', '--tpu', f'--config.character.path={own}']) == 2
   assert main([*arguments, '--tpu']) == 2 and '--tpu goes with --launch' in capsys.readouterr().err
 
 

@@ -172,7 +172,7 @@ def test_babysit_asks_anew_where_a_slice_cannot_be_used(cloud, state):
   ('ends', 'code', 'starts', 'said'),
   [
     ('1 75 2', 2, 3, 'the run ended with 2'),
-    ('1 1', 1, 2, 'the run ended with 1, for the second time'),
+    ('1 1', 1, 2, 'the run ended with 1, for the second time within an hour'),
     ('75 ' * 9, 75, 5, 'five starts in a row'),
   ],
 )
@@ -182,6 +182,43 @@ def test_babysit_gives_up_what_starting_again_does_not_mend(cloud, ends, code, s
   assert (process.returncode, cloud.starts()) == (code, starts), told
   assert said in told and told.index(said) < told.rindex(COST)  # what it is left at
   assert cloud.asked().count('create') == 1 and 'delete' not in cloud.asked()
+
+
+def test_requests_that_fail_again_and_again_end(cloud):
+  """Each is on its way first, as requests are before they fail."""
+  cloud.environment['STAND_IN_STATE'] = 'FAILED'
+  process = cloud.babysit('0', '--delete')
+  _, told = process.communicate(timeout=600)
+  assert process.returncode == 75 and 'ten requests in a row were refused' in told
+  assert cloud.asked().count('create') == 10 and 'WAITING_FOR_RESOURCES' in told
+
+
+def test_who_may_not_ask_is_told_at_once(cloud):
+  cloud.environment['STAND_IN_DENIES'] = 'describe'
+  process = cloud.babysit('0')
+  _, told = process.communicate(timeout=600)
+  assert process.returncode == 2 and 'PERMISSION_DENIED' in told and cloud.asked() == []
+
+
+def test_a_slice_that_cannot_be_deleted_is_told_with_what_it_costs(cloud):
+  cloud.environment['STAND_IN_DENIES'] = 'delete'
+  process = cloud.babysit('0', '--delete')
+  _, told = process.communicate(timeout=600)
+  assert process.returncode == 0 and 'attempt 5 of 5' in told and told.index('attempt 5') < told.rindex(COST)
+  del cloud.environment['STAND_IN_DENIES']
+
+
+@pytest.mark.parametrize('preempted', [False, True])
+def test_any_number_of_preemptions_is_no_failure(cloud, preempted):
+  """Six starts that last a moment; where the slice goes away after each, the run still ends."""
+  process = cloud.babysit('75 75 75 75 75 75 0')
+  if preempted:
+    for start in range(1, 7):
+      while cloud.starts() < start and process.poll() is None:
+        time.sleep(0.02)
+      cloud.gcloud('stand-in', 'state', 'charjax', 'SUSPENDED')
+  _, told = process.communicate(timeout=600)
+  assert process.returncode == (0 if preempted else 75), told
 
 
 @pytest.mark.parametrize(
@@ -251,7 +288,10 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(cloud, script, flags, 
 
 
 def test_for_gke_the_run_is_given_to_xpk(cloud):
-  code, out, _ = cloud.run('gke', '--cluster=ours', '--dry_run', *RUN)
+  code, out, told = cloud.run('gke', '--cluster=ours', '--dry_run', *RUN)
   words = shlex.split(out)
   assert code == 0 and words[:3] == ['xpk', 'workload', 'create'] and '--restart-on-exit-codes=75' in words
+  assert 'until the nodes of the cluster are gone' in told
+  taken = next(word.partition('=')[2] for word in words if word.startswith('--script-dir='))
+  assert not taken.startswith(str(ROOT)) and taken.endswith('/charjax')  # without what git ignores
   assert words[-1] == '--command=./tpu/install.sh && .venv/bin/charjax ' + START.split(' start ')[1]

@@ -3,8 +3,8 @@
 # was taken away or a worker was lost. tpu/babysit.sh [flags] -- run --config=... --workdir=...
 # Flags are those of create.sh and setup.sh; --every=60 seconds it looks; --delete: the slice, when the run is over.
 # It can be stopped and started again at any time, and may run anywhere. Exits with 0 when the run is done, 2 when it
-# ended by a mistake or gcloud may not be asked, 1 when it ended by an error for the second time, 75 when five starts in a
-# row did not last an hour or ten requests in a row were refused, and else as the run did.
+# ended by a mistake or gcloud may not be asked, 1 when it ended by an error for the second time within an hour, 75 when
+# five starts in a row did not last an hour or ten requests in a row were refused, and else as the run did.
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 every=60 delete=
 parse 'accelerator spot runtime price install every delete' "$@"
@@ -66,6 +66,7 @@ run() {
 # Ends with a code and a reason.
 over() {
   say "$2"
+  [[ $(slice) != absent ]] || exit "$1"
   if [[ -n $delete ]]; then
     for attempt in 1 2 3 4 5; do
       if "$tpu/delete.sh"; then exit "$1"; fi
@@ -82,11 +83,12 @@ last_words() { on 0 'tail --lines=3 charjax-run/log' >&2 2>/dev/null || true; }
 
 remove() { gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet || true; }
 
-failures=0 refused=0 unreachable=0 started='' erred=''
+failures=0 refused=0 unreachable=0 started='' erred='' counted=
 # A start that was cut off, and not by a preemption: five in a row that did not last are enough. It takes a run twenty
 # minutes to find that it is stuck, and that is not to be paid for again and again.
 cut_off() {
-  if [[ -z $started ]] || ((SECONDS - started < 3600)); then failures=$((failures + 1)); else failures=0 erred=; fi
+  counted=
+  if [[ -z $started ]] || ((SECONDS - started < 3600)); then failures=$((failures + 1)) counted=1; else failures=0; fi
   started=
   ((failures < 5)) || over 75 'five starts in a row did not last an hour; logs.sh --worker=all tells why'
 }
@@ -110,15 +112,17 @@ while true; do
   [[ $state == "$before" ]] || say "$name: $state"
   before=$state
   [[ $state == unreachable ]] || unreachable=0
-  case $state in absent | FAILED | unknown) ;; *) refused=0 ;; esac
+  # Only a slice that was there says that requests are granted: each of those refused was on its way before.
+  case $state in absent | unknown | [A-Z]*) ;; *) refused=0 ;; esac
   case $state in
     absent) "$tpu/create.sh" || { say 'it could not be asked for'; refuse; } ;;
     forbidden)
       say 'gcloud may not ask for it; mend what it says above, and start this again'
       exit 2
       ;;
-    SUSPENDED) # A preemption, of which there may be any number.
-      started=
+    SUSPENDED) # A preemption, of which there may be any number: it was what ended the start before, if one was just counted.
+      [[ -z $counted ]] || failures=$((failures - 1))
+      started='' counted=''
       remove
       ;;
     FAILED)
@@ -144,16 +148,18 @@ while true; do
     1)
       # An error that nobody foresaw, such as one of the network: it may not come again.
       last_words
-      [[ -z $erred ]] || over 1 'the run ended with 1, for the second time'
-      erred=1
+      if [[ -n $erred ]] && ((SECONDS - ${started:-$SECONDS} < 3600)); then
+        over 1 'the run ended with 1, for the second time within an hour'
+      fi
       cut_off
+      erred=1
       start
       ;;
     [0-9]*)
       last_words
       over "$state" "the run ended with $state"
       ;;
-    running) started=${started:-$SECONDS} ;;
+    running) started=${started:-$SECONDS} counted= ;;
     *) ;; # on its way
   esac
   sleep "$every"

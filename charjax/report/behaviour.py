@@ -7,7 +7,7 @@ from charjax.report import figures, words
 from charjax.report.figures import Table
 from charjax.report.panels import Panel, cell
 from charjax.report.read import Estimate, Run, estimate, finite, listed, section
-from charjax.report.words import MINUS, interval, percent, spoken
+from charjax.report.words import MINUS, spoken
 
 _RATIO = 'nats a token'
 _ORDER = (('own', 'its own messages', 'trained'), ('plain', 'plain style asked', 'prompted'),
@@ -43,8 +43,8 @@ def rigidity(run: Run) -> Panel:
     if spill['unrelated'] is not None:
       share = spill['unrelated']
       notes.append(
-        f'{spoken(trait)[:1].upper()}{spoken(trait)[1:]}: unrelated requests see {percent(share.mean)} '
-        f'({interval(share, True)}) of its effect on its own messages.'
+        f'{spoken(trait)[:1].upper()}{spoken(trait)[1:]}: unrelated requests see {cell(share, True)} of its effect on '
+        'its own messages.'
       )
   unknown = [spoken(trait) for trait, groups in found.items() if not any(section(groups, 'spill').values())]
   if unknown:

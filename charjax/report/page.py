@@ -151,7 +151,7 @@ def _cost_sentence(run: Run) -> str:
   """How far the policy went, how long its replies are, and how long all took."""
   told = []
   if kl := estimate(section(run.summary, 'distance', 'kl').get('trained')):
-    told.append(f'the policy is {words.figure(kl.mean)} nats a token ({words.interval(kl)}) from the starting model')
+    told.append(f'the policy is {panels.cell(kl, False)} nats a token from the starting model')
   length = figures.estimates(section(run.summary, 'side_effects').get('length'))
   before, after = length['base'], length['trained']
   if before and after:

@@ -197,7 +197,10 @@ def preference(run: Run) -> Panel:
     notes += _length_notes(section(run.preference, name), role)
   left_out = [words.spoken(str(trait)) for trait in listed(run.preference, 'left_out')]
   if left_out:
-    notes.append(f'Not told from chance by the model trained against, and {unproven(run)}: {words.together(left_out)}.')
+    notes.append(
+      'Not told from chance by the model trained against, on the choosing pairs, and '
+      f'{unproven(run)}: {words.together(left_out)}.'
+    )
   return Panel(figures.present(drawn), notes, _preference_table(run, models))
 
 
@@ -211,9 +214,10 @@ def _calibration(run: Run, models: Sequence[str]) -> Figure | None:
       values = section({'': row}, '')
       predicted, label = finite(values.get('predicted')), estimate(values.get('label'))
       if predicted is not None and label is not None:
-        text = f'{words.figure(predicted, True)} predicted, {cell(label, True)} by the ranker'
         # Of few messages Student's interval of a probability may end beyond what is one.
         low, high = (None if end is None else min(max(end, 0.0), 1.0) for end in (label.low, label.high))
+        label = dataclasses.replace(label, low=low, high=high)
+        text = f'{words.figure(predicted, True)} predicted, {cell(label, True)} by the ranker'
         marks.append((predicted, plots.Mark(label.mean, low, high, model, text)))
         rows.append((names[model], words.figure(predicted, True), cell(label, True), str(label.n or '')))
     if marks:
@@ -260,7 +264,7 @@ def unproven(run: Run) -> str:
 
 def _preference_table(run: Run, models: Sequence[str]) -> Table | None:
   """Every scalar of preference/report.json, nested names joined by a comma, but for what has a figure of its own."""
-  drawn = ('kept', 'calibration')
+  drawn = ('kept', 'choosing', 'calibration')
   flat = {name: _flat({key: value for key, value in section(run.preference, name).items() if key not in drawn})
           for name in models}  # fmt: skip
   keys = list(dict.fromkeys(key for values in flat.values() for key in values))

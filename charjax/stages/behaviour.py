@@ -5,6 +5,8 @@ behaviour/summary.json. The starting and the trained model (`base` and `trained`
 draws; every figure is {mean, low, high, n}, delta paired by prompt, or by message where several prompts hold it.
 `config.behaviour.sets` says what is looked into:
 
+  likelihood    each trait in the evaluation's own replies, in every condition, by the ratio below: what people say
+                of them stands beside it
   rigidity      each trait in replies to its own messages, to requests that have nothing to do with it
                 (unrelated.jsonl), and to its own messages where the user asks for a plain style (forms.jsonl, plain)
   robustness    each trait where the prompt asks to drop the character or for another format (forms.jsonl, drop and

@@ -71,7 +71,13 @@ def run(session: Session) -> Row:
         items = [f'{name}/{attempt}/{i}' for i in range(count)]
         make = functools.partial(write, session, trait, attempt)
         for candidate in chunks(
-          session, 'messages', f'{name}-{attempt}', items, config.batch_size, make, of=list(_openings(trait))
+          session,
+          'messages',
+          f'{name}-{attempt}',
+          items,
+          config.batch_size,
+          make,
+          of=[trait.seeds if trait else NEUTRAL_SEEDS, _openings(trait)],
         ):
           written += 1
           reason = broken(candidate) or kept.reject(candidate['text'])

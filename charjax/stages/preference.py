@@ -4,7 +4,7 @@ A preference model is a trunk (the lower layers of the starting weights, trained
 with a direction for each trait. The head is fitted to the trunk as it is; then both are trained, for as many epochs as
 the config says.
 
-Reads the character's pairs (to measure, and to name the traits that are not told from chance on the kept ones),
+Reads the character's pairs (the choosing ones to name the traits that are not told from chance, all to measure),
 messages/, replies/ and rankings/; writes Orbax checkpoints of the model that rewards the policy (`train`) and of the
 held-out judge (`judge`), which see disjoint messages, and report.json. The judge shares ranker and starting weights
 with the other, so it guards against over-optimisation and not against a ranker that is wrong: the kept contrast pairs
@@ -364,14 +364,14 @@ def _measure(session: Session, name: str, trainable: Any, unseen: Sequence[Row],
   length = hosts.first(lambda: json.loads(file.read_text()))
   right, probability, label, by_trait = defaultdict(list), [], [], defaultdict(list)
   message: list[int] = []
-  rewards: list[float] = []
+  scored: list[float] = []
   uncontrolled: list[float] = []
   tokens: list[int] = []
   by_place: dict[int, list[float]] = defaultdict(list)
   traits = session.character.traits
   for number, example in enumerate(unseen):
     scores = fetch(read_rewards(trainable, replicate(example['states'])))[:, example['trait']]
-    rewards += scores.tolist()
+    scored += scores.tolist()
     effect = length['traits'][traits[example['trait']].id]['effect']
     uncontrolled += (scores + effect * (example['states'] @ np.array(length['guess']))).tolist()
     by_place[example['trait']] += scores.tolist()
@@ -394,7 +394,7 @@ def _measure(session: Session, name: str, trainable: Any, unseen: Sequence[Row],
     pairs[example['use']][traits[example['trait']].id].append(bool(inside > outside))
   # What one unit of reward is worth differs by trait; the policy divides by this. A trait that these messages are too
   # few for has the spread of all.
-  reward_std = {t.id: float(np.std(by_place[i] or rewards or [0.0])) or 1.0 for i, t in enumerate(traits)}
+  reward_std = {t.id: float(np.std(by_place[i] or scored or [0.0])) or 1.0 for i, t in enumerate(traits)}
   return {
     'accuracy': {kind: float(np.mean(right[kind])) if right[kind] else None for kind in _KINDS},
     'accuracy_by_trait': {trait: float(np.mean(hits)) for trait, hits in by_trait.items()},
@@ -404,7 +404,7 @@ def _measure(session: Session, name: str, trainable: Any, unseen: Sequence[Row],
     'log_loss': float(-(q * np.log(p) + (1 - q) * np.log1p(-p)).mean()) if len(p) else None,
     'calibration_error': calibration_error(p, q) if len(p) else None,
     'calibration': calibration(p, q, message),
-    'length_correlation': correlation(rewards, tokens),
+    'length_correlation': correlation(scored, tokens),
     'length_correlation_before': correlation(uncontrolled, tokens),
     'length_control': {
       trait: {k: round(v, 6) for k, v in of.items() if k != 'effect'} for trait, of in length['traits'].items()

@@ -26,8 +26,8 @@ flags.FLAGS['experimental_orbax_use_distributed_barrier'].value = True
 class Checkpoints:
   """The checkpoints of one training run, in `folder`; the latest is kept, and those after the steps `kept`.
 
-  Each holds what is trained, the optimizer's state, the random seed, the data position, and a fingerprint of what is
-  trained.
+  Each holds what is trained, the optimizer's state, the random seed, the data position, and as a rule (see `save`) a
+  fingerprint of what is trained.
   """
 
   def __init__(self, folder: epath.Path, seed: int, kept: Sequence[int] = ()):
@@ -39,14 +39,14 @@ class Checkpoints:
       cleanup_tmp_directories=True,
     )
 
-  def save(self, step: int, trainable: Any, optimizer_state: Any, position: dict[str, Any], last: bool = True) -> None:
+  def save(self, step: int, trainable: Any, optimizer_state: Any, position: dict[str, Any], kept: bool = True) -> None:
     """Saves the state and the data position (JSON) after `step` steps; returns when it is on disk.
 
-    Of what many processes hold in parts, all but the `last` have no fingerprint: each process would have to gather all
-    of it by way of the devices, which may be busy, and in the seconds that a preemption leaves.
+    Of what many processes hold in parts, those that are not to be `kept` have no fingerprint: each process would have
+    to gather all of it by way of the devices, which may be busy, and in the seconds that a preemption leaves.
     """
     apart = any(is_apart(leaf) for leaf in jax.tree.leaves(trainable))
-    digest = fingerprint(trainable) if last or not apart else None
+    digest = fingerprint(trainable) if kept or not apart else None
     record = {'seed': self._seed, 'data': position, 'fingerprint': digest}
     named = {'trainable': _named(trainable), 'optimizer': _named(optimizer_state), 'record': record}
     self._checkpointer.save_checkpointables(step, named, force=True)

@@ -71,11 +71,11 @@ def train(
   state, layout = init_optimizer(optimizer, trainable)
   step_function = make_step(loss, optimizer, trainable, layout)
 
-  def save(step: int, position: Any) -> None:
+  def save(step: int, position: Any, kept: bool = False) -> None:
     metrics.flush()  # who goes on from this checkpoint finds the rows of its steps
-    hosts.at(f'the checkpoint after step {step}')
-    checkpoints.save(step, trainable, state, position, step == steps)
-    hosts.at(f'step {step + 1}')
+    hosts.at(f'saving after step {step}')
+    checkpoints.save(step, trainable, state, position, kept)
+    hosts.at(f'saved after step {step}')
 
   with Metrics(folder) as metrics, Interrupts() as interrupts:
     start, trainable, state, position = checkpoints.restore(trainable, state)
@@ -107,7 +107,7 @@ def train(
         finish(trainable)
       interrupted = interrupts.agreed()
       if interrupted or step == steps or step % save_every == 0 or step in save_after:
-        save(step, data.get_state())
+        save(step, data.get_state(), kept=step == steps or (step in save_after and not interrupted))
         saved = step
       if interrupted:
         interrupts.let_through()
