@@ -1,5 +1,6 @@
 """What a run would take on chips that are not there: against the TPU compiler's own figures and closed forms."""
 
+import dataclasses
 import json
 import re
 from unittest import mock
@@ -15,6 +16,7 @@ from charjax import character as characters
 from charjax import defaults
 from charjax.engine.sample import Sampling
 from charjax.main import main
+from charjax.mesh import make_mesh
 from charjax.model.config import ModelConfig
 from charjax.plan import chips, estimate, programs
 from charjax.plan.compiled import traffic
@@ -140,6 +142,16 @@ def test_a_gpu_is_estimated_and_says_so():
   found = plan(small(), 'h100:4')
   assert found.fits and all(one.sent is None for one in found.programs)
   assert 'An estimate' in estimate.as_text(found)
+
+
+def test_rows_that_do_not_divide_make_it_no_sooner():
+  jax.config.update('jax_platforms', 'cpu')
+  config = small(**{'policy.batch_size': 7})
+  with jax.set_mesh(make_mesh(config.mesh, jax.devices('cpu')[:4])):
+    decode = programs.make(config, characters.load('stoic'), SHAPE, 'gpu')[1]
+    # What fills up the sampler's rows is drawn for nobody; of three rows on two parts one is computed twice.
+    assert decode.rows == 8 and decode.tokens == 7 * 64 and programs.busy(decode) == 1
+    assert programs.busy(dataclasses.replace(decode, rows=3)) == 0.75
 
 
 CONFIG = """

@@ -110,7 +110,7 @@ def _figures(program: Program, topology: Topology, shape: ModelConfig) -> Figure
     working, sent, refused = _working(program, shape), None, False
   cache = program.repeats * residents.get('cache', 0) / 2 if program.repeats > 1 else 0
   seconds = max(
-    program.flops / topology.size / chip.flops,
+    program.flops / topology.size / chip.flops / programs.busy(program),
     (program.weight_bytes + cache) / chip.memory_bandwidth,
     (sent or 0.0) / chip.link_bandwidth,
   )
@@ -127,8 +127,8 @@ def _working(program: Program, shape: ModelConfig) -> int:
   if rows is None:
     return int(2 * programs.block_bytes(shape) / shape.num_layers)
   trained = nbytes(program.residents.get('policy' if program.stage == 'policy' else 'preference model', ()))
-  count, width = programs.rows_of(program)
-  own = -(-count // (mesh.shape['data'] * mesh.shape['fsdp']))
+  width = programs.width_of(program)
+  own = -(-program.rows // (mesh.shape['data'] * mesh.shape['fsdp']))
   steps = program.name.endswith('step')
   stream = 4 * own * width * shape.embed_dim * (shape.num_layers if steps else 1)
   scores = 3 * 4 * own * width * width * shape.num_heads // mesh.shape['tensor']

@@ -47,7 +47,8 @@ class Program:
     arguments: described; by name those that are static.
     residents: everything that lies on the devices while it runs, its arguments among it, by name.
     flops: of the model, in one call.
-    tokens: that one call computes.
+    tokens: that one call computes, and somebody wants.
+    rows: that go through the model at a time, split over the parts of a batch.
     repeats: how often a loop runs whose length the compiler does not know.
     weight_bytes: of weights, that a device reads from memory in one call.
   """
@@ -60,6 +61,7 @@ class Program:
   residents: Mapping[str, Any]
   flops: float
   tokens: int
+  rows: int
   repeats: int = 1
   weight_bytes: float = 0.0
 
@@ -142,7 +144,7 @@ def _preference(session: Session) -> Program:
       'starting weights': session.model.decoder, 'trunk': _copied(session, lower), 'preference model': trainable,
       'Adam moments': state, 'other preference model': trainable, 'batch': batch,
     },
-    done.flops, done.tokens, weight_bytes=3 * config.microbatches * _bytes_read(lower.config),
+    done.flops, done.tokens, _rows(batch), weight_bytes=3 * config.microbatches * _bytes_read(lower.config),
   )  # fmt: skip
 
 
@@ -182,7 +184,8 @@ def _policy(session: Session, reward: Any) -> list[Program]:
   judging = Program(
     'scoring', 'policy', rollouts.judge_tokens,
     (judge, shapes.opening, shard_batch(part), replicate(np.float32(1)), None), {'longest': longest},
-    residents | {'batch': shard_batch(part)}, done.flops, done.tokens, weight_bytes=2 * _bytes_read(decoder.config),
+    residents | {'batch': shard_batch(part)}, done.flops, done.tokens, _rows(part),
+    weight_bytes=2 * _bytes_read(decoder.config),
   )  # fmt: skip
 
   nothing = np.zeros((count, padded), np.float32)
@@ -201,7 +204,7 @@ def _policy(session: Session, reward: Any) -> list[Program]:
   batch, done = _counted(lambda: policy.make_policy_batch(session, shapes, None, messages, neutral, rollout))
   step = Program(
     'policy step', 'policy', make_step(loss, optimizer, trainable, layout).__wrapped__,
-    (trainable, state, decoder, batch), {}, residents | {'batch': batch}, done.flops, done.tokens,
+    (trainable, state, decoder, batch), {}, residents | {'batch': batch}, done.flops, done.tokens, _rows(batch),
     weight_bytes=3 * config.microbatches * _bytes_read(decoder.config),
   )  # fmt: skip
   used, adapter = bind(decoder, trainable)
@@ -232,7 +235,7 @@ def _drawing(
   _, done = _counted(lambda: work.count(config, _TEMPLATE, read))
   prefill = Program(
     'prefill', 'policy', decode.read_prompts, (decoder, adapter, shared, room.kv, *batch), {'width': sizes.width},
-    there, done.flops, done.tokens, weight_bytes=_bytes_read(config),
+    there, done.flops, done.tokens, sizes.packed, weight_bytes=_bytes_read(config),
   )  # fmt: skip
 
   row, flag, key = np.zeros(count, np.int32), np.zeros(count, bool), np.zeros((count, 2), np.uint32)
@@ -243,8 +246,9 @@ def _drawing(
   _, done = _counted(lambda: work.count(config, _TEMPLATE + longest - 1, lengths, predicted=lengths.sum()))
   drawing = Program(
     'decode', 'policy', decode.decode, (decoder, layers, before, room.kv, seats, cache, state, *numbers),
-    {'top_p': settings.top_p, 'top_k': settings.top_k}, there, done.flops, done.tokens,
-    repeats=settings.max_new_tokens,
+    {'top_p': settings.top_p, 'top_k': settings.top_k}, there, done.flops,
+    # What fills up a batch that does not divide into its parts is drawn for nobody.
+    min(done.tokens, settings.batch_size * settings.max_new_tokens), count, repeats=settings.max_new_tokens,
     # Each device reads its own part of what is split over all.
     weight_bytes=settings.max_new_tokens * (nbytes(layers) + _head_bytes(config)),
   )  # fmt: skip
@@ -302,8 +306,21 @@ def _bytes_read(shape: ModelConfig) -> float:
   return block_bytes(shape) + _head_bytes(shape)
 
 
-def rows_of(program: Program) -> tuple[int, int]:
-  """Rows, and tokens of one, that go through the model together in a program that is given a batch."""
-  batch = program.residents['batch']
-  rows = batch if isinstance(batch, Rows) else batch.parts['rows']
-  return rows.tokens.shape[-2], rows.tokens.shape[-1]
+def busy(program: Program) -> float:
+  """The share of the devices that compute what no other does, where rows do not divide into the parts of a batch."""
+  parts = batch_parts()
+  return program.rows / (-(-program.rows // parts) * parts)
+
+
+def width_of(program: Program) -> int:
+  """Tokens of one row of a program that is given a batch."""
+  return _tokens(program.residents['batch']).shape[-1]
+
+
+def _rows(batch: Any) -> int:
+  return _tokens(batch).shape[-2]
+
+
+def _tokens(batch: Any) -> Any:
+  """Those that go through the model together, of a batch or one part of it: [..., N, T]."""
+  return (batch if isinstance(batch, Rows) else batch.parts['rows']).tokens
