@@ -43,6 +43,8 @@ def get_config() -> ConfigDict:
   config.policy.ranked_beta = 0.15
   config.policy.ranked_temperature = 1.5
   config.policy.ranked_likelihood = 0.1
+  # The held-out judge chooses among the policies after 50, 100, 150 and 200 steps.
+  config.policy.candidates = 4
   config.policy.prompts_per_step = 16
   config.policy.max_new_tokens = 96
 

@@ -143,12 +143,13 @@ def test_numbers_that_are_not_finite_stop_a_run_and_a_changed_field_redoes_what_
   assert all(f'{stage}: done already' in changed.stdout for stage in STAGES[:4])
   for stage in ('baseline', 'evaluation'):
     assert f'{stage}: made anew, since config field evaluation.samples changed from 2 to 1' in changed.stdout
-  assert 'report: made anew, since evaluation changed' in changed.stdout
+  assert 'report: made anew, since evaluation, behaviour changed' in changed.stdout
   expected, found = contents(workdir), contents(copy)
   assert {name for name in PRODUCTS if expected[name] != found[name]} == {
     'baseline/replies.jsonl',
     'evaluation/replies.jsonl',
     'evaluation/summary.json',
+    'behaviour/replies.jsonl',  # of the trained model's the second was read again
   }
 
 

@@ -24,7 +24,7 @@ from charjax.model.weights import make_decoder
 from charjax.stages import STAGES, policy
 from charjax.training import checkpoint
 from charjax.training.checkpoint import Checkpoints
-from charjax.training.heads import make_trainable
+from charjax.training.heads import bind, make_trainable
 from charjax.workdir import relevant_config
 
 BASE = checkpoint_source.load('random')
@@ -82,7 +82,7 @@ def test_a_run_stands_for_its_policy(smoke_run, adapters):
   """As a path for all its weights, as an adapter for its LoRA: those that the stages load."""
   run, _ = smoke_run
   session = start.prepare(read_config('configs/smoke.py', []), epath.Path(run))
-  expected = lora.merge(*policy.bind(session.model.decoder, policy.load(session)))
+  expected = lora.merge(*bind(session.model.decoder, policy.load(session)))
   one, _ = adapters
   for model, more in ((asked(run), {}), (asked('random', run, f'{one}:2'), adapters[one])):
     found = starting_model.load(model).tensors
