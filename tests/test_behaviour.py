@@ -180,7 +180,8 @@ def test_intervals_of_strengths_hold_the_true_ones_and_differences_are_paired(mo
   assert 0.93 < np.mean(held) < 0.97
   tables = play()
   one, other = strengths(tables), strengths(tables)
-  assert all(f['low'] == f['high'] == 0 for f in strength_intervals(one[0] - other[0], one[1] - other[1], 90))
+  # With itself none differs in any resample, which is no certainty.
+  assert all(f['mean'] == 0 and f['low'] is None for f in strength_intervals(one[0] - other[0], one[1] - other[1], 90))
   assert strength_intervals(*strengths(tables[:1]), 1)[0]['low'] is None
 
 

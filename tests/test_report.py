@@ -435,3 +435,7 @@ def test_plots_escape_and_stay_inside():
 def test_ticks_are_few_and_cover(low, high):
   ticks = plots.ticks_between(low, high)
   assert ticks[0] <= low + 1e-12 and ticks[-1] >= high - 1e-12 and 3 <= len(ticks) <= 8
+
+
+def test_what_rounding_leaves_of_nothing_is_nothing():
+  assert words.figure(-1.6e-16) == words.figure(0.0) == '0.000' and words.figure(4.5e-4) == '0.00045'

@@ -125,6 +125,7 @@ def figure(value: float, share: bool = False, signed: bool = False) -> str:
   if share:
     text = percent(value)
   else:
+    value = value if abs(value) >= 1e-9 else 0.0  # what rounding leaves of nothing
     digits = 3 if abs(value) < 10 else 1
     text = f'{abs(value):,.{digits}f}' if abs(value) >= 5e-3 or value == 0 else f'{abs(value):.2g}'
     text = (MINUS if value < 0 else '') + text

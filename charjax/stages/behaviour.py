@@ -66,12 +66,13 @@ def run(session: Session) -> Row:
     trained = policy.load(session)
     rows = _draw(session, _asked(session), trained)
     rows += _converse(session, trained) if 'robustness' in config.sets else []
-    measured = [*_own_replies(session), *rows] if {'rigidity', 'robustness'} & {*config.sets} else []
-    measured = _measure(session, [row for row in measured if row['set'] not in ('users', 'views')])
+    evaluated = _evaluated(session, config.sets)
+    measured = _measure(session, [*evaluated, *(row for row in rows if row['set'] not in ('users', 'views'))])
     if 'likelihood' in config.sets:
-      read_again = _measure(session, _evaluated(session))
+      read_again = [row for row in measured if row['set'] == 'evaluated']
       rows += read_again
       summary['likelihood'] = likelihood(read_again)
+    measured = [_own(row) if row['set'] == 'evaluated' else row for row in measured]
     if 'rigidity' in config.sets:
       summary['rigidity'] = rigidity(measured)
     if 'robustness' in config.sets:
@@ -202,26 +203,28 @@ def _converse(session: Session, trained: Any) -> list[Row]:
   return found
 
 
-def _own_replies(session: Session) -> list[Row]:
-  """The evaluation's first replies to the same held-out messages, where nothing else is asked."""
-  wanted = {row['id'] for rows in _held_out(session).values() for row in rows}
-  return [
-    {'id': f'own/{row["message"]}', 'set': 'own', 'name': '', 'trait': row['trait'], 'message': row['prompt'],
-     'condition': row['condition'], 'text': row['text'], 'finish': row['finish']}
-    for row in read_jsonl(session.folder('evaluation') / 'replies.jsonl')
-    if row['message'] in wanted and row['condition'] in MODELS and not row['sample']
-  ]  # fmt: skip
-
-
-def _evaluated(session: Session) -> list[Row]:
-  """The evaluation's first replies to those messages in every condition; of the trained model two, as people see."""
+def _evaluated(session: Session, sets: Sequence[str]) -> list[Row]:
+  """The evaluation's first replies to the same held-out messages, in every condition where the ratio of all is wanted;
+  then of the trained model two, as people see."""
+  every = 'likelihood' in sets
+  if not {'likelihood', 'rigidity', 'robustness'} & {*sets}:
+    return []
   wanted = {row['id'] for rows in _held_out(session).values() for row in rows}
   return [
     {'id': row['message'], 'set': 'evaluated', 'name': '', 'trait': row['trait'], 'message': row['prompt'],
      'condition': row['condition'], 'sample': row['sample'], 'text': row['text'], 'finish': row['finish']}
     for row in read_jsonl(session.folder('evaluation') / 'replies.jsonl')
-    if row['message'] in wanted and row['sample'] < (2 if row['condition'] == 'trained' else 1)
+    if row['message'] in wanted
+    and (every or row['condition'] in MODELS)
+    and row['sample'] < (2 if every and row['condition'] == 'trained' else 1)
   ]  # fmt: skip
+
+
+def _own(row: Row) -> Row:
+  """A reply of the evaluation, where nothing but the message is asked; only the first ones of both models stand beside
+  replies to other forms of it."""
+  beside = row['condition'] in MODELS and not row['sample']
+  return row | {'id': f'own/{row["id"]}', 'set': 'own' if beside else 'evaluated'}
 
 
 # ---- how much of a trait a reply has ----

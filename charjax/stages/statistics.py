@@ -248,11 +248,14 @@ def strengths(wins_qkk: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarr
 
 
 def strength_intervals(point: np.ndarray, resampled: np.ndarray, n: int) -> list[Interval]:
-  """Of what `strengths` gave, or a difference of two such over the same questions, percentiles as in `interval`."""
+  """Of what `strengths` gave, or a difference of two such over the same questions, percentiles as in `interval`.
+
+  Without ends where no resample differs, as of one who always chooses the first: that is no certainty.
+  """
   if n < 2:
     return [{'mean': float(mean), 'low': None, 'high': None, 'n': n} for mean in point]
   ends = np.quantile(resampled, [_tail(n), 1 - _tail(n)], 0)
   return [
-    {'mean': float(mean), 'low': float(low), 'high': float(high), 'n': n}
-    for mean, low, high in zip(point, *ends, strict=True)
+    {'mean': float(mean), 'low': float(low) if varies else None, 'high': float(high) if varies else None, 'n': n}
+    for mean, low, high, varies in zip(point, *ends, np.ptp(resampled, 0) > 1e-9, strict=True)
   ]
