@@ -144,6 +144,32 @@ def test_a_gpu_is_estimated_and_says_so():
   assert 'An estimate' in estimate.as_text(found)
 
 
+@pytest.mark.parametrize(
+  'way',
+  [
+    {'policy.advantages': 'ppo'},
+    {'policy.replies_per_prompt': 0, 'policy.ranked_replies': 2, 'policy.ranked_weight': 1.0},
+    {'policy.replies_per_prompt': 0, 'policy.shown_replies': 2, 'policy.lora_rank': 4},
+  ],
+  ids=['ppo', 'dpo', 'distillation'],
+)
+def test_every_way_to_train_a_policy_has_its_programs(way):
+  jax.config.update('jax_platforms', 'cpu')
+  found, usual = plan(small(**way), 'h100:4'), plan(small(), 'h100:4')
+  by_name = {one.name: one for one in found.programs}
+  assert ('value head' in by_name) == ('policy.advantages' in way)
+  step, other = by_name['policy step'], usual.programs[3]
+  if (
+    'policy.shown_replies' in way
+  ):  # What shows the trait goes through the model, too, and an adapter alone is trained.
+    assert step.tokens > 1.5 * other.tokens and step.residents['policy'] < other.residents['policy'] / 10
+  elif 'policy.replies_per_prompt' in way:
+    assert step.tokens == other.tokens
+    assert found.stages['policy'] < usual.stages['policy']  # nothing is drawn
+  else:
+    assert step.residents['policy'] > other.residents['policy'] and found.stages['policy'] > usual.stages['policy']
+
+
 def test_rows_that_do_not_divide_make_it_no_sooner():
   jax.config.update('jax_platforms', 'cpu')
   config = small(**{'policy.batch_size': 7})

@@ -157,15 +157,18 @@ def _stages(config: Any, character: Any, by_name: dict[str, Figures]) -> dict[st
   )
   drawn = policy.prompts_per_step * policy.replies_per_prompt
   held = traits * messages.heldout_per_trait
-  judged = drawn // (drawn // config.policy.microbatches)
+  parts = policy.microbatches if drawn else 0
+  judged = parts * sum(by_name[name].seconds for name in ('scoring', 'value head') if name in by_name)
+  # Ranked replies are judged once, before the first step.
+  ranked_once = 2 * read * traits * messages.train_per_trait * policy.ranked_replies * policy.max_new_tokens
   return {
     'messages': asked * messages.max_new_tokens * draw,
     'replies': ranked * replies.max_new_tokens * draw,
     'rankings': 2 * ranked * replies.max_new_tokens * read,
     'preference': 2 * steps * by_name['preference step'].seconds + ranked * replies.max_new_tokens * read,
     'baseline': held * (samples + 2) * config.evaluation.max_new_tokens * (draw + read),
-    'policy': policy.steps
-    * (drawn * policy.max_new_tokens * draw + judged * scoring.seconds + by_name['policy step'].seconds),
+    'policy': policy.steps * (drawn * policy.max_new_tokens * draw + judged + by_name['policy step'].seconds)
+    + ranked_once,
     'evaluation': held * samples * config.evaluation.max_new_tokens * (draw + read),
   }
 

@@ -20,7 +20,6 @@ from charjax.engine import decode, sample, work
 from charjax.engine.batch import PREFIX_STEP, bucket, compute_prefix
 from charjax.engine.rows import FixedShapes, Group, Rows, parts_of
 from charjax.engine.sample import Reply, Sampling
-from charjax.errors import UserError
 from charjax.mesh import batch_parts, describe, described, replicate, shard_batch, spec
 from charjax.model.attention import Places
 from charjax.model.blocks import block_parameters
@@ -28,7 +27,7 @@ from charjax.model.config import ModelConfig
 from charjax.model.decoder import Cache, Decoder, Prefix, lower_layers
 from charjax.model.language_model import LanguageModel
 from charjax.model.language_model import describe as describe_model
-from charjax.stages import policy, preference, rollouts
+from charjax.stages import policy, preference, replies, rollouts
 from charjax.training.heads import bind, read_only
 from charjax.training.step import describe_optimizer, make_step
 from charjax.workdir import Session
@@ -67,16 +66,8 @@ class Program:
 
 
 def make(config: Any, character: Any, shape: ModelConfig, platform: str) -> list[Program]:
-  """The programs of a run on the current mesh: reading prompts and drawing replies, judging them, and both steps.
-
-  Raises:
-    UserError: the policy is trained in a way whose programs are not known here.
-  """
-  if not config.policy.replies_per_prompt or config.policy.advantages == 'ppo' or config.policy.shown_replies:
-    raise UserError(
-      'charjax plan knows policies of GRPO and RLOO alone yet, with ranked replies or without; set '
-      "config.policy.advantages to 'grpo', shown_replies to 0 and replies_per_prompt above it"
-    )
+  """The programs of a run on the current mesh: reading prompts and drawing replies, judging them, what a value head
+  expects where PPO has one, and both steps."""
   with described():
     decoder = describe_model(shape, config.model, platform)
     model = LanguageModel(decoder, SimpleNamespace(eos_ids=(0,)), None)  # type: ignore[arg-type]
@@ -173,11 +164,14 @@ def _policy(session: Session, reward: Any) -> list[Program]:
   }  # fmt: skip
 
   width, longest, each = config.prompt_width, config.max_new_tokens, config.replies_per_prompt
+  ranked, shown = config.ranked_replies, config.shown_replies
   asked = _texts(config.prompts_per_step, width)
   shapes = FixedShapes(asked, longest)
   said = Reply([1] * longest, np.zeros(longest, np.float32), 'length')
   count = len(asked) * each
-  rows = shapes.rows([Group(prompt, [said.tokens] * each) for prompt in asked], each)
+  # Where none is drawn, ranked ones are judged, once; and the ranker reads as many.
+  judged = each or ranked or shown
+  rows = shapes.rows([Group(prompt, [said.tokens] * judged) for prompt in asked], judged)
   padded = rows.tokens.shape[1] - 1
   part, done = parts_of(rows, config.microbatches)[0], work.Work()
   _, done = _counted(lambda: work.count_rows(decoder.config, part, shapes.cut, times=2, heads=1))
@@ -188,8 +182,16 @@ def _policy(session: Session, reward: Any) -> list[Program]:
     weight_bytes=2 * _bytes_read(decoder.config),
   )  # fmt: skip
 
+  more = []
+  if each and config.advantages == 'ppo':
+    there = shard_batch(part)
+    more.append(Program(
+      'value head', 'policy', rollouts.expected_values.__wrapped__,  # type: ignore[attr-defined]
+      (decoder, trainable, shapes.opening, there), {}, residents | {'batch': there}, done.flops / 2, done.tokens,
+      _rows(part), weight_bytes=_bytes_read(decoder.config),
+    ))  # fmt: skip
+
   nothing = np.zeros((count, padded), np.float32)
-  ranked = config.ranked_replies
   item = {
     'weight': 1.0,
     'ranked': rollouts.Ranked([[1] * longest] * ranked, None),
@@ -198,10 +200,18 @@ def _policy(session: Session, reward: Any) -> list[Program]:
     'preferred': np.full((ranked, ranked), 0.5, np.float32),
     'best': np.int64(0),
   }
-  messages = [item | {'prompt': prompt} for prompt in asked]
+  messages = [item | {'prompt': prompt, 'shown': [said.tokens] * shown} for prompt in asked]
+  shapes_shown = None
+  if shown:
+    taught = [[1] * _TEMPLATE + [2 + i] + [1] * (_shown_tokens(session) + width) for i in range(len(asked))]
+    shapes_shown = FixedShapes(taught, longest)
+    messages = [message | {'shown_prompt': prompt} for message, prompt in zip(messages, taught, strict=True)]
   neutral = [{'prompt': prompt, 'reply': said.tokens} for prompt in asked]
-  rollout = rollouts.Rollout([said] * count, nothing, nothing, nothing, np.zeros(count, np.float32))
-  batch, done = _counted(lambda: policy.make_policy_batch(session, shapes, None, messages, neutral, rollout))
+  returns = nothing if config.advantages == 'ppo' else None
+  rollout = rollouts.Rollout([said] * count, nothing, nothing, nothing, np.zeros(count, np.float32), returns)
+  batch, done = _counted(
+    lambda: policy.make_policy_batch(session, shapes, shapes_shown, messages, neutral, rollout if each else None)
+  )
   step = Program(
     'policy step', 'policy', make_step(loss, optimizer, trainable, layout).__wrapped__,
     (trainable, state, decoder, batch), {}, residents | {'batch': batch}, done.flops, done.tokens, _rows(batch),
@@ -209,7 +219,13 @@ def _policy(session: Session, reward: Any) -> list[Program]:
   )  # fmt: skip
   used, adapter = bind(decoder, trainable)
   drawing = rollouts.drawing(config)
-  return [*_drawing(used, adapter, drawing, each, width, residents), judging, step]
+  return [*_drawing(used, adapter, drawing, max(1, each), width, residents), judging, *more, step]
+
+
+def _shown_tokens(session: Session) -> int:
+  """About how many tokens what is put before a message takes, where a trait is shown."""
+  shown = [replies.shown(session, trait) for trait in session.character.traits]
+  return max(math.ceil(1.4 * sum(len(turn['content'].split()) for turn in turns)) for turns in shown)
 
 
 def _drawing(
@@ -322,5 +338,5 @@ def _rows(batch: Any) -> int:
 
 
 def _tokens(batch: Any) -> Any:
-  """Those that go through the model together, of a batch or one part of it: [..., N, T]."""
-  return (batch if isinstance(batch, Rows) else batch.parts['rows']).tokens
+  """Those that go through the model together, of a batch or one part of it: [..., N, T]; the first of several kinds."""
+  return (batch if isinstance(batch, Rows) else batch.parts.get('rows', batch.parts.get('shown'))).tokens

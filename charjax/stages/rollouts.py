@@ -256,7 +256,9 @@ def roll_out(
   rewards = fetch(_mean_over_tokens(*shard_batch((scores, rows))))
   returns = None
   if config.advantages == 'ppo':
-    expected = np.concatenate([fetch(_expected(model.decoder, trainable, shapes.opening, part)) for part in parts])
+    expected = np.concatenate(
+      [fetch(expected_values(model.decoder, trainable, shapes.opening, part)) for part in parts]
+    )
     advantages, returns = fetch(_ppo(*shard_batch((scores, expected, log_ratio, mask)), trace, kl))
   else:
     grouped = shard_batch(tuple(array.reshape(len(asked), each, -1) for array in (scores, values, log_ratio, mask)))
@@ -320,7 +322,7 @@ def _ppo(
 
 @no_silent_transfers
 @jax.jit
-def _expected(decoder: Decoder, trainable: Any, opening: Opening, rows: Rows) -> jax.Array:
+def expected_values(decoder: Decoder, trainable: Any, opening: Opening, rows: Rows) -> jax.Array:
   """What the policy's value head expects before each reply token, [N, R]."""
   used, adapter = bind(decoder, trainable)
   return read_expected(trainable, hidden_states(used, rows, adapter=adapter, opening=opening), rows)
