@@ -162,6 +162,11 @@ def _launched() -> bool:
   for variable, needed in (('SLURM_NTASKS', 'SLURM_PROCID'), ('OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_RANK')):
     if needed in os.environ and os.environ.get(variable, '1') != '1':
       return True
+  return on_tpu()
+
+
+def on_tpu() -> bool:
+  """Whether this machine has chips of a TPU, and JAX would use them; asked without touching them."""
   if not {'', 'tpu'} & set(os.environ.get('JAX_PLATFORMS', '').split(',')):
     return False
   chips = glob.glob('/dev/accel[0-9]*') or glob.glob('/dev/vfio/[0-9]*')

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import glob
 import json
 import os
 import re
@@ -21,13 +22,13 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from charjax import interrupts, storage, workdir
+from charjax import hosts, interrupts, storage, workdir
 from charjax.errors import UserError
 from charjax.files import write_text
 from charjax.progress import duration
@@ -53,6 +54,7 @@ class Trial:
     since: when the last of them was found finished, or the trial was started; of time.monotonic().
     process: that makes it.
     state: 'waiting', 'running', 'finished' or 'failed'.
+    place: which of those that run at a time it is.
   """
 
   name: str
@@ -62,6 +64,7 @@ class Trial:
   since: float = 0.0
   process: subprocess.Popen[bytes] | None = None
   state: str = 'waiting'
+  place: int = 0
 
   @functools.cached_property
   def keys(self) -> dict[str, str]:
@@ -102,8 +105,10 @@ def run(trials: Sequence[Trial], parallel: int, made: Sequence[Trial] = ()) -> l
     Those that failed.
 
   Raises:
+    UserError: this machine has not as many accelerators.
     SystemExit: 130 after Ctrl-C, 143 after SIGTERM: each trial has saved where it was.
   """
+  devices = shares(parallel)
   status, began = _Status(), time.monotonic()
   for trial in made:
     trial.look()
@@ -118,8 +123,10 @@ def run(trials: Sequence[Trial], parallel: int, made: Sequence[Trial] = ()) -> l
         if not running and not waiting:
           break
         for trial in waiting:
-          if sum(other.state == 'running' for other in trials) < parallel:
-            _start_if_ready(trial, [*made, *trials], status)
+          free = {*range(parallel)} - {other.place for other in trials if other.state == 'running'}
+          if free:
+            trial.place = min(free)
+            _start_if_ready(trial, [*made, *trials], devices[trial.place], status)
         status.show(lambda: _progress(trials, parallel))
         time.sleep(_SECONDS_BETWEEN_LOOKS)
   except KeyboardInterrupt as error:
@@ -224,7 +231,27 @@ def _last_line(log: Path) -> str:
 # ---- starting and stopping ----
 
 
-def _start_if_ready(trial: Trial, trials: Sequence[Trial], status: _Status) -> None:
+def shares(parallel: int) -> list[dict[str, str]]:
+  """What is set in the environment of each of the trials at a time, so that no two have the same GPU: of those of this
+  machine, or that CUDA_VISIBLE_DEVICES leaves, each has as many.
+
+  Raises:
+    UserError: there are fewer GPUs than trials, or a TPU, which one process has as a whole.
+  """
+  if parallel == 1 or os.environ.get('JAX_PLATFORMS') == 'cpu':
+    return [{} for _ in range(parallel)]
+  if hosts.on_tpu():
+    raise UserError(f'--parallel={parallel}: a TPU takes one process at a time; leave it 1, or give --launch=FILE')
+  named = os.environ.get('CUDA_VISIBLE_DEVICES')
+  gpus = named.split(',') if named else [str(i) for i in range(len(glob.glob('/dev/nvidia[0-9]*')))]
+  if gpus and len(gpus) < parallel:
+    raise UserError(f'--parallel={parallel}: there are {len(gpus)} GPUs, and each trial needs one of its own')
+  each = len(gpus) // parallel
+  some = [gpus[i * each : (i + 1) * each] for i in range(parallel)]
+  return [{'CUDA_VISIBLE_DEVICES': ','.join(own)} if own else {} for own in some]
+
+
+def _start_if_ready(trial: Trial, trials: Sequence[Trial], devices: Mapping[str, str], status: _Status) -> None:
   """Starts a trial once what it shares with others is made, or none of them is going to make it."""
   sources: dict[str, Trial] = {}
   for place, stage in enumerate(_SHARED):
@@ -256,6 +283,7 @@ def _start_if_ready(trial: Trial, trials: Sequence[Trial], status: _Status) -> N
   with trial.log.open('ab') as log:
     trial.process = subprocess.Popen(
       [sys.executable, '-m', 'charjax.main', *trial.command],
+      env={**os.environ, **devices},
       stdin=subprocess.DEVNULL,
       stdout=log,
       stderr=subprocess.STDOUT,

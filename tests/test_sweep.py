@@ -16,6 +16,7 @@ from smoke import ROOT, environment
 from charjax import character as characters
 from charjax import config_file, sweep
 from charjax import main as command_line
+from charjax.errors import UserError
 from charjax.main import main
 
 SWEEPS = ROOT / 'configs' / 'sweeps'
@@ -222,6 +223,21 @@ class Planned(sweep.Trial):
   def __init__(self, name, keys, **state):
     super().__init__(name, None, (), **state)
     self.__dict__['keys'] = dict(zip(STAGES, keys, strict=True))
+
+
+def test_no_two_trials_at_a_time_have_the_same_gpu(monkeypatch):
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  assert sweep.shares(2) == [{}, {}]
+  monkeypatch.delenv('JAX_PLATFORMS')
+  monkeypatch.setattr(sweep.hosts, 'on_tpu', lambda: False)
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,5,7,8,9')
+  assert sweep.shares(2) == [{'CUDA_VISIBLE_DEVICES': '3,5'}, {'CUDA_VISIBLE_DEVICES': '7,8'}]
+  assert sweep.shares(1) == [{}]
+  with pytest.raises(UserError, match='there are 5 GPUs, and each trial needs one'):
+    sweep.shares(6)
+  monkeypatch.setattr(sweep.hosts, 'on_tpu', lambda: True)
+  with pytest.raises(UserError, match='a TPU takes one process at a time'):
+    sweep.shares(2)
 
 
 def test_the_time_left_counts_what_is_shared_once():
