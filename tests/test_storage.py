@@ -154,7 +154,7 @@ def make_rows(name: str, seconds: float) -> None:
   session = make_session(storage.place(name))
   storage.LEASE = 3.0
   with workdirs.lock(session.workdir):
-    workdirs.execute([Stage('slow', run, (), ('first',), ('rows.jsonl',))], session)
+    workdirs.execute([Stage('slow', run, (), ('first',), ('rows.jsonl',), keeps=True)], session)
 
 
 def test_who_was_killed_is_followed_once_the_lock_was_not_renewed(place, short_lease, capsys):
@@ -166,6 +166,7 @@ def test_who_was_killed_is_followed_once_the_lock_was_not_renewed(place, short_l
   first.kill()
   first.wait()
   capsys.readouterr()
+  (place / 'slow/chunks/of-an-earlier-character.jsonl').write_text('')
   begun = time.monotonic()
   make_rows(str(place), 0)
   assert time.monotonic() - begun > 3.0
@@ -173,6 +174,8 @@ def test_who_was_killed_is_followed_once_the_lock_was_not_renewed(place, short_l
   assert f'process {first.pid} on ' in waited and 'waiting up to 3 s' in waited
   assert lines[0] == 'slow: going on where it was cut off' and lines[1:-2] == ['chunk 2', 'chunk 3', 'chunk 4']
   assert files.read_jsonl(place / 'slow/rows.jsonl') == [{'id': i} for i in range(10)]
+  kept = [path.name for path in (place / 'slow/chunks').iterdir()]
+  assert len(kept) == 5 and all(name.startswith('rows-') for name in kept)
   assert not (place / '.lock').exists()
 
 
