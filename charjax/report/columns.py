@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from charjax import defaults
-from charjax.report.read import STAGES, Estimate, Run, estimate, finite, listed, read_run, section
+from charjax.report.read import Estimate, Run, estimate, finite, listed, read_run, seconds, section
 from charjax.stages import statistics
 from charjax.workdir import fingerprint
 
@@ -46,10 +46,8 @@ class Column:
   def rewarded(self) -> list[str]:
     """The traits that its policy was rewarded for: those that it names, or all, of a weight above 0, and told from
     chance by the preference model unless unproven ones are kept."""
-    policy, weights = (
-      section(self.first.config, 'config', 'policy'),
-      {t['id']: t.get('weight', 1) for t in self.first.traits},
-    )
+    policy = section(self.first.config, 'config', 'policy')
+    weights = {trait['id']: trait.get('weight', 1) for trait in self.first.traits}
     chosen = policy.get('traits')
     left_out = [] if policy.get('keep_unproven_traits') else listed(self.first.preference, 'left_out')
     return [
@@ -78,10 +76,6 @@ class Column:
     """How often the held-out judge prefers the trained model's reply to the starting model's."""
     return _as_share(self.figure('traits', trait, 'win_rate', 'trained'))
 
-  def wins_over_prompted(self, trait: str) -> Estimate | None:
-    """The same against the starting model that is shown the trait's statement."""
-    return _as_share(self.figure('traits', trait, 'win_rate_vs_prompted', 'trained'))
-
   def mean(self, traits: Sequence[str], measure: str) -> Estimate | None:
     """The mean over traits of a measure in `MEASURES`; None where one was not measured. The traits of one run are
     independent of each other; of several runs each has one mean, since a seed's luck is in all its traits."""
@@ -95,10 +89,8 @@ class Column:
     """What each stage took; of several runs the mean."""
     found: dict[str, list[float]] = defaultdict(list)
     for run in self.runs:
-      for stage in STAGES:
-        seconds = finite(section(run.stages, stage).get('seconds'))
-        if seconds is not None:
-          found[stage].append(seconds)
+      for stage, value in seconds(run).items():
+        found[stage].append(value)
     return {stage: sum(values) / len(values) for stage, values in found.items()}
 
   def kl(self) -> Estimate | None:

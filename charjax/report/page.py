@@ -13,7 +13,7 @@ from charjax.report.figures import Figure, Table
 from charjax.report.people import People, people
 from charjax.report.phrases import phrases
 from charjax.report.provenance import provenance
-from charjax.report.read import STAGES, Estimate, Run, estimate, finite, listed, read_run, section
+from charjax.report.read import Estimate, Run, estimate, finite, listed, read_run, seconds, section
 from charjax.report.replies import Exchange, exchanges, samples_over_time, typical
 from charjax.review import verdicts
 
@@ -156,9 +156,8 @@ def _cost_sentence(run: Run) -> str:
   before, after = length['base'], length['trained']
   if before and after:
     told.append(f'its replies have {words.figure(after.mean)} tokens, and {words.figure(before.mean)} before')
-  seconds = [finite(section(run.stages, stage).get('seconds')) for stage in STAGES]
-  if any(seconds):
-    told.append(f'the stages took {duration(sum(filter(None, seconds)))} in all')
+  if took := sum(seconds(run).values()):
+    told.append(f'the stages took {duration(took)} in all')
   text = '; '.join(told)
   return text[:1].upper() + text[1:] + '.' if text else ''
 

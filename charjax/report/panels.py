@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from charjax.report import figures, plots, words
 from charjax.report.figures import Figure, Table
-from charjax.report.read import CONDITIONS, STAGES, Estimate, Run, estimate, finite, listed, section
+from charjax.report.read import CONDITIONS, Estimate, Run, estimate, finite, listed, seconds, section
 
 _LENGTH_CORRELATION_LIMIT = 0.2  # above it, the reward may be paying for length
 
@@ -379,7 +379,6 @@ def _candidates(run: Run) -> Figure | None:
 
 def made(run: Run) -> Panel:
   """Times and the material: how many messages and replies, and how many of them were cut off."""
-  seconds = {name: finite(run.stages[name].get('seconds')) for name in STAGES if name in run.stages}
   split = Counter((str(row.get('trait') or 'neutral'), str(row.get('split'))) for row in run.messages)
   traits = list(dict.fromkeys(trait for trait, _ in split))
   rows = [(words.spoken(trait), str(split[trait, 'train']), str(split[trait, 'heldout'])) for trait in traits]
@@ -389,7 +388,7 @@ def made(run: Run) -> Panel:
     for condition in dict.fromkeys(condition for condition, _ in finish)
     for cut in [(finish[condition, False], finish[condition, True])]
   ]
-  known = {name: length for name, length in seconds.items() if length is not None}
+  known = seconds(run)
   drawn = figures.durations('Time of each stage', known)
   table = Table(('messages for', 'to train on', 'held out'), rows) if rows else None
   return Panel(figures.present([drawn]), notes, table)

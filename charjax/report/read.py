@@ -118,6 +118,12 @@ def section(parent: Any, *path: str) -> dict[str, Any]:
   return dict(parent) if isinstance(parent, Mapping) else {}
 
 
+def seconds(run: Run) -> dict[str, float]:
+  """What each finished stage took, in their order."""
+  found = {stage: finite(section(run.stages, stage).get('seconds')) for stage in STAGES}
+  return {stage: value for stage, value in found.items() if value is not None}
+
+
 def listed(parent: Mapping[str, Any], key: str) -> list[Any]:
   """The list under `key`, or an empty one."""
   value = parent.get(key)

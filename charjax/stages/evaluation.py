@@ -107,9 +107,7 @@ def summarise_wins(values: Values, tries: Mapping[str, float]) -> Row:
 
   Against itself a condition wins half, so that trained - base is a share too, and never certain.
   """
-  found = {c: values.get(c) for c in CONDITIONS}
-  out: Row = {c: share(v, tries.get(c, 1)) if v is not None else None for c, v in found.items()}
-  base = values['base']
+  out, base = _shares(values, tries), values['base']
   if out['trained'] is not None and base is not None and (base == 0.5).all():
     return out | {'delta': out['trained'] | {end: out['trained'][end] - 0.5 for end in ('mean', 'low', 'high')}}
   return out | {'delta': _delta(values)}
@@ -117,15 +115,16 @@ def summarise_wins(values: Values, tries: Mapping[str, float]) -> Row:
 
 def summarise_shares(values: Values, tries: Mapping[str, float] | None = None) -> Row:
   """Of shares of hits, each of so many `tries` (1 by default), by condition; delta is paired by message."""
-  tries = tries or {}
-  out: Row = {c: share(found, tries.get(c, 1)) if (found := values.get(c)) is not None else None for c in CONDITIONS}
-  base, trained = values.get('base'), values.get('trained')
-  if base is None or trained is None:
-    return out | {'delta': None}
-  if len(base) and not np.ptp(trained - base):
+  out, base, trained = _shares(values, tries or {}), values.get('base'), values.get('trained')
+  if base is not None and trained is not None and len(base) and not np.ptp(trained - base):
     # However few, resampled they would be certain: told as of two models that are asked apart, which is wider.
     return out | {'delta': combine([(1.0, out['trained']), (-1.0, out['base'])])}
-  return out | {'delta': interval(trained - base)}
+  return out | {'delta': _delta(values)}
+
+
+def _shares(values: Values, tries: Mapping[str, float]) -> Row:
+  found = {c: values.get(c) for c in CONDITIONS}
+  return {c: share(v, tries.get(c, 1)) if v is not None else None for c, v in found.items()}
 
 
 def internalisation(values: Values) -> Row | None:

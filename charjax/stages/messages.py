@@ -77,7 +77,7 @@ def run(session: Session) -> Row:
           items,
           config.batch_size,
           make,
-          of=[trait.seeds if trait else NEUTRAL_SEEDS, _openings(trait)],
+          of=_written_from(trait),
         ):
           written += 1
           reason = broken(candidate) or kept.reject(candidate['text'])
@@ -122,7 +122,7 @@ def write(session: Session, trait: Trait | None, attempt: int, items: Sequence[s
   """One batch of candidates, each from its own topic, asker, length and opening."""
   group = f'{trait.id if trait else "neutral"}/{attempt}/{index}'
   config, seed, model = session.config.messages, session.config.seed, session.model
-  seeds, openings = NEUTRAL_SEEDS if trait is None else trait.seeds, _openings(trait)
+  seeds, openings = _written_from(trait)
   origins, beginnings, asked = [], [], []
   for item in items:
     origin = {
@@ -149,9 +149,11 @@ def write(session: Session, trait: Trait | None, attempt: int, items: Sequence[s
   ]
 
 
-def _openings(trait: Trait | None) -> Sequence[str]:
-  """The messages whose first words others may begin with: the seeds, and those of a trait's worked examples."""
-  return (*trait.seeds, *(pair.message for pair in trait.pairs_for('shown'))) if trait else NEUTRAL_SEEDS
+def _written_from(trait: Trait | None) -> tuple[Sequence[str], Sequence[str]]:
+  """The seeds, and the messages whose first words others may begin with: those of a trait's worked examples, too."""
+  if trait is None:
+    return NEUTRAL_SEEDS, NEUTRAL_SEEDS
+  return trait.seeds, (*trait.seeds, *(pair.message for pair in trait.pairs_for('shown')))
 
 
 def broken(candidate: Row) -> str:

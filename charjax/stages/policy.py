@@ -40,10 +40,7 @@ from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import Together, batches
 from charjax.training.heads import make_trainable
 from charjax.training.loop import tell_undivided, train
-from charjax.training.losses import (
-  adapt_kl,
-  count_pairs,
-)
+from charjax.training.losses import adapt_kl, count_pairs
 from charjax.training.policy_loss import policy_loss
 from charjax.training.step import Batch, make_batch, make_optimizer
 from charjax.workdir import Session
