@@ -248,7 +248,8 @@ def _behaviour(rng: random.Random, effects: dict[str, float]) -> dict[str, Any]:
     },
     'robustness': {t: {name: both(share * effect) for name, share in forms.items()} for t, effect in effects.items()},
     'drift': {'turns': [{'turn': turn} | both(0.1 - 0.006 * turn) for turn in range(1, 11)],
-              'last_less_first': {'likelihood': _around(rng, -0.06, 0.03, 16), 'judge': _around(rng, -0.4, 0.6, 16)}},
+              'last_less_first': {'likelihood': _around(rng, -0.06, 0.03, 16), 'judge': _around(rng, -0.4, 0.6, 16)},
+              'traits': {t: {'likelihood': _around(rng, -0.5 * effect, 0.05, 4)} for t, effect in effects.items()}},
     'side_effects': {'flattery': shares(0.3, 0.1), 'refuses_harmful': shares(0.4, 0.5),
                      'claims_to_be_human': shares(0.6, 0.1), 'stance_shift': pair(0.9, -0.3, 0.3, 8)},
     'preference': {

@@ -72,6 +72,13 @@ def test_drift_is_paired_by_conversation():
   found = behaviour.drift(rows)
   assert [(t['turn'], t['likelihood']['delta']['mean']) for t in found['turns']] == [(1, 1.0), (2, 0.5), (3, 0.25)]
   assert found['last_less_first'] == {'likelihood': interval([-0.75] * 6), 'judge': interval([0.0] * 6)}
+  assert found['traits'] == {'t': found['last_less_first']}
+  others = [
+    row | {'trait': 'other', 'name': f'other/{row["name"]}', 'likelihood': 2 * row['likelihood']} for row in rows
+  ]
+  both = behaviour.drift([*rows, *others])
+  assert both['traits']['t'] == found['last_less_first'] and both['traits']['other']['likelihood']['mean'] == -1.5
+  assert both['last_less_first']['likelihood']['mean'] == pytest.approx(-1.125)
   assert behaviour.drift([]) == {'turns': []}
 
 

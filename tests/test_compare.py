@@ -14,8 +14,11 @@ from test_report import Page
 
 from charjax.errors import UserError
 from charjax.main import main
-from charjax.report import compare, differences
+from charjax.report import compare, differences, words
 from charjax.report.columns import head_to_head, margin_apart, read_columns, seed_of
+from charjax.report.read import read_run
+from charjax.review import verdicts
+from charjax.review.pairs import pairs
 from charjax.stages import statistics
 
 WEAK, STRONG = dict.fromkeys(TRAITS, 0.01), dict.fromkeys(TRAITS, 0.2)
@@ -55,6 +58,26 @@ def test_the_page_says_what_differs_and_what_it_did(runs, tmp_path):
   plots = [attrs for tag, attrs in page.tags if tag == 'svg']
   assert len(plots) == text.count('<details><summary>Numbers') > 10
   assert page.tables['curiosity, mean (95% interval)'][2][0] == 'strong'
+
+
+def test_what_a_run_was_asked_besides_stands_beside_the_others(runs, tmp_path):
+  """Also what people said, of whom only one run has any; and a run without a behaviour stage has dashes."""
+  for pair in pairs(read_run(runs[1])):
+    with verdicts.opened(runs[1], 'ann') as file:
+      file.give('ann', pair, 'left' if pair.sides('ann')[0] == 'trained' else 'right')
+  (runs[0] / 'behaviour' / 'summary.json').unlink()
+  page, text = page_of(runs, tmp_path)
+  found = json.loads((runs[1] / 'behaviour' / 'summary.json').read_text())
+  head, *rows = page.tables['honesty, mean (95% interval)']
+  weak, strong = (dict(zip(head, row, strict=True)) for row in rows)
+  ratio = found['rigidity']['honesty']['unrelated']['likelihood']['delta']['mean']
+  assert strong['ratio on unrelated requests'].startswith(words.figure(ratio, signed=True))
+  assert strong['wins by people'].startswith('100% (') and weak['margin, trained \u2212 base'] != '\u2013'
+  assert weak['ratio on unrelated requests'] == weak['wins by people'] == '\u2013'
+  forms = next(rows for name, rows in page.tables.items() if name.startswith('Under other forms'))
+  means = [trait['as JSON']['likelihood']['delta']['mean'] for trait in found['robustness'].values()]
+  assert dict(zip(forms[0], forms[2], strict=True))['as JSON'].startswith(words.figure(np.mean(means), signed=True))
+  assert 'href="#behaviour"' in text and 'Claims to be human: trained' in text
 
 
 def test_the_page_stands_by_itself(runs, tmp_path):
@@ -221,7 +244,8 @@ def test_crosstalk_is_a_matrix_of_runs_that_reward_one_trait_each(tmp_path):
   fewer = next(table for name, table in page.tables.items() if name.startswith('Left out: margin, less that of all'))
   assert [row[0] for row in fewer[1:]] == ['AI nature', 'curiosity', 'perspectives'] and 'honesty' in fewer[0]
   assert all(cell.startswith('\u22120.0') for row in left[1:] for cell in row[1:])
-  assert text.count('class="plot wide"') == 4
+  section = text[text.index('<section id="crosstalk">') :]
+  assert section[: section.index('</section>')].count('class="plot wide"') == 4
 
 
 def test_what_cannot_be_compared_is_told(runs, tmp_path, capsys):

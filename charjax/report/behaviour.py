@@ -74,7 +74,7 @@ def robustness(run: Run) -> Panel:
 
 
 def drift(run: Run) -> Panel:
-  """All traits together, turn by turn."""
+  """All traits together, turn by turn, and what of each is left at the end."""
   drawn, notes = [], []
   turns = [row for row in listed(section(run.behaviour, 'drift'), 'turns') if isinstance(row, Mapping)]
   for measure, unit in (('likelihood', _RATIO), ('judge', 'spreads of its score')):
@@ -86,6 +86,10 @@ def drift(run: Run) -> Panel:
       by = 'the likelihood ratio' if measure == 'likelihood' else 'the held-out judge'
       said = {1: 'grew', 0: 'shows no change that is clear of zero', -1: 'shrank'}[change.side_of(0.0)]
       notes.append(f'From the first to the last turn the effect {said} by {by}: {words.difference(change)} {unit}.')
+  by_trait = section(run.behaviour, 'drift', 'traits')
+  left = {trait: estimate(section(by_trait, trait).get('likelihood')) for trait in by_trait}
+  drawn.append(figures.by_trait('From the first to the last turn, by trait', _RATIO, left,
+                                note='By how much the effect grew or shrank, by likelihood ratio.'))  # fmt: skip
   return Panel(figures.present(drawn), notes)
 
 

@@ -10,7 +10,9 @@ import numpy as np
 from etils import epath
 
 from charjax import defaults
+from charjax.report.people import people
 from charjax.report.read import Estimate, Run, estimate, finite, listed, read_run, seconds, section
+from charjax.review import verdicts
 from charjax.stages import statistics
 from charjax.workdir import fingerprint
 
@@ -28,6 +30,7 @@ class Column:
   name: str
   runs: Sequence[Run]
   folders: Sequence[epath.Path]
+  judged: Sequence[Mapping[str, Estimate | None]]  # by people, of each run: its wins against base by trait
 
   @property
   def first(self) -> Run:
@@ -58,7 +61,15 @@ class Column:
 
   def figure(self, *path: str) -> Estimate | None:
     """What stands at `path` of the summary; of several runs pooled, and None where one of them lacks it."""
-    return self._pooled([_figure(run, *path) for run in self.runs], path[-2])
+    return self._pooled([_figure(run.summary, *path) for run in self.runs], path[-2])
+
+  def behaviour(self, *path: str) -> Estimate | None:
+    """The same of what the behaviour stage found."""
+    return self._pooled([_figure(run.behaviour, *path) for run in self.runs], path[-2])
+
+  def blind(self, trait: str) -> Estimate | None:
+    """How often people who judged blind prefer the trained model's reply to the starting model's."""
+    return _as_share(self._pooled([wins.get(trait) for wins in self.judged], 'people'))
 
   def _pooled(self, found: Sequence[Estimate | None], measure: str) -> Estimate | None:
     known = [value for value in found if value is not None]
@@ -80,7 +91,8 @@ class Column:
     """The mean over traits of a measure in `MEASURES`; None where one was not measured. The traits of one run are
     independent of each other; of several runs each has one mean, since a seed's luck is in all its traits."""
     found = [
-      mean_over([_figure(run, 'traits', trait, measure, MEASURES[measure]) for trait in traits]) for run in self.runs
+      mean_over([_figure(run.summary, 'traits', trait, measure, MEASURES[measure]) for trait in traits])
+      for run in self.runs
     ]
     pooled = self._pooled(found, measure)
     return pooled if measure == 'margin' else _as_share(pooled)
@@ -116,6 +128,8 @@ def read_columns(folders: Sequence[epath.Path]) -> list[Column]:
     UserError: one is no run folder, or a file in it cannot be read.
   """
   runs = [read_run(folder) for folder in folders]
+  judged = [found.wins if (found := people(run, verdicts.read_all(folder))) else {}
+            for run, folder in zip(runs, folders, strict=True)]  # fmt: skip
   names = dict(zip(map(str, folders), _names(folders), strict=True))
   alike: dict[str, list[int]] = defaultdict(list)
   for place, run in enumerate(runs):
@@ -125,13 +139,15 @@ def read_columns(folders: Sequence[epath.Path]) -> list[Column]:
     seeds = [_seeds(runs[place]) for place in places]
     # The same run twice is no second measurement, and policies of several data are not independent of each other.
     if len(set(seeds)) < len(seeds) or all(len(set(some)) > 1 for some in zip(*seeds, strict=True)):
-      columns += [Column(names[str(folders[place])], [runs[place]], [folders[place]]) for place in places]
+      columns += [
+        Column(names[str(folders[place])], [runs[place]], [folders[place]], [judged[place]]) for place in places
+      ]
       continue
     several = [names[str(folders[place])] for place in places]
     name = several[0] if len(several) == 1 else f'{_common(several)} ({len(several)} seeds)'
     if name in {column.name for column in columns}:  # Others, whose names begin alike.
       name = f'{several[0]} ({len(several)} seeds)'
-    columns.append(Column(name, [runs[p] for p in places], [folders[p] for p in places]))
+    columns.append(Column(name, [runs[p] for p in places], [folders[p] for p in places], [judged[p] for p in places]))
   return columns
 
 
@@ -230,9 +246,9 @@ def mean_over(values: Sequence[Estimate | None]) -> Estimate | None:
   return estimate(statistics.combine([(1 / len(known), _row(value)) for value in known]))
 
 
-def _figure(run: Run, *path: str) -> Estimate | None:
+def _figure(found: Mapping[str, Any], *path: str) -> Estimate | None:
   *parents, last = path
-  return estimate(section(run.summary, *parents).get(last))
+  return estimate(section(found, *parents).get(last))
 
 
 def _moved(column: Column, trait: str) -> dict[str, float]:

@@ -25,6 +25,7 @@ from charjax.report.columns import (
   seed_of,
   settings,
 )
+from charjax.report.compare_behaviour import BESIDE, habits, matrices
 from charjax.report.crosstalk import crosstalk
 from charjax.report.differences import Change
 from charjax.report.figures import Figure, Table
@@ -94,6 +95,8 @@ def render(columns: Sequence[Column], output: epath.Path) -> str:
     traits=_traits(evaluated),
     crosstalk=matrix,
     rest=_rest(evaluated),
+    matrices=matrices(evaluated),
+    habits=habits(evaluated),
     reference=evaluated[0].name if evaluated else '',
     cost=_cost(columns),
     runs=_runs(columns, output),
@@ -104,7 +107,7 @@ def render(columns: Sequence[Column], output: epath.Path) -> str:
 def _numbers(columns: Sequence[Column]) -> dict[str, Any]:
   """What stands behind the page: of every run its settings and its figures."""
   return {
-    str(folder): without_nan({'settings': settings(run), 'summary': run.summary})
+    str(folder): without_nan({'settings': settings(run), 'summary': run.summary, 'behaviour': run.behaviour})
     for column in columns
     for run, folder in zip(column.runs, column.folders, strict=True)
   }
@@ -313,6 +316,7 @@ def _traits(columns: Sequence[Column]) -> list[TraitView]:
                         {column.name: column.margin(trait) for column in having}),
         figures.by_name('run', f'{win.title}: trained', win.unit,
                         {column.name: column.wins(trait) for column in having}, 0.5, True),
+        *(beside.figure(having, trait) for beside in BESIDE),
       ]),
       table=_trait_table(having, trait),
     ))  # fmt: skip
@@ -326,19 +330,21 @@ def _written(column: Column, trait: str) -> Mapping[str, object]:
 def _trait_table(columns: Sequence[Column], trait: str) -> Table:
   """Every figure of a trait, a row a run, and how far it is from the first run that has the trait."""
   first = columns[0]
+  more = [beside for beside in BESIDE if any(beside.of(column, trait) for column in columns)]
   rows = []
   for column in columns:
     judge = column.figure('traits', trait, 'judge', 'delta')
     row = [column.name, _cell(column.margin(trait), signed=True), _cell(column.wins(trait), True),
            _cell(column.figure('traits', trait, 'win_rate_vs_prompted', 'trained'), True),
-           _cell(judge, signed=True)]  # fmt: skip
+           _cell(judge, signed=True),
+           *(_cell(beside.of(column, trait), beside.share, signed=not beside.share) for beside in more)]  # fmt: skip
     if len(columns) > 1:
       is_first = column is first
       row += ['' if is_first else _cell(margin_apart(first, column, trait), signed=True),
               '' if is_first else _cell(head_to_head(first, column, trait), True)]  # fmt: skip
     rows.append(row)
   head = ['run', f'margin, trained {MINUS} base', 'wins against base', 'against prompted',
-          f'judge, trained {MINUS} base']  # fmt: skip
+          f'judge, trained {MINUS} base', *(beside.head for beside in more)]  # fmt: skip
   if len(columns) > 1:
     head += [f'margin, less {first.name}', f'wins against {first.name}']
   return Table(head, rows)

@@ -131,7 +131,7 @@ def by_name(
   rows = []
   for name, value in values.items():
     clear = value is not None and (reference is None or value.side_of(reference))
-    signed = not share and reference is not None
+    signed = reference == 0.0 if share else reference is not None
     marks = [] if value is None else [_mark(value, 'trained' if clear else 'unclear', share, signed)]
     rows.append(plots.Row(name, marks))
   svg = plots.whiskers(

@@ -6,6 +6,7 @@ units; a plot is WIDTH units wide and is shown at about one unit a pixel, on a p
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from html import escape
 
@@ -187,15 +188,16 @@ def heat_map(
   describe: str,
 ) -> str:
   """Figures in a grid, each with its interval under it; `axes` say what rows and columns are."""
-  wide, tall, top = 88.0, 46.0, 40.0
+  wide, tall = 88.0, 46.0
+  heads = [_two_lines(label, math.ceil(wide / _CHARACTER)) for label in columns]
+  top = 26.0 + 14 * max(map(len, heads))
   left = 12 + _CHARACTER * min(_LABEL_CHARACTERS, max(len(label) for label in rows))
   width = left + wide * len(columns)
   parts = [_text(left + wide * len(columns) / 2, 12, axes[1], 'axis', 'middle')]
   parts.append(_text(left - 8, top - 8, axes[0], 'axis', 'end'))
-  for place, label in enumerate(columns):
-    parts.append(
-      _text(left + wide * (place + 0.5), top - 8, ellipsis(label, int(wide / _CHARACTER)), 'label', 'middle')
-    )
+  for place, lines in enumerate(heads):
+    for above, words in enumerate(reversed(lines)):
+      parts.append(_text(left + wide * (place + 0.5), top - 8 - 14 * above, words, 'label', 'middle'))
   for index, (label, line) in enumerate(zip(rows, cells, strict=True)):
     y = top + tall * index
     parts.append(_text(left - 8, y + tall / 2 + 4, ellipsis(label, _LABEL_CHARACTERS), 'label', 'end'))
@@ -213,6 +215,12 @@ def heat_map(
       parts.append(_text(x + wide / 2, y + tall / 2 - 1, cell.text, 'value' if cell.clear else 'absent', 'middle'))
       parts.append(_text(x + wide / 2, y + tall / 2 + 14, cell.small, 'tick', 'middle') + '</g>')
   return _svg(top + tall * len(rows) + 4, describe, parts, width)
+
+
+def _two_lines(label: str, fits: int) -> list[str]:
+  """The label in one line, or in two the second of which may be cut."""
+  first, *rest = textwrap.wrap(label, fits) or ['']
+  return [first, ellipsis(' '.join(rest), fits)] if rest else [first]
 
 
 def running_mean(ys: Sequence[float], parts: int = 12, shortest: int = 20) -> list[float]:

@@ -318,14 +318,22 @@ def robustness(rows: Sequence[Row]) -> Row:
 
 
 def drift(rows: Sequence[Row]) -> Row:
-  """By turn: figures over all conversations; `last_less_first`, of the deltas, paired by conversation."""
-  turns = _by([row for row in rows if row['set'] == 'drift'], 'turn')
+  """By turn: figures over all conversations; `last_less_first`, of the deltas, paired by conversation, of all of them
+  and, in `traits`, by trait."""
+  rows = [row for row in rows if row['set'] == 'drift']
+  turns = _by(rows, 'turn')
   out: Row = {'turns': [{'turn': turn + 1} | _figures(turns[turn]) for turn in sorted(turns)]}
   if len(turns) > 1:
-    out['last_less_first'] = {}
-    for measure in _MEASURES:
-      first, last = (_deltas(turns[turn], measure, 'name') for turn in (min(turns), max(turns)))
-      out['last_less_first'][measure] = interval([last[name] - first[name] for name in sorted(first)])
+    out['last_less_first'] = _last_less_first(rows)
+    out['traits'] = {trait: _last_less_first(mine) for trait, mine in _by(rows, 'trait').items()}
+  return out
+
+
+def _last_less_first(rows: Sequence[Row]) -> Row:
+  turns, out = _by(rows, 'turn'), {}
+  for measure in _MEASURES:
+    first, last = (_deltas(turns[turn], measure, 'name') for turn in (min(turns), max(turns)))
+    out[measure] = interval([last[name] - first[name] for name in sorted(first)])
   return out
 
 

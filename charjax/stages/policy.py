@@ -78,7 +78,7 @@ def run(session: Session) -> Row:
       weights.after(step, figures['kl'])
       if step % config.samples_every == 0 or step in (1, config.steps):
         _save_samples(session, step, now['asked'], rollout)
-    figures |= _tokens(now['asked'], rollout)
+    figures |= _tokens(now['asked'], rollout, config.ranked_weight > 0)
     return make_policy_batch(session, shapes, shapes_shown, now['asked'], now['neutral'], rollout), figures
 
   steps = choice.candidate_steps(config)
@@ -219,11 +219,17 @@ def _figures(rollout: Rollout, kl_weight: float) -> dict[str, float]:
   }
 
 
-def _tokens(asked: Sequence[Row], rollout: Rollout | None) -> dict[str, float]:
+def _tokens(asked: Sequence[Row], rollout: Rollout | None, all_ranked: bool) -> dict[str, float]:
   """How many tokens of replies were drawn for this step, and how many it learns from; neutral ones are not counted."""
   drawn = sum(len(reply.tokens) for reply in rollout.drawn) if rollout else 0
-  read = sum(len(reply) for item in asked for reply in (*item['ranked'].replies, *item['shown']))
+  read = sum(len(reply) for item in asked for reply in (*_learned(item, all_ranked), *item['shown']))
   return {'tokens_read': float(drawn + read)} | ({'tokens_drawn': float(drawn)} if rollout else {})
+
+
+def _learned(item: Row, all_ranked: bool) -> Sequence[Sequence[int]]:
+  """The ranked replies that teach: all of them by their order, or the best one alone by its likelihood."""
+  replies = item['ranked'].replies
+  return replies if all_ranked or not replies else [replies[item['best']]]
 
 
 def learning(config: Any) -> tuple[Any, Any]:
