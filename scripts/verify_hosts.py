@@ -1,6 +1,6 @@
 """The smoke run in many processes on this machine beside the same run in one, and what becomes of it when they end.
 
-  python scripts/verify_hosts.py [--workdir=DIR] [--parts=layouts sgd sharded killed told rollout leader stuck apart]
+  python scripts/verify_hosts.py [--workdir=DIR] [--parts=layouts sgd sharded killed bucket told ...]
 
 Eight CPU devices in one process, in two and in four, which speak over loopback:
 
@@ -10,6 +10,7 @@ Eight CPU devices in one process, in two and in four, which speak over loopback:
   sharded   the same over (1, 8, 1), weights split over all processes: texts the same to the byte, scores to six digits.
   killed    begun in four processes, of which one is killed while the policy is trained: the others end, and say which
             one was lost; two processes of two devices each end the run, as one that nobody disturbed.
+  bucket    the same where the run is in a bucket, of an emulator on this machine (tests/bucket_emulator.py).
   told      one of four processes is sent SIGTERM: all save, end with 143, and four go on to the same end.
   rollout   the same where the devices are at something long, for which it does not wait.
   leader    process 0 of two is killed: the other ends with 75, and says so.
@@ -33,11 +34,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
 DEVICES = 8
+LOST = ('--config.faults.lost_seconds=10',)
 DATA, SHARDED = '--config.mesh=(-1,1,1)', '--config.mesh=(1,-1,1)'
 # JAX's own flag that spares most of the time of compiling, which is most of the time.
 _FLAGS = ' --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
@@ -70,19 +73,21 @@ class Group:
 
   def __init__(
     self,
-    workdir: Path,
+    workdir: Path | str,
     count: int,
     *flags: str,
     command: str = 'run',
     program: str = _MAIN,
     devices: int = DEVICES,
     each: Callable[[int], Sequence[str]] = lambda i: (),
+    logs: Path | None = None,
   ):
     with socket.socket() as free:
       free.bind(('127.0.0.1', 0))
       port = free.getsockname()[1]
-    workdir.parent.mkdir(parents=True, exist_ok=True)
-    self.logs = [workdir.parent / f'{workdir.name}.{i}.log' for i in range(count)]
+    logs = logs or Path(workdir)  # What is said stands beside a workdir, unless that is in a bucket.
+    logs.parent.mkdir(parents=True, exist_ok=True)
+    self.logs = [logs.parent / f'{logs.name}.{i}.log' for i in range(count)]
     self.processes = []
     for i, log in enumerate(self.logs):
       many = (f'--coordinator=127.0.0.1:{port}', f'--processes={count}', f'--process={i}') if count > 1 else ()
@@ -106,22 +111,23 @@ class Group:
         process.kill()
 
   def says(self, i: int) -> list[str]:
-    """The lines of one process, without those of the library that joins CPUs, and of JAX where it was left alone."""
-    # Its threads write at once, so that the end of one line of it may stand in another.
-    gloo = re.compile(r'^\[Gloo\]|connected to \d+ peer ranks')
-    return [line for line in self.logs[i].read_text().splitlines() if not gloo.search(line)]
+    """The lines of one process, without those of the library that joins CPUs, and of TensorStore, which looks for a
+    Google account that the emulator of a bucket does not need."""
+    # Gloo's threads write at once, so that the end of one line of it may stand in another.
+    others = re.compile(r'^\[Gloo\]|connected to \d+ peer ranks|google_auth_provider')
+    return [line for line in self.logs[i].read_text().splitlines() if not others.search(line)]
 
-  def wait_for(self, path: Path, seconds: float = 600) -> None:
+  def wait_for(self, path: Path | str, seconds: float = 600, exists: Callable[[Any], bool] = Path.exists) -> None:
     """Returns when there is such a file."""
     deadline = time.monotonic() + seconds
-    while not path.exists():
+    while not exists(path):
       if any(process.poll() is not None for process in self.processes) or time.monotonic() > deadline:
         self.codes(0)
         raise AssertionError(f'the run was over before {path} appeared: ' + '\n'.join(self.says(0)[-20:]))
       time.sleep(0.02)
 
 
-def run(workdir: Path, count: int, *flags: str, **options: Any) -> Path:
+def run(workdir: Path | str, count: int, *flags: str, **options: Any) -> Path | str:
   """A run to its end."""
   group = Group(workdir, count, *flags, **options)
   codes = group.codes()
@@ -251,8 +257,34 @@ def _same_end(top: Path, workdir: Path, report: Report) -> None:
 
 def killed(top: Path, report: Report) -> None:
   workdir = _begun(top, 'killed')
-  group = Group(workdir, 4, DATA, '--config.faults.lost_seconds=10')
+  group = Group(workdir, 4, DATA, *LOST)
   group.wait_for(workdir / 'policy' / 'checkpoints' / '2')
+  _lose_one(group, report)
+  run(workdir, 2, DATA, devices=4)
+  _same_end(top, workdir, report)
+
+
+def bucket(top: Path, report: Report) -> None:
+  sys.path.insert(0, str(ROOT / 'tests'))
+  import bucket_emulator
+  import fsspec
+
+  workdir, there = _begun(top, 'bucket'), 'gs://tests/bucket'
+  with bucket_emulator.serve() as environment, mock.patch.dict(os.environ, environment):
+    files = fsspec.filesystem('gs', token='anon', use_listings_cache=False)
+    files.put(str(workdir), there, recursive=True)
+    group = Group(there, 4, DATA, *LOST, logs=workdir)
+    # A checkpoint in a bucket is whole when this is there.
+    group.wait_for(f'{there}/policy/checkpoints/2/commit_success.txt', exists=files.exists)
+    _lose_one(group, report)
+    run(there, 2, DATA, devices=4, logs=workdir)
+    shutil.rmtree(workdir)
+    files.get(there, str(workdir), recursive=True)
+  _same_end(top, workdir, report)
+
+
+def _lose_one(group: Group, report: Report) -> None:
+  """Of four processes, the third by SIGKILL; the others are to end."""
   group.processes[2].kill()
   begun = time.monotonic()
   codes = group.codes(120)
@@ -261,8 +293,6 @@ def killed(top: Path, report: Report) -> None:
   report('  seconds to the end', f'{seconds:.1f}', seconds < 30)
   line = group.says(0)[-1]
   report('  ' + line, '', re.fullmatch(r'charjax: process 2 \(.+\) was lost.*', line) is not None)
-  run(workdir, 2, DATA, devices=4)
-  _same_end(top, workdir, report)
 
 
 def told(top: Path, report: Report) -> None:
@@ -340,7 +370,7 @@ def apart(top: Path, report: Report) -> None:
 def _main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', type=Path)
-  names = ('layouts', 'sgd', 'sharded', 'killed', 'told', 'rollout', 'leader', 'stuck', 'apart')
+  names = ('layouts', 'sgd', 'sharded', 'killed', 'bucket', 'told', 'rollout', 'leader', 'stuck', 'apart')
   parser.add_argument('--parts', nargs='+', default=names, choices=names)
   arguments = parser.parse_args()
   top = (arguments.workdir or Path(tempfile.mkdtemp(prefix='charjax-hosts-'))).resolve()

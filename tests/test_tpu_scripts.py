@@ -242,6 +242,10 @@ def test_any_number_of_preemptions_is_no_failure(cloud, preempted):
     ('babysit --every=soon -- run --config=x.py --workdir=/x', 'babysit.sh: --every=soon: give seconds'),
     ('logs --worker=first', 'logs.sh: --worker=first: give a number from 0, or all'),
     ('gke -- run --config=x.py --workdir=/x', 'gke.sh: which cluster? give --cluster=NAME'),
+    (
+      'gke --cluster=ours --slices=two -- run --config=x.py --workdir=/x',
+      'gke.sh: --slices=two: give a whole number from 1',
+    ),
   ],
 )
 def test_a_mistake_is_told_in_one_line(cloud, command, said):
@@ -295,3 +299,5 @@ def test_for_gke_the_run_is_given_to_xpk(cloud):
   taken = next(word.partition('=')[2] for word in words if word.startswith('--script-dir='))
   assert not taken.startswith(str(ROOT)) and taken.endswith('/charjax')  # without what git ignores
   assert words[-1] == '--command=./tpu/install.sh && .venv/bin/charjax ' + START.split(' start ')[1]
+  _, out, told = cloud.run('gke', '--cluster=ours', '--slices=2', '--price=1', '--dry_run', *RUN)
+  assert '--num-slices=2' in shlex.split(out) and '2 x v5litepod-16, 32 chips: about $32.00 an hour' in told

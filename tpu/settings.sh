@@ -7,6 +7,7 @@ name=${TPU_NAME:-charjax}                # of the slice, and of the request for 
 zone=${TPU_ZONE:-}                       # where it is: us-west4-a
 project=${TPU_PROJECT:-}                 # who pays; gcloud's own if empty
 accelerator=${TPU_ACCELERATOR:-v5litepod-16}
+slices=1                                 # of that kind; more than one only by gke.sh
 spot=${TPU_SPOT:-}                       # cheaper, and may be taken away at any time
 runtime=${TPU_RUNTIME:-}                 # the machines' image; that of the accelerator if empty
 price=${TPU_PRICE:-}                     # US dollars a chip-hour; the list's, as below, if empty
@@ -83,7 +84,9 @@ pack() {
 # cost [END]: what it costs for as long as it is there, whether it works or not.
 cost() {
   [[ -z ${TPU_TOLD:-} ]] || return 0
-  LC_ALL=C awk -v chips="$chips" -v price="$price" -v what="$accelerator" -v note="$price_note" -v end="${1:-tpu/delete.sh}" 'BEGIN {
+  local what=$accelerator
+  ((slices == 1)) || what="$slices x $accelerator"
+  LC_ALL=C awk -v chips="$((chips * slices))" -v price="$price" -v what="$what" -v note="$price_note" -v end="${1:-tpu/delete.sh}" 'BEGIN {
     printf "%s, %d chips: about $%.2f an hour, $%.0f a day, until %s, at $%s a chip-hour (%s)\n",
       what, chips, chips * price, 24 * chips * price, end, price, note }' >&2
   [[ $price_note == you* ]] || echo "prices change, and spot costs less: see cloud.google.com/tpu/pricing, and give --price=" >&2
