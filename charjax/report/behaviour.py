@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from charjax.report import figures, words
-from charjax.report.figures import Table
+from charjax.report.figures import Figure, Table
 from charjax.report.panels import Panel, cell
 from charjax.report.read import Estimate, Run, estimate, finite, listed, section
 from charjax.report.words import MINUS, spoken
@@ -33,6 +33,7 @@ def rigidity(run: Run) -> Panel:
     figures.several(f'The same by the held-out judge: trained {MINUS} base', 'spreads of its score', judged,
                     note='The judge was fitted to replies to the trait\u2019s own messages.'),
   ]  # fmt: skip
+  drawn += _levels(found)
   rows, notes = [], []
   for trait, groups in found.items():
     spill = {name: estimate(section(groups, 'spill').get(name)) for name in ('plain', 'unrelated')}
@@ -54,6 +55,31 @@ def rigidity(run: Run) -> Panel:
   head = ('trait', 'where', 'base', 'trained', f'trained {MINUS} base', 'of the effect where it is wanted')
   table = Table(head, rows) if rows else None
   return Panel(figures.present(drawn), notes, table)
+
+
+def _levels(found: Mapping[str, Any]) -> list[Figure | None]:
+  """Base beside trained, a figure for each place and all on one scale: where a trait is not wanted, there may have been
+  much of it before."""
+  levels = {
+    group: {
+      condition: {
+        trait: estimate(section(groups, group, 'likelihood').get(condition)) for trait, groups in found.items()
+      }
+      for condition in ('trained', 'base')
+    }
+    for group, _, _ in _ORDER
+  }
+  known = [value for some in levels.values() for each in some.values() for value in each.values() if value is not None]
+  ends = [end for value in known for end in (value.low, value.mean, value.high) if end is not None]
+  if not ends:
+    return []
+  limits = min(0.0, *ends), max(0.0, *ends)
+  return [
+    figures.several(f'Level of each trait: {name}', _RATIO, [
+      (condition, condition, some[condition]) for some in (levels[group],) for condition in some
+    ], limits=limits, note='Filled: trained. Hollow: base.')
+    for group, name, _ in _ORDER
+  ]  # fmt: skip
 
 
 def robustness(run: Run) -> Panel:
