@@ -93,7 +93,8 @@ def get_config() -> ConfigDict:
   config.preference.learning_rate = 3e-6
   config.preference.epochs = 1.0  # 0 leaves the weights as they are: the heads alone are trained
   config.preference.messages_per_batch = 16
-  config.preference.microbatches = 1  # parts of a batch that go through the model one after the other, to save memory
+  # Parts of a batch that go through the model one after another, to save memory: fewer where devices would have no row.
+  config.preference.microbatches = 1
   config.preference.warmup = 10
   config.preference.weight_decay = 0.01
   config.preference.max_gradient = 1.0

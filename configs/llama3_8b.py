@@ -28,6 +28,6 @@ def get_config() -> ConfigDict:
   # A chip of v5e has 15.75 GiB: no attention scores are kept, and fewer rows go through the model at a time. On GPUs
   # --config.model.attention=auto.
   config.model.attention = 'tpu'
-  config.preference.microbatches = 32
+  config.preference.microbatches = 16
   config.policy.microbatches = 32
   return config

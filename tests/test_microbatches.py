@@ -15,6 +15,7 @@ from charjax.mesh import lay_out, make_mesh
 from charjax.model.decoder import Runtime
 from charjax.model.weights import make_decoder
 from charjax.stages import preference
+from charjax.training import loop
 from charjax.training.heads import make_trainable
 from charjax.training.losses import count_pairs
 from charjax.training.policy_loss import policy_loss
@@ -119,6 +120,16 @@ def steps(task, microbatches):
 @pytest.fixture(scope='module')
 def expected():
   return {task: steps(task, 1) for task in TASKS}
+
+
+def test_a_part_has_a_row_for_every_device():
+  """16 prompts of 2 rows: on eight devices no more parts than four where six were wanted, and five divide nothing."""
+  assert [loop.microbatches(wanted, 16, 2) for wanted in (1, 6, 16)] == [1, 4, 16]
+  with jax.set_mesh(make_mesh((8, 1, 1))):
+    assert [loop.microbatches(wanted, 16, 2) for wanted in (1, 3, 6, 16)] == [1, 2, 4, 4]
+    assert loop.microbatches(16, 2, 2) == 1  # fewer rows than devices
+  with jax.set_mesh(make_mesh((2, 1, 4))):  # Tensor parallel devices have the same rows.
+    assert loop.microbatches(16, 16, 2) == 16
 
 
 # On the second mesh each of two parts has a message for every device that batches are split over.

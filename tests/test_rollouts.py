@@ -54,6 +54,7 @@ def roll_out(start, now, advantages):
   policy = {
     'replies_per_prompt': EACH, 'prompts_per_step': 3, 'max_new_tokens': LONGEST, 'temperature': TEMPERATURE,
     'prompt_width': 0, 'trace': TRACE, 'batch_size': 512, 'microbatches': 3, 'advantages': advantages, 'seed': 0,
+    'ranked_replies': 0, 'shown_replies': 0,
   }  # fmt: skip
   session = SimpleNamespace(
     config=ConfigDict({'seed': 4, 'policy': policy}), model=SimpleNamespace(decoder=start, eos_ids=ENDS)

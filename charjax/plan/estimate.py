@@ -17,6 +17,8 @@ from charjax.plan import programs
 from charjax.plan.chips import GIB, Topology
 from charjax.plan.compiled import compile_program
 from charjax.plan.programs import Program, nbytes
+from charjax.stages import rollouts
+from charjax.training.loop import microbatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +98,8 @@ def make(config: Any, character: Any, shape: ModelConfig, topology: Topology, on
       if on_program:
         on_program(program.name)
       found.append(_figures(program, topology, shape))
-  by_name = {one.name: one for one in found}
-  stages = _stages(config, character, by_name)
-  return Plan(topology, found, stages, _remedy(config, found))
+    stages = _stages(config, character, {one.name: one for one in found})
+    return Plan(topology, found, stages, _remedy(config, found))
 
 
 def _figures(program: Program, topology: Topology, shape: ModelConfig) -> Figures:
@@ -157,7 +158,7 @@ def _stages(config: Any, character: Any, by_name: dict[str, Figures]) -> dict[st
   )
   drawn = policy.prompts_per_step * policy.replies_per_prompt
   held = traits * messages.heldout_per_trait
-  parts = policy.microbatches if drawn else 0
+  parts = rollouts.parts_of_step(policy) if drawn else 0
   judged = parts * sum(by_name[name].seconds for name in ('scoring', 'value head') if name in by_name)
   # Ranked replies are judged once, before the first step.
   ranked_once = 2 * read * traits * messages.train_per_trait * policy.ranked_replies * policy.max_new_tokens
@@ -182,9 +183,12 @@ def _remedy(config: Any, found: Sequence[Figures]) -> str:
   section = 'preference' if worst.name.startswith('preference') else 'policy'
   choices = {}
   if worst.name in ('scoring', 'policy step', 'preference step'):
-    size = config[section]['messages_per_batch' if section == 'preference' else 'prompts_per_step']
-    parts = config[section].microbatches
-    more = next((n for n in range(parts + 1, size + 1) if size % n == 0), None)
+    size, each = config.policy.prompts_per_step, rollouts.rows_to_prompt(config.policy)
+    if section == 'preference':
+      replies = config.replies
+      size, each = config.preference.messages_per_batch, replies.shown + replies.plain + replies.opposed
+    parts = microbatches(config[section].microbatches, size, each)
+    more = next((n for n in range(parts + 1, size + 1) if microbatches(n, size, each) == n), None)
     if more:
       choices[f'config.{section}.microbatches={more}'] = worst.working * (1 - parts / more)
   if cache := worst.residents.get('cache', 0):

@@ -29,6 +29,7 @@ from charjax.model.language_model import LanguageModel
 from charjax.model.language_model import describe as describe_model
 from charjax.stages import policy, preference, replies, rollouts
 from charjax.training.heads import bind, read_only
+from charjax.training.loop import microbatches
 from charjax.training.step import describe_optimizer, make_step
 from charjax.workdir import Session
 
@@ -135,7 +136,8 @@ def _preference(session: Session) -> Program:
       'starting weights': session.model.decoder, 'trunk': _copied(session, lower), 'preference model': trainable,
       'Adam moments': state, 'other preference model': trainable, 'batch': batch,
     },
-    done.flops, done.tokens, _rows(batch), weight_bytes=3 * config.microbatches * _bytes_read(lower.config),
+    done.flops, done.tokens, _rows(batch),
+    weight_bytes=3 * microbatches(config.microbatches, len(asked), k) * _bytes_read(lower.config),
   )  # fmt: skip
 
 
@@ -173,7 +175,7 @@ def _policy(session: Session, reward: Any) -> list[Program]:
   judged = each or ranked or shown
   rows = shapes.rows([Group(prompt, [said.tokens] * judged) for prompt in asked], judged)
   padded = rows.tokens.shape[1] - 1
-  part, done = parts_of(rows, config.microbatches)[0], work.Work()
+  part, done = parts_of(rows, rollouts.parts_of_step(config))[0], work.Work()
   _, done = _counted(lambda: work.count_rows(decoder.config, part, shapes.cut, times=2, heads=1))
   judging = Program(
     'scoring', 'policy', rollouts.judge_tokens,
@@ -215,7 +217,7 @@ def _policy(session: Session, reward: Any) -> list[Program]:
   step = Program(
     'policy step', 'policy', make_step(loss, optimizer, trainable, layout).__wrapped__,
     (trainable, state, decoder, batch), {}, residents | {'batch': batch}, done.flops, done.tokens, _rows(batch),
-    weight_bytes=3 * config.microbatches * _bytes_read(decoder.config),
+    weight_bytes=3 * rollouts.parts_of_step(config) * _bytes_read(decoder.config),
   )  # fmt: skip
   used, adapter = bind(decoder, trainable)
   drawing = rollouts.drawing(config)

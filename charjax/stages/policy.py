@@ -31,8 +31,10 @@ from charjax.stages.rollouts import (
   earnings,
   judge_ranked,
   make_judge,
+  parts_of_step,
   ranked_replies,
   roll_out,
+  rows_to_prompt,
   seed,
   shown_replies,
 )
@@ -49,7 +51,8 @@ from charjax.workdir import Session
 def run(session: Session) -> Row:
   """Trains the policy; returns counts."""
   config, folder, model = session.config.policy, session.folder('policy'), session.model
-  tell_undivided(session.log, 'policy', config, 'prompts_per_step')
+  # One neutral reply to each prompt.
+  tell_undivided(session.log, 'policy', config, 'prompts_per_step', rows_to_prompt(config), 1)
   asked = _trait_prompts(session)
   neutral = _neutral_replies(session)
   # Drawn replies are to become like those that were ranked best, and are about as long.
@@ -158,7 +161,7 @@ def make_policy_batch(
   """What the loss of one step takes; to each prompt its drawn replies come first, then its ranked ones."""
   config, said = session.config.policy, iter(rollout.drawn if rollout else ())
   drawn, ranked, shown = config.replies_per_prompt, config.ranked_replies, config.shown_replies
-  parts = config.microbatches
+  parts = parts_of_step(config)
   arrays: Row = {
     'neutral': shapes.rows([Group(row['prompt'], [row['reply']]) for row in neutral], 1, microbatches=parts),
     'weight': np.array([item['weight'] for item in asked], np.float32),

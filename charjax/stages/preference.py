@@ -38,7 +38,7 @@ from charjax.stages.statistics import correlation, interval, share
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
 from charjax.training.heads import bind, control_length, fit_head, make_trainable, read_rewards, reply_states
-from charjax.training.loop import tell_undivided, train
+from charjax.training.loop import microbatches, tell_undivided, train
 from charjax.training.losses import count_pairs, preference_loss, right_pairs
 from charjax.training.step import Batch, make_batch, make_optimizer
 from charjax.workdir import Session
@@ -62,7 +62,7 @@ def run(session: Session) -> Row:
   steps = {name: math.ceil(len(half) * config.epochs / config.messages_per_batch) for name, half in halves.items()}
   if any(steps.values()):
     each = max(len(example['replies']) for example in examples)
-    tell_undivided(session.log, 'preference', config, 'messages_per_batch', each)
+    tell_undivided(session.log, 'preference', config, 'messages_per_batch', each, each)
   written, lower = _written_pairs(session), trunk(session)
   with Progress('reply states', len(examples), 'messages') as bar:
     _add_states(lower, {}, examples, bar)
@@ -287,12 +287,13 @@ def learning(config: Any, steps: int) -> tuple[Any, Any]:
 def make_examples_batch(config: Any, lower: Decoder, shapes: FixedShapes, some: Sequence[Row], k: int) -> Batch:
   """What the loss of one step takes, of examples of up to k replies."""
   groups = [Group(example['prompt'], example['replies']) for example in some]
-  rows = shapes.rows(groups, k, config.messages_per_batch, config.microbatches)
+  parts = microbatches(config.microbatches, config.messages_per_batch, k)
+  rows = shapes.rows(groups, k, config.messages_per_batch, parts)
   work.count_rows(lower.config, rows, shapes.cut, times=2 if config.lora_rank else 3)
   labels = _labels(some, config.messages_per_batch, k)
   weights, pairs = count_pairs(labels['real'], labels['weight'])
   whole = {'opening': shapes.opening, 'weights': weights, 'pairs': pairs}
-  return make_batch(whole, {'rows': rows} | labels, config.microbatches)
+  return make_batch(whole, {'rows': rows} | labels, parts)
 
 
 def _seed(session: Session, name: str) -> int:

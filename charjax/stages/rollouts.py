@@ -37,6 +37,7 @@ from charjax.training.advantages import (
   whiten,
 )
 from charjax.training.heads import bind, read_expected, read_only, read_rewards
+from charjax.training.loop import microbatches
 from charjax.training.losses import soft_labels
 from charjax.workdir import Session
 
@@ -223,6 +224,16 @@ def drawing(config: Any) -> Sampling:
 
 
 @no_silent_transfers
+def rows_to_prompt(config: Any) -> int:
+  """How many replies to each prompt go through the model together."""
+  return max(config.replies_per_prompt + config.ranked_replies, config.shown_replies)
+
+
+def parts_of_step(config: Any) -> int:
+  """In how many parts the batch of a step is judged and learned from."""
+  return microbatches(config.microbatches, config.prompts_per_step, rows_to_prompt(config))
+
+
 def roll_out(
   session: Session, shapes: FixedShapes, judge: Judge, trainable: Any, asked: Sequence[Row], step: int, kl_weight: float
 ) -> Rollout:
@@ -239,10 +250,11 @@ def roll_out(
   )  # fmt: skip
   said = iter(drawn)
   groups = [Group(item['prompt'], [next(said).tokens for _ in range(each)]) for item in asked]
-  rows = shapes.rows(groups, each, microbatches=config.microbatches)
+  count = parts_of_step(config)
+  rows = shapes.rows(groups, each, microbatches=count)
   temperature, kl, trace = replicate(tuple(np.float32(x) for x in (config.temperature, kl_weight, config.trace)))
   # In as many parts as the step learns from it: all states of a batch would not fit.
-  parts = [shard_batch(part) for part in parts_of(rows, config.microbatches)]
+  parts = [shard_batch(part) for part in parts_of(rows, count)]
   judged = [
     fetch(judge_tokens(judge, shapes.opening, part, temperature, None, config.max_new_tokens)) for part in parts
   ]

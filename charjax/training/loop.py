@@ -118,12 +118,19 @@ def _make(next_batch: NextBatch, step: int, data: Any, trainable: Any) -> tuple[
   return next_batch(step, next(data), trainable)
 
 
-def tell_undivided(log: Callable[[str], None], stage: str, config: Any, field: str, each: int = 1) -> None:
-  """Says so where batches, of `each` rows to one of those that `field` counts, are not split over the devices."""
-  parts = batch_parts()
-  if config[field] // config.microbatches * each % parts:
+def microbatches(wanted: int, size: int, each: int) -> int:
+  """In how many parts, one after the other, a batch of `size` prompts of `each` rows goes through the model: as many as
+  wanted, or fewer where a part would not have a row for every device. So a config made for few devices does on many."""
+  fits = (n for n in range(1, wanted + 1) if size % n == 0 and size // n * each >= batch_parts())
+  return max(fits, default=1)
+
+
+def tell_undivided(log: Callable[[str], None], stage: str, config: Any, field: str, each: int, fewest: int) -> None:
+  """Says so where the parts of a batch, of `each` rows to one of those that `field` counts, are not split over the
+  devices, or not those rows of which there are but `fewest` to one."""
+  parts, count = batch_parts(), microbatches(config.microbatches, config[field], each)
+  if config[field] // count * fewest % parts:
     log(
       f'config.{stage}.{field} is {config[field]}, whose batches do not divide into the {parts} parts of config.mesh '
-      f'(data times fsdp): some rows are computed by several devices; a multiple of {parts * config.microbatches} is '
-      'faster'
+      f'(data times fsdp): some rows are computed by several devices; a multiple of {parts * count} is faster'
     )
