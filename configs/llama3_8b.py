@@ -25,9 +25,8 @@ def get_config() -> ConfigDict:
   config.model.shape.vocab_size = 128256
   config.model.shape.tied_embeddings = False
 
-  # A chip of v5e has 15.75 GiB: no attention scores are kept, and fewer rows go through the model at a time. On GPUs
+  # A chip of v5e has 15.75 GiB: no attention scores are kept, and a step goes through the model in more parts. On GPUs
   # --config.model.attention=auto.
   config.model.attention = 'tpu'
-  config.preference.microbatches = 16
   config.policy.microbatches = 32
   return config

@@ -16,6 +16,5 @@ from charjax.config_file import read_config
 def get_config() -> ConfigDict:
   config = read_config(str(Path(__file__).with_name('llama3_8b.py')), ())
   config.model.attention = 'auto'
-  config.preference.microbatches = 16
   config.policy.microbatches = 16
   return config

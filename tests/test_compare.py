@@ -66,8 +66,11 @@ def test_what_a_run_was_asked_besides_stands_beside_the_others(runs, tmp_path):
     with verdicts.opened(runs[1], 'ann') as file:
       file.give('ann', pair, 'left' if pair.sides('ann')[0] == 'trained' else 'right')
   (runs[0] / 'behaviour' / 'summary.json').unlink()
-  page, text = page_of(runs, tmp_path)
   found = json.loads((runs[1] / 'behaviour' / 'summary.json').read_text())
+  damaged = found | {'preference': found['preference'] | {'options': ['?', {}, *found['preference']['options']]}}
+  (runs[1] / 'behaviour' / 'summary.json').write_text(json.dumps(damaged))
+  runs[1] = runs[1].rename(runs[1].parent / 'kl_0.02-strong')
+  page, text = page_of(runs, tmp_path)
   head, *rows = page.tables['honesty, mean (95% interval)']
   weak, strong = (dict(zip(head, row, strict=True)) for row in rows)
   ratio = found['rigidity']['honesty']['unrelated']['likelihood']['delta']['mean']
@@ -75,6 +78,7 @@ def test_what_a_run_was_asked_besides_stands_beside_the_others(runs, tmp_path):
   assert strong['wins by people'].startswith('100% (') and weak['margin, trained \u2212 base'] != '\u2013'
   assert weak['ratio on unrelated requests'] == weak['wins by people'] == '\u2013'
   forms = next(rows for name, rows in page.tables.items() if name.startswith('Under other forms'))
+  assert [row[0] for row in forms[1:]] == ['weak', 'kl_0.02-strong']
   means = [trait['as JSON']['likelihood']['delta']['mean'] for trait in found['robustness'].values()]
   assert dict(zip(forms[0], forms[2], strict=True))['as JSON'].startswith(words.figure(np.mean(means), signed=True))
   assert 'href="#behaviour"' in text and 'Claims to be human: trained' in text
@@ -180,6 +184,21 @@ def test_the_luck_of_a_seed_is_in_all_its_traits(tmp_path):
   mean, one = column.mean(list(TRAITS), 'margin'), column.margin('honesty')
   # Student's t of two runs a tenth apart: 12.7 times 0.05.
   assert mean.high - mean.mean > 0.55 and mean.high - mean.mean == pytest.approx(one.high - one.mean, rel=0.25)
+  paths = [('robustness', trait, 'as an email', 'likelihood', 'delta') for trait in TRAITS]
+  mean, one = column.behaviour(*paths), column.behaviour(paths[0])
+  assert mean.high - mean.mean > 0.5 and mean.high - mean.mean == pytest.approx(one.high - one.mean, rel=0.25)
+
+
+def test_prompts_that_all_seeds_share_keep_their_luck(tmp_path):
+  """Requests that charjax's own files hold are no other ones with another seed; held-out messages are."""
+  folders = [epath.Path(write_run(tmp_path / f's-{seed}', seed)) for seed in range(9)]
+  (column,) = read_columns(folders)
+  half = {}
+  for group in ('own', 'unrelated'):
+    found = column.behaviour(('rigidity', 'honesty', group, 'likelihood', 'delta'))
+    half[group] = found.high - found.mean
+  # What one run's own interval is: 0.04.
+  assert half['unrelated'] > 0.04 > 3 * half['own']
 
 
 def test_settings_that_differ_at_their_ends_are_not_the_same(tmp_path):

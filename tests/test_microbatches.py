@@ -2,6 +2,7 @@
 
 import contextlib
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ import optax
 import pytest
 from llama_reference import random_tensors, tiny_config
 
+from charjax import defaults
 from charjax.engine.rows import FixedShapes, Group
 from charjax.mesh import lay_out, make_mesh
 from charjax.model.decoder import Runtime
 from charjax.model.weights import make_decoder
-from charjax.stages import preference
+from charjax.stages import policy, preference, rollouts
 from charjax.training import loop
 from charjax.training.heads import make_trainable
 from charjax.training.losses import count_pairs
@@ -122,14 +124,54 @@ def expected():
   return {task: steps(task, 1) for task in TASKS}
 
 
-def test_a_part_has_a_row_for_every_device():
-  """16 prompts of 2 rows: on eight devices no more parts than four where six were wanted, and five divide nothing."""
-  assert [loop.microbatches(wanted, 16, 2) for wanted in (1, 6, 16)] == [1, 4, 16]
-  with jax.set_mesh(make_mesh((8, 1, 1))):
-    assert [loop.microbatches(wanted, 16, 2) for wanted in (1, 3, 6, 16)] == [1, 2, 4, 4]
-    assert loop.microbatches(16, 2, 2) == 1  # fewer rows than devices
+def test_a_part_is_divided_among_the_devices():
+  """As many parts as wanted, or fewer, so that eight devices have as many rows; and as wanted where none would do."""
+  assert [loop.microbatches(wanted, 16, 2) for wanted in (1, 4, 16)] == [1, 4, 16]
+  with jax.set_mesh(make_mesh((1, 8, 1))):
+    assert [loop.microbatches(wanted, 16, 2) for wanted in (1, 2, 4, 16)] == [1, 2, 4, 4]
+    assert loop.microbatches(8, 16, 6) == 4  # eight parts would have twelve rows
+    assert loop.microbatches(2, 2, 2) == 2
   with jax.set_mesh(make_mesh((2, 1, 4))):  # Tensor parallel devices have the same rows.
     assert loop.microbatches(16, 16, 2) == 16
+
+
+@pytest.fixture
+def many():
+  """A config that wants more parts than eight devices have rows for, and on these what a batch of it is made from."""
+  config = defaults.get_config()
+  config.preference.update(messages_per_batch=16, microbatches=16)
+  config.policy.update(prompts_per_step=16, microbatches=16, replies_per_prompt=0, ranked_replies=2, max_new_tokens=6)
+  model = SimpleNamespace(decoder=SimpleNamespace(config=CONFIG), eos_ids=(7,))
+  with jax.set_mesh(make_mesh((1, 8, 1))):
+    yield config, model, FixedShapes(PROMPTS, 6)
+
+
+def split(rows):
+  """Parts, rows in each, and how many of these a device has."""
+  return *rows.tokens.shape[:2], rows.tokens.sharding.shard_shape(rows.tokens.shape)[1]
+
+
+def test_what_the_preference_model_learns_from_is_divided(many):
+  config, model, shapes = many
+  example = {'replies': [[9], [10, 11]], 'probabilities': np.full((2, 2), 0.5), 'trait': 0, 'weight': 1.0}
+  some = [example | {'prompt': prompt} for prompt in [*PROMPTS, *PROMPTS]]
+  batch = preference.make_examples_batch(config.preference, model.decoder, shapes, some, 2)
+  assert split(batch.parts['rows']) == (4, 8, 1)
+
+
+def test_what_the_policy_learns_from_is_divided_and_so_is_what_holds_it(many):
+  config, model, shapes = many
+  width = shapes.rows([], 1, 8).tokens.shape[1] - 1
+  item = {
+    'ranked': rollouts.Ranked([[9], [10, 11]], None), 'shown': [], 'weight': 1.0, 'real': np.ones(2, bool),
+    'before': np.zeros((2, width), np.float32), 'preferred': np.eye(2, dtype=np.float32), 'best': np.int64(0),
+  }  # fmt: skip
+  asked = [item | {'prompt': prompt} for prompt in [*PROMPTS, *PROMPTS]]
+  neutral = [{'prompt': prompt, 'reply': [9, 12]} for prompt in [*PROMPTS, *PROMPTS]]
+  session = SimpleNamespace(config=config, model=model)
+  batch = policy.make_policy_batch(session, shapes, None, asked, neutral, None)
+  assert split(batch.parts['rows']) == split(batch.parts['neutral']) == (4, 8, 1)
+  assert np.asarray(batch.parts['neutral'].lengths).sum() == 16 * 3 and batch.whole['neutral_tokens'] == 32
 
 
 # On the second mesh each of two parts has a message for every device that batches are split over.

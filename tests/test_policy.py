@@ -38,6 +38,19 @@ class Run:
     return self._folder / name
 
 
+def test_tokens_that_are_learned_from_are_counted():
+  ranked = rollouts.Ranked([[1, 2, 3], [4, 5]], None)
+  asked = [{'ranked': ranked, 'best': 1, 'shown': [[6] * 7]}, {'ranked': rollouts.Ranked([], None), 'shown': []}]
+  config = ConfigDict({'ranked_weight': 1.0, 'ranked_likelihood': 0.0})
+  assert policy._tokens(config, asked, None) == {'tokens_read': 12.0}
+  config.update(ranked_weight=0.0, ranked_likelihood=1.0)  # the best alone
+  assert policy._tokens(config, asked, None) == {'tokens_read': 9.0}
+  config.ranked_likelihood = 0.0
+  drawn = [rollouts.Reply([1] * 4, np.zeros(4), 'stop')] * 2
+  rollout = rollouts.Rollout(drawn, *np.zeros((4, 2)))
+  assert policy._tokens(config, asked, rollout) == {'tokens_read': 15.0, 'tokens_drawn': 8.0}
+
+
 def test_ranked_replies_take_turns_in_and_out_of_character(tmp_path):
   rows = [
     ('a', 'plain', 0, '1', 'stop'),

@@ -50,7 +50,7 @@ def now():
   return build(NOW)
 
 
-def roll_out(start, now, advantages):
+def roll_out(start, now, advantages, **others):
   policy = {
     'replies_per_prompt': EACH, 'prompts_per_step': 3, 'max_new_tokens': LONGEST, 'temperature': TEMPERATURE,
     'prompt_width': 0, 'trace': TRACE, 'batch_size': 512, 'microbatches': 3, 'advantages': advantages, 'seed': 0,
@@ -66,12 +66,18 @@ def roll_out(start, now, advantages):
   shapes = FixedShapes([item['prompt'] for item in ASKED], LONGEST)
   value_head = RewardHead(1, CONFIG.embed_dim)
   value_head.w[...] = jnp.asarray(VALUES, jnp.float32)
+  judge = judge._replace(**others)
   return rollouts.roll_out(session, shapes, judge, {'decoder': now, 'head': value_head}, ASKED, STEP, KL)
 
 
 @pytest.fixture(scope='module')
 def rollout(start, now):
   return roll_out(start, now, 'grpo')
+
+
+def test_nothing_goes_to_the_devices_unseen(start, now):
+  with pytest.raises(jax.errors.JaxRuntimeError, match=r'Disallowed .*transfer'):
+    roll_out(start, now, 'grpo', mean=np.zeros(len(MEAN), np.float32))
 
 
 def groups(values):

@@ -76,7 +76,7 @@ def _levels(found: Mapping[str, Any]) -> list[Figure | None]:
   limits = min(0.0, *ends), max(0.0, *ends)
   return [
     figures.several(f'Level of each trait: {name}', _RATIO, [
-      (condition, condition, some[condition]) for some in (levels[group],) for condition in some
+      (condition, condition, values) for condition, values in levels[group].items()
     ], limits=limits, note='Filled: trained. Hollow: base.')
     for group, name, _ in _ORDER
   ]  # fmt: skip
@@ -92,7 +92,9 @@ def robustness(run: Run) -> Panel:
     ('judge', 'The same by the held-out judge', 'spreads of its score'),
   ):
     matrix = {
-      name or 'the message alone': {trait: _delta(section(forms, name), measure) for trait, forms in found.items()}
+      name or 'the message alone': {
+        spoken(trait): _delta(section(forms, name), measure) for trait, forms in found.items()
+      }
       for name in names
     }
     drawn.append(figures.heat_map(f'{title}: trained {MINUS} base', unit, ('form', 'trait'), matrix))
@@ -100,7 +102,7 @@ def robustness(run: Run) -> Panel:
 
 
 def drift(run: Run) -> Panel:
-  """All traits together, turn by turn, and what of each is left at the end."""
+  """All traits together, turn by turn, and how each grows or fades from the first to the last."""
   drawn, notes = [], []
   turns = [row for row in listed(section(run.behaviour, 'drift'), 'turns') if isinstance(row, Mapping)]
   for measure, unit in (('likelihood', _RATIO), ('judge', 'spreads of its score')):
@@ -113,8 +115,8 @@ def drift(run: Run) -> Panel:
       said = {1: 'grew', 0: 'shows no change that is clear of zero', -1: 'shrank'}[change.side_of(0.0)]
       notes.append(f'From the first to the last turn the effect {said} by {by}: {words.difference(change)} {unit}.')
   by_trait = section(run.behaviour, 'drift', 'traits')
-  left = {trait: estimate(section(by_trait, trait).get('likelihood')) for trait in by_trait}
-  drawn.append(figures.by_trait('From the first to the last turn, by trait', _RATIO, left,
+  change_of = {trait: estimate(section(by_trait, trait).get('likelihood')) for trait in by_trait}
+  drawn.append(figures.by_trait('From the first to the last turn, by trait', _RATIO, change_of,
                                 note='By how much the effect grew or shrank, by likelihood ratio.'))  # fmt: skip
   return Panel(figures.present(drawn), notes)
 

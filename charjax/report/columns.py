@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from charjax import defaults
-from charjax.report.people import people
+from charjax.report.people import wins_by_people
 from charjax.report.read import Estimate, Run, estimate, finite, listed, read_run, seconds, section
 from charjax.review import verdicts
 from charjax.stages import statistics
@@ -61,22 +61,25 @@ class Column:
 
   def figure(self, *path: str) -> Estimate | None:
     """What stands at `path` of the summary; of several runs pooled, and None where one of them lacks it."""
-    return self._pooled([_figure(run.summary, *path) for run in self.runs], path[-2])
+    return self._pooled([_figure(run.summary, *path) for run in self.runs], path[-2] in _SAME_ITEMS)
 
-  def behaviour(self, *path: str) -> Estimate | None:
-    """The same of what the behaviour stage found."""
-    return self._pooled([_figure(run.behaviour, *path) for run in self.runs], path[-2])
+  def behaviour(self, *paths: Sequence[str]) -> Estimate | None:
+    """The same of what the behaviour stage found; of several paths the mean, as `mean` takes it."""
+    authored = any(path[0] in ('side_effects', 'preference') or path[2] == 'unrelated' for path in paths)
+    return self._pooled(
+      [mean_over([_figure(run.behaviour, *path) for path in paths]) for run in self.runs], same_items=authored
+    )
 
   def blind(self, trait: str) -> Estimate | None:
     """How often people who judged blind prefer the trained model's reply to the starting model's."""
-    return _as_share(self._pooled([wins.get(trait) for wins in self.judged], 'people'))
+    return _as_share(self._pooled([wins.get(trait) for wins in self.judged], same_items=False))
 
-  def _pooled(self, found: Sequence[Estimate | None], measure: str) -> Estimate | None:
+  def _pooled(self, found: Sequence[Estimate | None], same_items: bool) -> Estimate | None:
     known = [value for value in found if value is not None]
     if not known or len(known) < len(found):
       return None
     # With the same seed, what differs is the policy's: messages and the starting model's replies are the same.
-    same = measure in _SAME_ITEMS or len({run.config.get('seed') for run in self.runs}) == 1
+    same = same_items or len({run.config.get('seed') for run in self.runs}) == 1
     return estimate(statistics.pool([_row(value) for value in known], same))
 
   def margin(self, trait: str) -> Estimate | None:
@@ -94,7 +97,7 @@ class Column:
       mean_over([_figure(run.summary, 'traits', trait, measure, MEASURES[measure]) for trait in traits])
       for run in self.runs
     ]
-    pooled = self._pooled(found, measure)
+    pooled = self._pooled(found, measure in _SAME_ITEMS)
     return pooled if measure == 'margin' else _as_share(pooled)
 
   def seconds(self) -> dict[str, float]:
@@ -128,8 +131,7 @@ def read_columns(folders: Sequence[epath.Path]) -> list[Column]:
     UserError: one is no run folder, or a file in it cannot be read.
   """
   runs = [read_run(folder) for folder in folders]
-  judged = [found.wins if (found := people(run, verdicts.read_all(folder))) else {}
-            for run, folder in zip(runs, folders, strict=True)]  # fmt: skip
+  judged = [wins_by_people(run, verdicts.read_all(folder)) for run, folder in zip(runs, folders, strict=True)]
   names = dict(zip(map(str, folders), _names(folders), strict=True))
   alike: dict[str, list[int]] = defaultdict(list)
   for place, run in enumerate(runs):

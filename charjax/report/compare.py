@@ -219,8 +219,8 @@ def _notes(columns: Sequence[Column]) -> list[str]:
     notes.append(f'Not in all runs: {some}. Means are over the other traits.')
   if any(len(column.runs) > 1 for column in columns):
     notes.append(
-      'Of runs that differ by their seed alone the mean is shown, and its interval is Student\u2019s t over the seeds: '
-      'it covers the luck of training, too, and is wide for few of them.'
+      'Of runs that differ by their seed alone the mean is shown, and its interval is Student\u2019s t over the seeds, '
+      'with the luck of the messages and pairs that they have in common added: it is wide for few seeds.'
     )
   return notes
 
@@ -376,7 +376,7 @@ def _cost(columns: Sequence[Column]) -> list[Figure]:
     each, tokens = took[column.name], [column.tokens(which) for which in ('drawn', 'read')]
     times = (duration(each[stage]) if stage in each else _NONE for stage in STAGES)
     rows.append((column.name, *times, *(_NONE if count is None else f'{count:,.0f}' for count in tokens)))
-  head = ('run', *STAGES, 'tokens the policy drew', 'tokens it read')
+  head = ('run', *STAGES, 'tokens the policy drew', 'tokens it learned from')
   return [dataclasses.replace(total, table=Table(head, rows))]
 
 

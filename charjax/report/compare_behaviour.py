@@ -1,10 +1,10 @@
 """Several runs side by side beyond what every evaluation measures: probes, people's verdicts, the behaviour stage."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from charjax.report import figures, words
-from charjax.report.columns import Column, mean_over
+from charjax.report.columns import Column
 from charjax.report.figures import Figure
 from charjax.report.read import Estimate, listed, section
 from charjax.report.words import MINUS, spoken
@@ -38,13 +38,13 @@ BESIDE = (
     f'likelihood ratio, trained {MINUS} base',
     f'Likelihood ratio of replies: trained {MINUS} base',
     _RATIO,
-    lambda column, trait: column.behaviour('likelihood', trait, 'delta'),
+    lambda column, trait: column.behaviour(('likelihood', trait, 'delta')),
   ),
   Beside(
     'ratio on unrelated requests',
     f'Likelihood ratio on unrelated requests: trained {MINUS} base',
     _RATIO,
-    lambda column, trait: column.behaviour('rigidity', trait, 'unrelated', 'likelihood', 'delta'),
+    lambda column, trait: column.behaviour(('rigidity', trait, 'unrelated', 'likelihood', 'delta')),
   ),
   Beside(
     f'probes, trained {MINUS} base',
@@ -71,13 +71,13 @@ def matrices(columns: Sequence[Column]) -> list[Figure]:
 
 
 def habits(columns: Sequence[Column]) -> list[Figure]:
-  """What is left of a trait at the end of a conversation, and habits; what no run has is left out."""
-  left = {column.name: column.behaviour('drift', 'last_less_first', 'likelihood') for column in columns}
-  drawn = [figures.by_name('run', 'Traits from the first to the last turn, by likelihood ratio', _RATIO, left)]
+  """How traits grow or fade in a conversation, and habits; what no run has is left out."""
+  change = {column.name: column.behaviour(('drift', 'last_less_first', 'likelihood')) for column in columns}
+  drawn = [figures.by_name('run', 'Traits from the first to the last turn, by likelihood ratio', _RATIO, change)]
   names = dict.fromkeys(name for column in columns for name in section(column.first.behaviour, 'side_effects'))
   for name in names:
     measure = words.measure(name)
-    values = {column.name: column.behaviour('side_effects', name, 'delta') for column in columns}
+    values = {column.name: column.behaviour(('side_effects', name, 'delta')) for column in columns}
     title = f'{measure.title}: trained {MINUS} base'
     drawn.append(figures.by_name('run', title, measure.unit, values, 0.0, measure.share))
   return figures.present(drawn)
@@ -88,8 +88,8 @@ def _by_form(column: Column) -> dict[str, Estimate | None]:
   found = section(column.first.behaviour, 'robustness')
   forms = dict.fromkeys(name for forms in found.values() for name in section(forms))
   return {
-    form or 'the message alone': mean_over(
-      [column.behaviour('robustness', trait, form, 'likelihood', 'delta') for trait in found]
+    form or 'the message alone': column.behaviour(
+      *(('robustness', trait, form, 'likelihood', 'delta') for trait in found)
     )
     for form in forms
   }
@@ -97,7 +97,8 @@ def _by_form(column: Column) -> dict[str, Estimate | None]:
 
 def _preferred(column: Column) -> dict[str, Estimate | None]:
   """By way to be, how much more training made the model choose it."""
-  options = [str(option['id']) for option in listed(section(column.first.behaviour, 'preference'), 'options')]
+  options = listed(section(column.first.behaviour, 'preference'), 'options')
+  names = [str(option['id']) for option in options if isinstance(option, Mapping) and 'id' in option]
   return {
-    spoken(option.replace('/', ': ')): column.behaviour('preference', 'strength', option, 'delta') for option in options
+    spoken(name.replace('/', ': ')): column.behaviour(('preference', 'strength', name, 'delta')) for name in names
   }

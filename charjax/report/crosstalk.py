@@ -83,4 +83,5 @@ def _figure(
   title: str, unit: str, kind: str, matrix: Matrix, reference: float = 0.0, share: bool = False
 ) -> Figure | None:
   """A matrix as a heat map around its reference; None where nothing was measured."""
-  return figures.heat_map(title, f'{unit}; rows: the trait {kind}', (kind, 'measured on'), matrix, reference, share)
+  named = {spoken(trait): {spoken(other): value for other, value in line.items()} for trait, line in matrix.items()}
+  return figures.heat_map(title, f'{unit}; rows: the trait {kind}', (kind, 'measured on'), named, reference, share)

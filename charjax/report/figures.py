@@ -232,15 +232,12 @@ def heat_map(
     clear = value.side_of(reference) != 0
     return plots.Cell((value.mean - reference) / largest, text, _short_interval(value, share), clear)
 
-  rows, columns = [spoken(row) for row in matrix], [spoken(name) for name in names]
   cells = [[cell(line.get(name)) for name in names] for line in matrix.values()]
-  table = [(spoken(row), *(_text(line.get(name), share) for name in names)) for row, line in matrix.items()]
-  said = '; '.join(f'{row[0]}: ' + ', '.join(map(' '.join, zip(columns, row[1:], strict=True))) for row in table)
-  svg = plots.heat_map(rows, columns, cells, axes, f'{title}, {unit}. {said}')
-  data = estimate_rows(
-    axes, [((spoken(row), spoken(name)), line.get(name)) for row, line in matrix.items() for name in names]
-  )
-  return Figure(title, unit, Markup(svg), Table((axes[0], *columns), table), note, data)
+  table = [(row, *(_text(line.get(name), share) for name in names)) for row, line in matrix.items()]
+  said = '; '.join(f'{row[0]}: ' + ', '.join(map(' '.join, zip(names, row[1:], strict=True))) for row in table)
+  svg = plots.heat_map(list(matrix), names, cells, axes, f'{title}, {unit}. {said}')
+  data = estimate_rows(axes, [((row, name), line.get(name)) for row, line in matrix.items() for name in names])
+  return Figure(title, unit, Markup(svg), Table((axes[0], *names), table), note, data)
 
 
 def _short_interval(value: Estimate, share: bool) -> str:

@@ -90,7 +90,7 @@ def people(run: Run, rows: Sequence[Mapping[str, Any]]) -> People | None:
     return None
   asked = pairs(run)
   found = _verdicts(asked, rows)
-  traits = [str(trait['id']) for trait in run.traits if any(pair.trait == trait['id'] for pair in asked)]
+  traits = _traits(run, asked)
   wins = {against: _wins(found, traits, against) for against in OPPONENTS}
   drawn = [_win_figure(against, *wins[against]) for against in OPPONENTS]
   agreement = {trait: _Agreement.of(_of(found, trait)) for trait in (_ALL, *traits)}
@@ -110,6 +110,17 @@ def people(run: Run, rows: Sequence[Mapping[str, Any]]) -> People | None:
     reviewers=_reviewers_table(found),
     notes=_notes(found),
   )
+
+
+def wins_by_people(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, Estimate | None]:
+  """How often people prefer the trained model's reply to base's, by trait, of rows as `people` takes them."""
+  asked = pairs(run)
+  return _wins(_verdicts(asked, rows), _traits(run, asked), 'base')[0]
+
+
+def _traits(run: Run, asked: Sequence[Pair]) -> list[str]:
+  """Those that pairs are on, in the run's order."""
+  return [str(trait['id']) for trait in run.traits if any(pair.trait == trait['id'] for pair in asked)]
 
 
 def _verdicts(asked: Sequence[Pair], rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:

@@ -23,6 +23,7 @@ from charjax.engine.rows import FixedShapes, Group
 from charjax.engine.sample import Sampling, end_ids, sample
 from charjax.errors import UserError
 from charjax.files import Row, read_jsonl, write_jsonl, write_text
+from charjax.mesh import batch_parts
 from charjax.model.decoder import Decoder
 from charjax.progress import Progress
 from charjax.stages import choice, messages, prompts, replies
@@ -41,7 +42,7 @@ from charjax.stages.rollouts import (
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import Together, batches
 from charjax.training.heads import make_trainable
-from charjax.training.loop import tell_undivided, train
+from charjax.training.loop import tell_division, train
 from charjax.training.losses import adapt_kl, count_pairs
 from charjax.training.policy_loss import policy_loss
 from charjax.training.step import Batch, make_batch, make_optimizer
@@ -51,8 +52,7 @@ from charjax.workdir import Session
 def run(session: Session) -> Row:
   """Trains the policy; returns counts."""
   config, folder, model = session.config.policy, session.folder('policy'), session.model
-  # One neutral reply to each prompt.
-  tell_undivided(session.log, 'policy', config, 'prompts_per_step', rows_to_prompt(config), 1)
+  tell_division(session.log, 'policy', config, 'prompts_per_step', rows_to_prompt(config))
   asked = _trait_prompts(session)
   neutral = _neutral_replies(session)
   # Drawn replies are to become like those that were ranked best, and are about as long.
@@ -81,7 +81,7 @@ def run(session: Session) -> Row:
       weights.after(step, figures['kl'])
       if step % config.samples_every == 0 or step in (1, config.steps):
         _save_samples(session, step, now['asked'], rollout)
-    figures |= _tokens(now['asked'], rollout, config.ranked_weight > 0)
+    figures |= _tokens(config, now['asked'], rollout)
     return make_policy_batch(session, shapes, shapes_shown, now['asked'], now['neutral'], rollout), figures
 
   steps = choice.candidate_steps(config)
@@ -162,8 +162,12 @@ def make_policy_batch(
   config, said = session.config.policy, iter(rollout.drawn if rollout else ())
   drawn, ranked, shown = config.replies_per_prompt, config.ranked_replies, config.shown_replies
   parts = parts_of_step(config)
+  each = parts * batch_parts()
   arrays: Row = {
-    'neutral': shapes.rows([Group(row['prompt'], [row['reply']]) for row in neutral], 1, microbatches=parts),
+    # Fewer than there are drawn ones: empty rows make them up to what is divided among all devices.
+    'neutral': shapes.rows(
+      [Group(row['prompt'], [row['reply']]) for row in neutral], 1, -(-len(neutral) // each) * each, parts
+    ),
     'weight': np.array([item['weight'] for item in asked], np.float32),
   }
   whole: Row = {
@@ -222,17 +226,19 @@ def _figures(rollout: Rollout, kl_weight: float) -> dict[str, float]:
   }
 
 
-def _tokens(asked: Sequence[Row], rollout: Rollout | None, all_ranked: bool) -> dict[str, float]:
+def _tokens(config: Any, asked: Sequence[Row], rollout: Rollout | None) -> dict[str, float]:
   """How many tokens of replies were drawn for this step, and how many it learns from; neutral ones are not counted."""
   drawn = sum(len(reply.tokens) for reply in rollout.drawn) if rollout else 0
-  read = sum(len(reply) for item in asked for reply in (*_learned(item, all_ranked), *item['shown']))
+  read = sum(len(reply) for item in asked for reply in (*_learned(config, item), *item['shown']))
   return {'tokens_read': float(drawn + read)} | ({'tokens_drawn': float(drawn)} if rollout else {})
 
 
-def _learned(item: Row, all_ranked: bool) -> Sequence[Sequence[int]]:
+def _learned(config: Any, item: Row) -> Sequence[Sequence[int]]:
   """The ranked replies that teach: all of them by their order, or the best one alone by its likelihood."""
   replies = item['ranked'].replies
-  return replies if all_ranked or not replies else [replies[item['best']]]
+  if config.ranked_weight or not replies:
+    return replies
+  return [replies[item['best']]] if config.ranked_likelihood else []
 
 
 def learning(config: Any) -> tuple[Any, Any]:

@@ -38,7 +38,7 @@ from charjax.stages.statistics import correlation, interval, share
 from charjax.training.checkpoint import Checkpoints, fingerprint
 from charjax.training.data import batches
 from charjax.training.heads import bind, control_length, fit_head, make_trainable, read_rewards, reply_states
-from charjax.training.loop import microbatches, tell_undivided, train
+from charjax.training.loop import microbatches, tell_division, train
 from charjax.training.losses import count_pairs, preference_loss, right_pairs
 from charjax.training.step import Batch, make_batch, make_optimizer
 from charjax.workdir import Session
@@ -62,7 +62,7 @@ def run(session: Session) -> Row:
   steps = {name: math.ceil(len(half) * config.epochs / config.messages_per_batch) for name, half in halves.items()}
   if any(steps.values()):
     each = max(len(example['replies']) for example in examples)
-    tell_undivided(session.log, 'preference', config, 'messages_per_batch', each, each)
+    tell_division(session.log, 'preference', config, 'messages_per_batch', each)
   written, lower = _written_pairs(session), trunk(session)
   with Progress('reply states', len(examples), 'messages') as bar:
     _add_states(lower, {}, examples, bar)

@@ -223,7 +223,6 @@ def drawing(config: Any) -> Sampling:
   return Sampling(config.max_new_tokens, config.temperature, batch_size=at_once)
 
 
-@no_silent_transfers
 def rows_to_prompt(config: Any) -> int:
   """How many replies to each prompt go through the model together."""
   return max(config.replies_per_prompt + config.ranked_replies, config.shown_replies)
@@ -234,6 +233,7 @@ def parts_of_step(config: Any) -> int:
   return microbatches(config.microbatches, config.prompts_per_step, rows_to_prompt(config))
 
 
+@no_silent_transfers
 def roll_out(
   session: Session, shapes: FixedShapes, judge: Judge, trainable: Any, asked: Sequence[Row], step: int, kl_weight: float
 ) -> Rollout:

@@ -120,17 +120,24 @@ def _make(next_batch: NextBatch, step: int, data: Any, trainable: Any) -> tuple[
 
 def microbatches(wanted: int, size: int, each: int) -> int:
   """In how many parts, one after the other, a batch of `size` prompts of `each` rows goes through the model: as many as
-  wanted, or fewer where a part would not have a row for every device. So a config made for few devices does on many."""
-  fits = (n for n in range(1, wanted + 1) if size % n == 0 and size // n * each >= batch_parts())
-  return max(fits, default=1)
+  wanted, or fewer where the rows of a part would not be divided among the devices. So a config that was made for few
+  devices does on many."""
+  divide = (n for n in range(1, wanted + 1) if size % n == 0 and size // n * each % batch_parts() == 0)
+  return max(divide, default=wanted)
 
 
-def tell_undivided(log: Callable[[str], None], stage: str, config: Any, field: str, each: int, fewest: int) -> None:
-  """Says so where the parts of a batch, of `each` rows to one of those that `field` counts, are not split over the
-  devices, or not those rows of which there are but `fewest` to one."""
-  parts, count = batch_parts(), microbatches(config.microbatches, config[field], each)
-  if config[field] // count * fewest % parts:
+def tell_division(log: Callable[[str], None], stage: str, config: Any, field: str, each: int) -> None:
+  """Says so where batches, of `each` rows to one of those that `field` counts, go through the model in other parts than
+  the config says, or are not divided among the devices."""
+  devices, wanted = batch_parts(), config.microbatches
+  count = microbatches(wanted, config[field], each)
+  if config[field] // count * each % devices:
     log(
-      f'config.{stage}.{field} is {config[field]}, whose batches do not divide into the {parts} parts of config.mesh '
-      f'(data times fsdp): some rows are computed by several devices; a multiple of {parts * count} is faster'
+      f'config.{stage}.{field} is {config[field]}, whose batches do not divide into the {devices} parts of config.mesh '
+      f'(data times fsdp): some rows are computed by several devices; a multiple of {devices * wanted} is faster'
+    )
+  elif count < wanted:
+    log(
+      f'config.{stage}.microbatches is {wanted}; so that each of the {devices} parts of config.mesh (data times fsdp) '
+      f'has as many rows, a batch goes through the model in {count}'
     )
