@@ -1,6 +1,6 @@
 """The smoke run in many processes on this machine beside the same run in one, and what becomes of it when they end.
 
-  python scripts/verify_hosts.py [--workdir=DIR] [--parts=layouts sgd sharded killed bucket told ...]
+  python scripts/verify_hosts.py [--workdir=DIR] [--parts=layouts sgd sharded killed told ...]
 
 Eight CPU devices in one process, in two and in four, which speak over loopback:
 
@@ -10,14 +10,15 @@ Eight CPU devices in one process, in two and in four, which speak over loopback:
   sharded   the same over (1, 8, 1), weights split over all processes: texts the same to the byte, scores to six digits.
   killed    begun in four processes, of which one is killed while the policy is trained: the others end, and say which
             one was lost; two processes of two devices each end the run, as one that nobody disturbed.
-  bucket    the same where the run is in a bucket, of an emulator on this machine (tests/bucket_emulator.py).
   told      one of four processes is sent SIGTERM: all save, end with 143, and four go on to the same end.
   rollout   the same where the devices are at something long, for which it does not wait.
   leader    process 0 of two is killed: the other ends with 75, and says so.
   stuck     a process that never comes to where the other waits: both end with 75, and where each was is told.
   apart     a process that was given another config, and one that cannot read its model: all end with 2, in one line.
+  bucket    as `killed`, where the run is in a bucket, of an emulator on this machine (tests/bucket_emulator.py).
 
-Exits with 1 where anything is otherwise. Takes about half an hour on two cores; compiled programs are kept.
+Run it after ./scripts/test.sh. Exits with 1 where anything is otherwise. Takes about half an hour on two cores; compiled
+programs are kept.
 """
 
 import argparse
@@ -370,7 +371,7 @@ def apart(top: Path, report: Report) -> None:
 def _main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', type=Path)
-  names = ('layouts', 'sgd', 'sharded', 'killed', 'bucket', 'told', 'rollout', 'leader', 'stuck', 'apart')
+  names = ('layouts', 'sgd', 'sharded', 'killed', 'told', 'rollout', 'leader', 'stuck', 'apart', 'bucket')
   parser.add_argument('--parts', nargs='+', default=names, choices=names)
   arguments = parser.parse_args()
   top = (arguments.workdir or Path(tempfile.mkdtemp(prefix='charjax-hosts-'))).resolve()
