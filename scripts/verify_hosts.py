@@ -17,7 +17,7 @@ Eight CPU devices in one process, in two and in four, which speak over loopback:
   apart     a process that was given another config, and one that cannot read its model: all end with 2, in one line.
   bucket    as `killed`, where the run is in a bucket, of an emulator on this machine (tests/bucket_emulator.py).
 
-Run it after ./scripts/test.sh. Exits with 1 where anything is otherwise. Takes about half an hour on two cores; compiled
+Run it after ./scripts/test.sh. Exits with 1 where anything is otherwise. It takes half an hour on two cores; compiled
 programs are kept.
 """
 
