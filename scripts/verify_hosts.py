@@ -46,9 +46,10 @@ DATA, SHARDED = '--config.mesh=(-1,1,1)', '--config.mesh=(1,-1,1)'
 # JAX's own flag that spares most of the time of compiling, which is most of the time.
 _FLAGS = ' --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 _MAIN = 'import sys; from charjax.main import main; sys.exit(main())'
+# By a schedule, which counts steps: a checkpoint takes no empty state.
 SGD = (
   'import optax; from charjax.stages import policy, preference; '
-  'policy.make_optimizer = preference.make_optimizer = lambda rate, *_: optax.sgd(30 * rate); '
+  'policy.make_optimizer = preference.make_optimizer = lambda rate, *_: optax.sgd(lambda _: 30 * rate); '
 ) + _MAIN
 # From the third step on, drawing replies takes the devices of all processes minutes.
 LONG = (
