@@ -338,8 +338,8 @@ def leader(top: Path, report: Report) -> None:
   group.wait_for(workdir / 'policy' / 'chunks')
   group.processes[0].kill()
   codes = group.codes(120)
-  # JAX ends a process, too, that has lost process 0, by SIGABRT and with a line of its own, and may be faster. It can be
-  # given something else to do, but calls no Python for it without ending the process by that (std::bad_cast, jax 0.10.2).
+  # JAX ends a process, too, that has lost process 0, by SIGABRT with a line of its own, and may be faster. It takes a
+  # callback in place of that, but dies of calling one of Python (std::bad_cast, jax 0.10.2).
   said = {
     75: r'charjax: process 0 \(.+\) was lost.*',
     -signal.SIGABRT: r'.*JAX distributed service detected fatal errors.*',
