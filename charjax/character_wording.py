@@ -20,7 +20,7 @@ _ALIKE_WORDS = 3  # and how many of them at least
 _FEW_WORDS = 8  # of an opposite
 _ABSOLUTES = 3  # words like "all" and "never" that one opposite may not reach
 
-_FIRST = re.compile(r'\b([Ii]|[Mm]e|[Mm]y|[Mm]ine|[Mm]yself|[Ww]e|us|[Oo]ur|ours)\b')
+_FIRST = re.compile(r'\b([Ii]|[Mm]e|[Mm]y|[Mm]ine|[Mm]yself|[Ww]e)\b')
 _BEGIN = r'(?:^|[.!?;:] )'  # of a sentence or a part of one
 _I_AM = r"\bI(?:['\u2019]m| am)"
 _NAMED = re.compile(

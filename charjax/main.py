@@ -36,6 +36,7 @@ _USAGE = f"""charjax: train a character into a language model
   charjax plan --config=FILE.py --topology=NAME  what a run would take on chips that are not there: v5e:4x4, h100:8
   charjax chat MODEL|DIR [--side_by_side]        talk to a model, or to what the run in DIR made of it
   charjax export MODEL|DIR [--output=DIR]        a Hugging Face directory of a model, or of what the run in DIR made
+  charjax report --workdir=DIR                   the page of the run in DIR made anew, by its own config
   charjax review --workdir=DIR                   judge what the run in DIR made, blind, on a page of this machine
   charjax character check FILE [--preview=2]     what is wrong with a character's examples; what the model makes of it
   charjax character diff A B                     what differs between two characters, or those of two runs
@@ -97,13 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: the arguments, without the program's name; those of the process by default.
 
   Returns:
-    The exit code: 0, 1 (a check found problems), 2 (a mistake of the user's), 130 (interrupted by Ctrl-C), 143 (by
-    SIGTERM), 75 (a bucket does not answer; of many processes also: one was lost, or they hung). After the last three
-    the same command goes on.
+    The exit code: 0, 1 (a check found problems), 2 (a mistake of the user's), 141 (nobody reads what is printed), 130
+    (interrupted by Ctrl-C), 143 (by SIGTERM), 75 (a bucket does not answer; of many processes also: one was lost, or
+    they hung). After the last three the same command goes on.
   """
   arguments = list(sys.argv[1:] if argv is None else argv)
   try:
     code = _command(arguments)
+    sys.stdout.flush()
     watch.finish()
     hosts.leave()
     return code
@@ -113,12 +115,15 @@ def main(argv: Sequence[str] | None = None) -> int:
       watch.end(1, ' '.join(traceback.format_exception_only(error)[-1].split()), traceback.format_exc())
       raise
     code, line = told
+    if isinstance(error, BrokenPipeError):  # Python would try once more at its end.
+      sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
     watch.end(code, line)
     if any(thread.name == interrupts.LEFT for thread in threading.enumerate()):
       hosts.exit_now(code, line)  # It may be long at it, and Python would wait.
     if isinstance(error, SystemExit):
       raise
-    print(f'charjax: {line}', file=sys.stderr)
+    if line:
+      print(f'charjax: {line}', file=sys.stderr)
     return code
 
 
@@ -145,6 +150,8 @@ def _told(error: BaseException) -> tuple[int, str] | None:
     return 143 if isinstance(error, interrupts.Terminated) else 130, str(error) or 'interrupted'
   if isinstance(error, SystemExit) and isinstance(error.code, int):
     return error.code, ''
+  if isinstance(error, BrokenPipeError):  # As of `charjax compare A B | head`: nobody reads on.
+    return 141, ''
   return None
 
 
@@ -176,6 +183,8 @@ def _command(arguments: list[str]) -> int:
     raise UserError(f'unexpected argument {rest[0]}; flags begin with --, and `charjax help` lists them')
   if command == 'review':
     return _review(config_spec or ''.join(changes[:1]), workdir, options)
+  if command == 'report' and workdir and not (config_spec or changes):
+    return _report(storage.place(workdir))
   if not config_spec:
     raise UserError(f'charjax {command} needs --config=FILE.py')
   if command == 'sweep':
@@ -315,6 +324,18 @@ def _review(config: str, workdir: str, options: dict[str, Any]) -> int:
   from charjax.review import server
 
   server.serve(epath.Path(os.path.expanduser(workdir)), reviewer, options.get('port', 0))
+  return 0
+
+
+def _report(place: epath.Path) -> int:
+  """Makes the page of a run from what stands in its folder, whatever config it was made with."""
+  if not (place / 'config.json').exists():
+    raise UserError(f'{place}: no run was begun there; give the --workdir of a run')
+  from charjax.stages import report
+
+  with workdirs.lock(place):
+    report.make_anew(place)
+  print(report.console_summary(place))
   return 0
 
 

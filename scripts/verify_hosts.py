@@ -113,10 +113,10 @@ class Group:
         process.kill()
 
   def says(self, i: int) -> list[str]:
-    """The lines of one process, without those of the library that joins CPUs, and of TensorStore, which looks for a
-    Google account that the emulator of a bucket does not need."""
+    """The lines of one process, without those of the library that joins CPUs; of the compiler, on how it splits so small
+    a model; and of TensorStore, which looks for a Google account that the emulator of a bucket does not need."""
     # Gloo's threads write at once, so that the end of one line of it may stand in another.
-    others = re.compile(r'^\[Gloo\]|peer ranks|google_auth_provider')
+    others = re.compile(r'^\[Gloo\]|peer ranks|spmd_partitioner|google_auth_provider')
     return [line for line in self.logs[i].read_text().splitlines() if not others.search(line)]
 
   def wait_for(self, path: Path | str, seconds: float = 600, exists: Callable[[Any], bool] = Path.exists) -> None:

@@ -47,7 +47,8 @@ def page_of(folders, tmp_path) -> tuple[Page, str]:
 
 def test_the_page_says_what_differs_and_what_it_did(runs, tmp_path):
   page, text = page_of(runs, tmp_path)
-  assert 'strong moved most traits clearly towards the character, 4.' in text
+  assert 'On the mean over 4 traits, training moved the margin clearly towards the character in strong.' in text
+  assert 'Traits that moved clearly towards the character: 4 of 4 in strong.' in text
   assert 'On the mean over 4 traits, the margin is above that of weak in strong by +0.2' in text
   assert 'begun is not evaluated yet (finished: messages and replies); its figures are missing.' in text
   assert page.tables['Settings that are not the same in all runs'][0] == ['run', 'policy.kl']

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from charjax.errors import UserError
 from charjax.files import write_text
 from charjax.progress import duration
-from charjax.report import differences, document, figures, words
+from charjax.report import differences, document, figures, panels, words
 from charjax.report.columns import (
   Column,
   head_to_head,
@@ -30,7 +30,7 @@ from charjax.report.crosstalk import crosstalk
 from charjax.report.differences import Change
 from charjax.report.figures import Figure, Table
 from charjax.report.page import without_nan
-from charjax.report.read import STAGES, Estimate
+from charjax.report.read import STAGES, Estimate, section
 from charjax.report.words import MINUS, spoken
 from charjax.terminal import printable
 
@@ -139,33 +139,32 @@ def _answer(columns: Sequence[Column]) -> list[str]:
     return ['None of these runs has been evaluated yet, so the page cannot say what they did.']
   if len(columns) == 1:
     return [f'One run alone has been evaluated, {columns[0].name}; its own report says more.']
-  counts = {column.name: len(_risen(column)) for column in columns}
-  most = max(counts.values())
-  best = words.together([name for name, count in counts.items() if count == most])
-  sentences = ['No run moved a trait clearly towards the character.'] if not most else [
-    f'Every run moved {most} {_traits_word(most)} clearly towards the character.'
-    if min(counts.values()) == most
-    else f'{best} moved most traits clearly towards the character, {most}'
-    + (' each' if list(counts.values()).count(most) > 1 else '') + '.'
-  ]  # fmt: skip
   first, traits = columns[0], _shared_traits(columns)
+  counts = {column.name: len(_risen(column)) for column in columns}
+  some = [
+    f'{counts[column.name]} of {len(column.traits)} in {column.name}' for column in columns if counts[column.name]
+  ]
+  risen = f'Traits that moved clearly towards the character: {words.together(some) if some else "none"}.'
   if traits:
     over = 'On the one trait' if len(traits) == 1 else f'On the mean over {len(traits)} traits'
+    margins = _overall(columns, 'margin')
+    clear = [name for name, value in margins.items() if value is not None and value.side_of(0.0) == 1]
+    where = words.together(clear) if clear else 'none of the runs'
     gaps = {c.name: mean_margin_apart(first, c, traits) for c in columns[1:]}
-    sentences.append(_told_apart(f'{over}, the margin', first.name, gaps))
     wins = {c.name: mean_over([head_to_head(first, c, trait) for trait in traits]) for c in columns[1:]}
-    sentences.append(_told_apart(f'{over}, the held-out judge', first.name, wins, 0.5, share=True))
+    sentences = [
+      f'{over}, training moved the margin clearly towards the character in {where}.',
+      risen,
+      _told_apart(f'{over}, the margin', first.name, gaps),
+      _told_apart(f'{over}, the held-out judge', first.name, wins, 0.5, share=True),
+    ]
   else:
-    sentences.append('No trait was measured in all of them: each stands in a section of its own below.')
+    sentences = [risen, 'No trait was measured in all of them: each stands in a section of its own below.']
   for side, word in ((-1, 'worse'), (1, 'better')):
     some = [c.name for c in columns if (v := c.figure('neutral', 'log_prob', 'delta')) and v.side_of(0.0) == side]
     if some:
       sentences.append(f'Neutral reference answers are clearly {word} than before training in {words.together(some)}.')
   return [sentence for sentence in sentences if sentence]
-
-
-def _traits_word(count: int) -> str:
-  return 'trait' if count == 1 else 'traits'
 
 
 def _told_apart(
@@ -212,6 +211,14 @@ def _notes(columns: Sequence[Column]) -> list[str]:
       how = f'finished: {words.together(made)}' if made else 'no stage is finished'
       notes.append(f'{column.name} is not evaluated yet ({how}); its figures are missing.')
   evaluated = [column for column in columns if column.evaluated]
+  for column in evaluated:
+    asked = section(column.first.config, 'config', 'behaviour').get('sets')
+    wanted = [stage for stage in STAGES if stage != 'behaviour' or asked]
+    if gone := [stage for stage in wanted if stage not in column.first.stages]:
+      notes.append(f'{column.name} has no finished {words.together(gone)}; what that would tell is missing.')
+    if unsure := panels.unsure_judge(column.first):
+      some = words.together([spoken(trait) for trait in unsure])
+      notes.append(f'The held-out judge of {column.name} is not told from chance on the written pairs of {some}.')
   shared = _shared_traits(evaluated)
   every = list(dict.fromkeys(trait for column in evaluated for trait in column.traits))
   if len(shared) < len(every) and shared:
@@ -411,19 +418,24 @@ def console(columns: Sequence[Column]) -> str:
         spoken(trait) if place == 0 else '', column.name, _starred(column.margin(trait)),
         _starred(column.wins(trait), 0.5, True), _starred(column.figure('traits', trait, 'judge', 'delta')),
       ))  # fmt: skip
-  whole = [['run', *shown, 'neutral log-prob', 'neutral accuracy', 'KL a token', 'time']]
+  whole = [['run', *shown, 'change of neutral log-prob', 'of neutral accuracy, in points', 'KL a token', 'time']]
   for place, column in enumerate(columns):
     seconds = sum(column.seconds().values())
     whole.append([
       column.name, *(fields[name][place] for name in shown),
       _starred(column.figure('neutral', 'log_prob', 'delta')),
-      _starred(column.figure('neutral', 'accuracy', 'delta'), 0.0, True),
+      _points(column.figure('neutral', 'accuracy', 'delta')),
       _cell(column.kl()).replace('\u00a0', ' '), duration(seconds) if seconds else _NONE,
     ])  # fmt: skip
   if len(rows) > 1:
     lines += ['', *_aligned(rows)]
-  lines += ['', *_aligned(whole)]
+  lines += ['', *_aligned(whole), '', '* clear of no effect: of 0, or of an even chance']
   return printable('\n'.join(lines))
+
+
+def _points(value: Estimate | None) -> str:
+  """A change of a share."""
+  return _NONE if value is None else words.difference(value, share=True) + (' *' if value.side_of(0.0) else '')
 
 
 def _starred(value: Estimate | None, reference: float = 0.0, share: bool = False) -> str:

@@ -14,6 +14,7 @@ from charjax.report.read import Run, listed, section
 from charjax.report.words import spoken, together
 
 _FIRST = ('model.path', 'character.path', 'character.traits', 'seed')  # what is told before all other fields
+_LAST = ('baseline.', 'evaluation.', 'behaviour.')  # of what was measured, which changes no model
 _LONGEST = 400  # words of a text that are compared one by one
 _LONGEST_VALUE = 60
 
@@ -30,7 +31,7 @@ def fields(columns: Sequence[Column]) -> dict[str, list[str]]:
   """The settings that are not the same in all columns, each with its value in every one."""
   found = [[settings(run) for run in column.runs] for column in columns]
   names = list(dict.fromkeys(name for some in found for values in some for name in values))
-  names.sort(key=lambda name: (name not in _FIRST, _FIRST.index(name) if name in _FIRST else 0))
+  names.sort(key=lambda name: (name not in _FIRST, _FIRST.index(name) if name in _FIRST else name.startswith(_LAST)))
   rows = {}
   for name in names:
     told = [list(dict.fromkeys(_value(values.get(name)) for values in some)) for some in found]

@@ -120,6 +120,12 @@ def _answer(run: Run, judged: People | None) -> list[str]:
     wins, 0.5, 'a held-out judge prefers the trained model to the base model for', 'the judge is undecided for',
     'the judge prefers the base model for',
   )  # fmt: skip
+  unsure = [t for t in panels.unsure_judge(run) if (value := wins.get(t)) is not None and value.side_of(0.5)]
+  if unsure:
+    by_judge += (
+      f' The judge does not tell the written pairs of {words.together([words.spoken(t) for t in unsure])} apart better '
+      'than by chance, so what it prefers there says little.'
+    )
   by_people = words.count_sentence(
     judged.wins if judged else {}, 0.5, 'people who judged blind prefer the trained model to the base model for',
     'people are undecided for', 'people prefer the base model for',
@@ -210,7 +216,7 @@ _SHOWN = ('margin', 'win_rate', 'judge', 'likelihood')
 def _traits(run: Run, groups: Sequence['Group'], judged: People | None) -> list[TraitView]:
   weak, left_out = listed(run.audit, 'weak_traits'), listed(run.preference, 'left_out')
   rewarded = listed(section(run.config, 'config', 'policy'), 'traits')
-  views = []
+  unsure, views = panels.unsure_judge(run), []
   for trait in run.traits:
     name = str(trait['id'])
     metrics = section(run.summary, 'traits', name) | {'likelihood': section(run.behaviour, 'likelihood').get(name)}
@@ -234,6 +240,7 @@ def _traits(run: Run, groups: Sequence['Group'], judged: People | None) -> list[
       warnings=[
         *(['not rewarded in this run'] if rewarded and name not in rewarded else []),
         *(['not told from chance on its choosing pairs'] if name in weak else []),
+        *(['held-out judge not told from chance on its kept pairs'] if name in unsure else []),
         *([f'not told from chance without its text: {panels.unproven(run)}'] if name in left_out else []),
       ],
       sentences=[sentence for sentence in sentences if sentence],

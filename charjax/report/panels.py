@@ -256,6 +256,12 @@ def _length_notes(model: Mapping[str, Any], role: str) -> list[str]:
   ]
 
 
+def unsure_judge(run: Run) -> list[str]:
+  """The traits whose kept pairs the held-out judge does not tell apart better than by chance."""
+  kept = section(run.preference, 'judge', 'kept')
+  return [trait for trait in kept if (value := estimate(kept[trait])) is not None and value.side_of(0.5) != 1]
+
+
 def unproven(run: Run) -> str:
   """What became of a trait whose preference model is no better than chance."""
   kept = section(run.config, 'config', 'policy').get('keep_unproven_traits') is True

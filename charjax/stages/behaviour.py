@@ -1,8 +1,9 @@
 """behaviour: is the character a nudge or a rule, does it last, and what came along with it?
 
-Reads the character, messages/, preference/, policy/ and evaluation/; writes behaviour/replies.jsonl and
-behaviour/summary.json. The starting and the trained model (`base` and `trained`) answer the same prompts by the same
-draws; every figure is {mean, low, high, n}, delta paired by prompt, or by message where several prompts hold it.
+Reads the character, messages/, preference/, policy/ and evaluation/; writes to behaviour/ replies.jsonl, answers.jsonl
+(to the questions of the set preference) and summary.json. The starting and the trained model (`base` and `trained`)
+answer the same prompts by the same draws; every figure is {mean, low, high, n}, delta paired by prompt, or by message
+where several prompts hold it.
 `config.behaviour.sets` says what is looked into:
 
   likelihood    each trait in the evaluation's own replies, in every condition, by the ratio below: what people say
@@ -82,6 +83,7 @@ def run(session: Session) -> Row:
     if 'preference' in config.sets:
       options = revealed.options(session.character)
       answers = revealed.ask(session, trained)
+      write_jsonl(folder / 'answers.jsonl', [row for some in answers.values() for row in some])
       summary['preference'] = {'options': options} | revealed.summarise([o['id'] for o in options], answers)
   write_jsonl(folder / 'replies.jsonl', rows)
   write_text(folder / 'summary.json', json.dumps(summary, indent=2))

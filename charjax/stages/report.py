@@ -32,6 +32,16 @@ def _write(session: Session) -> dict[str, Any]:
   return {'bytes': len(page.encode())}
 
 
+def make_anew(workdir: epath.Path) -> None:
+  """Writes the page of a run of which no more is known than its folder says; it is no stage's product: the run by its
+  config makes its own."""
+  page = render(workdir)
+  folder = workdir / 'report'
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'stage.json').unlink(missing_ok=True)
+  write_text(folder / 'index.html', page)
+
+
 def console_summary(workdir: epath.PathLike) -> str:
   """Where the report is and three replies before and after training, for the end of a run.
 
