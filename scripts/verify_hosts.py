@@ -113,7 +113,7 @@ class Group:
         process.kill()
 
   def says(self, i: int) -> list[str]:
-    """The lines of one process, without those of the library that joins CPUs; of the compiler, on how it splits so small
+    """The lines of one process, without those of the library that joins CPUs; of the compiler, on splitting so small
     a model; and of TensorStore, which looks for a Google account that the emulator of a bucket does not need."""
     # Gloo's threads write at once, so that the end of one line of it may stand in another.
     others = re.compile(r'^\[Gloo\]|peer ranks|spmd_partitioner|google_auth_provider')

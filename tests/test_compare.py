@@ -85,6 +85,13 @@ def test_what_a_run_was_asked_besides_stands_beside_the_others(runs, tmp_path):
   assert 'href="#behaviour"' in text and 'Claims to be human: trained' in text
 
 
+def test_stages_that_are_gone_and_judges_that_are_none_are_told_of(runs, tmp_path):
+  shutil.rmtree(runs[1] / 'policy')
+  _, text = page_of(runs, tmp_path)
+  assert 'strong has no finished policy; what that would tell is missing.' in text
+  assert 'The held-out judge of weak is not told from chance on the written pairs of perspectives and honesty.' in text
+
+
 def test_the_page_stands_by_itself(runs, tmp_path):
   # Whatever the files say.
   summary = json.loads((runs[1] / 'evaluation' / 'summary.json').read_text())

@@ -1,6 +1,7 @@
 """What a person types: mistakes end in one line before any work, settings arrive where they should."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -81,6 +82,16 @@ def test_help_does_not_wait_for_jax():
   program = "import sys; from charjax.main import main; main(['--help']); sys.exit('jax' in sys.modules)"
   done = subprocess.run([sys.executable, '-c', program], capture_output=True, check=True, text=True)
   assert 'charjax run --config=FILE.py' in done.stdout
+
+
+def test_who_reads_no_further_sees_no_trace(tmp_path):
+  """The reader is gone before anything is printed."""
+  read, write = os.pipe()
+  os.close(read)
+  command = [sys.executable, '-m', 'charjax.main', 'character', 'diff', 'stoic', 'poet']
+  done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+  os.close(write)
+  assert (done.returncode, done.stderr) == (141, '')
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from report_run import HOSTILE, SECOND, write_run
 
 from charjax.errors import UserError
+from charjax.main import main
 from charjax.report import figures, phrases, plots, words
 from charjax.report.read import Estimate, estimate
 from charjax.report.replies import exchanges, typical
@@ -371,6 +372,31 @@ def test_a_broken_file_is_one_line(tmp_path, name, text, where):
   with pytest.raises(UserError) as caught:
     report.render(folder)
   assert where in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_the_page_of_a_run_is_made_from_its_folder_alone(tmp_path, capsys):
+  folder = write_run(tmp_path / 'run')
+  assert main(['report', f'--workdir={folder}']) == 0
+  assert f'Report: {folder}/report/index.html' in capsys.readouterr().out
+  assert (folder / 'report' / 'index.html').read_text() == report.render(folder)
+  (folder / 'evaluation' / 'summary.json').write_text('{"traits":')
+  assert main(['report', f'--workdir={folder}']) == 2
+  assert 'evaluation/summary.json: not JSON' in capsys.readouterr().err
+  assert main(['report', f'--workdir={tmp_path / "none"}']) == 2
+  assert 'no run was begun there' in capsys.readouterr().err
+
+
+def test_a_judge_that_is_none_is_told_of(tmp_path):
+  folder = write_run(tmp_path / 'run')
+  said = 'The judge does not tell the written pairs of'
+  assert said not in report.render(folder)
+  path = folder / 'preference' / 'report.json'
+  found = json.loads(path.read_text())
+  found['judge']['kept']['ai_nature'] = {'mean': 0.4, 'low': 0.2, 'high': 0.6, 'n': 16}
+  path.write_text(json.dumps(found))
+  page = report.render(folder)
+  assert f'{said} AI nature apart better than by chance' in page
+  assert page.count('held-out judge not told from chance on its kept pairs') == 3  # of perspectives and honesty, too, which are undecided
 
 
 def test_no_such_folder(tmp_path):
