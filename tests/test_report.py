@@ -396,7 +396,8 @@ def test_a_judge_that_is_none_is_told_of(tmp_path):
   path.write_text(json.dumps(found))
   page = report.render(folder)
   assert f'{said} AI nature apart better than by chance' in page
-  assert page.count('held-out judge not told from chance on its kept pairs') == 3  # of perspectives and honesty, too, which are undecided
+  # Of perspectives and honesty, too, where nobody wins clearly.
+  assert page.count('held-out judge not told from chance on its kept pairs') == 3
 
 
 def test_no_such_folder(tmp_path):
