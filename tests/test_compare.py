@@ -89,7 +89,9 @@ def test_stages_that_are_gone_and_judges_that_are_none_are_told_of(runs, tmp_pat
   shutil.rmtree(runs[1] / 'policy')
   _, text = page_of(runs, tmp_path)
   assert 'strong has no finished policy; what that would tell is missing.' in text
-  assert 'The held-out judge of weak is not told from chance on the written pairs of perspectives and honesty.' in text
+  assert (
+    'The held-out judge of all runs is not told from chance on the written pairs of perspectives and honesty.' in text
+  )
 
 
 def test_the_page_stands_by_itself(runs, tmp_path):

@@ -216,9 +216,13 @@ def _notes(columns: Sequence[Column]) -> list[str]:
     wanted = [stage for stage in STAGES if stage != 'behaviour' or asked]
     if gone := [stage for stage in wanted if stage not in column.first.stages]:
       notes.append(f'{column.name} has no finished {words.together(gone)}; what that would tell is missing.')
-    if unsure := panels.unsure_judge(column.first):
-      some = words.together([spoken(trait) for trait in unsure])
-      notes.append(f'The held-out judge of {column.name} is not told from chance on the written pairs of {some}.')
+  unsure: dict[str, list[str]] = {}
+  for column in evaluated:
+    if traits := panels.unsure_judge(column.first):
+      unsure.setdefault(words.together([spoken(trait) for trait in traits]), []).append(column.name)
+  for some, names in unsure.items():
+    of = 'all runs' if len(names) == len(evaluated) > 1 else words.together(names)
+    notes.append(f'The held-out judge of {of} is not told from chance on the written pairs of {some}.')
   shared = _shared_traits(evaluated)
   every = list(dict.fromkeys(trait for column in evaluated for trait in column.traits))
   if len(shared) < len(every) and shared:
