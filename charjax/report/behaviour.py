@@ -45,7 +45,7 @@ def rigidity(run: Run) -> Panel:
       share = spill['unrelated']
       notes.append(
         f'{spoken(trait)[:1].upper()}{spoken(trait)[1:]}: unrelated requests see {cell(share, True)} of its effect on '
-        'its own messages.'
+        f'its own messages{"" if share.low is not None else ", with no interval that could be given"}.'
       )
   unknown = [spoken(trait) for trait, groups in found.items() if not any(section(groups, 'spill').values())]
   if unknown:

@@ -183,7 +183,7 @@ def _object(path: epath.Path) -> dict[str, Any]:
   try:
     value = json.loads(text)
   except (ValueError, RecursionError) as error:
-    raise UserError(f'{path}: not JSON ({error}); run the stage that writes it again') from error
+    raise UserError(f'{path}: not JSON ({error}); restore it, or run the stage that writes it again') from error
   if not isinstance(value, dict):
     raise UserError(f'{path}: holds no JSON object; run the stage that writes it again')
   return _clean(value)
