@@ -74,7 +74,8 @@ class Told(Exception):
   ('stage', 'field', 'size', 'said'),
   [
     (preference, 'preference.messages_per_batch', 3, True),  # of seven replies: 21 rows
-    (policy, 'policy.prompts_per_step', 6, True),
+    (policy, 'policy.prompts_per_step', 3, True),  # of six
+    (policy, 'policy.prompts_per_step', 6, False),  # 36 rows; six neutral ones are made up to eight
     (preference, 'preference.messages_per_batch', 4, False),
   ],
 )
