@@ -24,7 +24,7 @@ from charjax.model import language_model
 from charjax.model.decoder import Decoder
 from charjax.model.language_model import LanguageModel
 from charjax.stages import policy, prompts
-from charjax.terminal import printable
+from charjax.terminal import print_nowhere, printable
 from charjax.training.heads import bind
 from charjax.workdir import Session
 
@@ -74,8 +74,7 @@ def run(session: Session, trained: bool, settings: Settings) -> None:
       speakers = _speakers(session, trained, settings)
     _talk(session.model, speakers, settings)
   except BrokenPipeError:
-    # Nobody reads any more; Python would say so once more when it closes the file.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print_nowhere()
 
 
 # ---- who speaks ----

@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
   config.preference.learning_rate = 3e-6
   config.preference.epochs = 1.0  # 0 leaves the weights as they are: the heads alone are trained
   config.preference.messages_per_batch = 16
-  # Parts of a batch that go through the model one after another, to save memory: fewer where devices would have no row.
+  # Parts of a batch that go through the model one after another, to save memory; fewer where devices do not divide one.
   config.preference.microbatches = 1
   config.preference.warmup = 10
   config.preference.weight_decay = 0.01

@@ -25,7 +25,7 @@ from charjax import workdir as workdirs
 from charjax.config_file import merge, nearest, override, read_config, read_sweep
 from charjax.errors import UserError, one_line
 from charjax.stages import STAGES
-from charjax.terminal import printable
+from charjax.terminal import is_unread, print_nowhere, printable
 
 _USAGE = f"""charjax: train a character into a language model
 
@@ -115,8 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       watch.end(1, ' '.join(traceback.format_exception_only(error)[-1].split()), traceback.format_exc())
       raise
     code, line = told
-    if isinstance(error, BrokenPipeError):  # Python would try once more at its end.
-      sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+    if isinstance(error, BrokenPipeError):
+      print_nowhere()
     watch.end(code, line)
     if any(thread.name == interrupts.LEFT for thread in threading.enumerate()):
       hosts.exit_now(code, line)  # It may be long at it, and Python would wait.
@@ -150,7 +150,7 @@ def _told(error: BaseException) -> tuple[int, str] | None:
     return 143 if isinstance(error, interrupts.Terminated) else 130, str(error) or 'interrupted'
   if isinstance(error, SystemExit) and isinstance(error.code, int):
     return error.code, ''
-  if isinstance(error, BrokenPipeError):  # As of `charjax compare A B | head`: nobody reads on.
+  if isinstance(error, BrokenPipeError) and is_unread():  # As of `charjax compare A B | head`; other pipes are ours.
     return 141, ''
   return None
 

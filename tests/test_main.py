@@ -94,6 +94,15 @@ def test_who_reads_no_further_sees_no_trace(tmp_path):
   assert (done.returncode, done.stderr) == (141, '')
 
 
+def test_a_pipe_that_is_not_what_is_printed_into_is_no_reader_gone(monkeypatch):
+  def broken(_):
+    raise BrokenPipeError(32, 'Broken pipe')
+
+  monkeypatch.setattr(command_line, '_command', broken)
+  with pytest.raises(BrokenPipeError):
+    main(['run'])
+
+
 @pytest.mark.parametrize(
   ('arguments', 'expected'),
   [

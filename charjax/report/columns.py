@@ -137,19 +137,21 @@ def read_columns(folders: Sequence[epath.Path]) -> list[Column]:
   for place, run in enumerate(runs):
     alike[_but_for_seed(run)].append(place)
   columns = []
+
+  def column(name: str, places: Sequence[int]) -> Column:
+    return Column(name, [runs[p] for p in places], [folders[p] for p in places], [judged[p] for p in places])
+
   for places in alike.values():
     seeds = [_seeds(runs[place]) for place in places]
     # The same run twice is no second measurement, and policies of several data are not independent of each other.
     if len(set(seeds)) < len(seeds) or all(len(set(some)) > 1 for some in zip(*seeds, strict=True)):
-      columns += [
-        Column(names[str(folders[place])], [runs[place]], [folders[place]], [judged[place]]) for place in places
-      ]
+      columns += [column(names[str(folders[place])], [place]) for place in places]
       continue
     several = [names[str(folders[place])] for place in places]
     name = several[0] if len(several) == 1 else f'{_common(several)} ({len(several)} seeds)'
-    if name in {column.name for column in columns}:  # Others, whose names begin alike.
+    if name in {other.name for other in columns}:  # Others, whose names begin alike.
       name = f'{several[0]} ({len(several)} seeds)'
-    columns.append(Column(name, [runs[p] for p in places], [folders[p] for p in places], [judged[p] for p in places]))
+    columns.append(column(name, places))
   return columns
 
 

@@ -162,11 +162,11 @@ def make_policy_batch(
   config, said = session.config.policy, iter(rollout.drawn if rollout else ())
   drawn, ranked, shown = config.replies_per_prompt, config.ranked_replies, config.shown_replies
   parts = parts_of_step(config)
-  each = parts * batch_parts()
+  multiple = parts * batch_parts()
   arrays: Row = {
     # Fewer than there are drawn ones: empty rows make them up to what is divided among all devices.
     'neutral': shapes.rows(
-      [Group(row['prompt'], [row['reply']]) for row in neutral], 1, -(-len(neutral) // each) * each, parts
+      [Group(row['prompt'], [row['reply']]) for row in neutral], 1, -(-len(neutral) // multiple) * multiple, parts
     ),
     'weight': np.array([item['weight'] for item in asked], np.float32),
   }
