@@ -68,6 +68,11 @@ CHOICES = {
 }
 
 
+def ranked_to_message(replies: ConfigDict) -> int:
+  """How many replies to a training message are made, and ranked, by `config.replies`."""
+  return replies.shown + replies.plain + replies.opposed
+
+
 def check(config: ConfigDict) -> None:
   """What the types of fields cannot say.
 
@@ -109,7 +114,7 @@ def check(config: ConfigDict) -> None:
   if wrong := [name for name in config.behaviour.sets if name not in _SETS]:
     raise UserError(f'config.behaviour.sets names {wrong[0]!r}; choose from {", ".join(_SETS)}')
   policy, preference, replies = config.policy, config.preference, config.replies
-  ranked = replies.shown + replies.plain + replies.opposed
+  ranked = ranked_to_message(replies)
   if ranked < 2:
     raise UserError(
       f'config.replies: shown, plain and opposed are {ranked} together; a ranking takes 2 replies to a message or more'

@@ -83,14 +83,18 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
   # Chips that are only compiled for say of no slice.
   slices = len({getattr(device, 'slice_index', 0) for device in devices}) if devices[0].platform == 'tpu' else 1
   if slices == 1:
-    return jax.make_mesh(sizes, AXES, axis_types=automatic, devices=devices)
+    # An axis of the mesh may take a part of an axis of the network.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=automatic)
   data, fsdp, tensor = sizes
   if data % slices:
     raise UserError(
       f'config.mesh {tuple(shape)} does not fit the {slices} slices here, between which only data is split; its first '
       f'size must be a multiple of {slices}; use e.g. ({slices}, -1, 1)'
     )
-  grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, tensor), (slices, 1, 1), devices)
+  grid = mesh_utils.create_hybrid_device_mesh(
+    (data // slices, fsdp, tensor), (slices, 1, 1), devices, allow_split_physical_axes=True
+  )
   return Mesh(grid, AXES, axis_types=automatic)
 
 

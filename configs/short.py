@@ -24,10 +24,10 @@ def get_config() -> ConfigDict:
   config.rankings.messages_per_chunk = 48
   config.rankings.batch_size = 48
 
-  config.policy.steps = 16
+  config.policy.steps = 10
   config.policy.warmup = 2
-  config.policy.save_every = 8
-  config.policy.samples_every = 8
+  config.policy.save_every = 5
+  config.policy.samples_every = 5
   config.policy.prompts_per_step = 6
   config.policy.replies_per_prompt = 2
   config.policy.ranked_replies = 4

@@ -123,6 +123,13 @@ def test_what_has_no_room_does_not_fit_and_has_its_figures(monkeypatch):
   assert decode.name in found.remedy
 
 
+@pytest.mark.parametrize(
+  ('topology', 'shape'), [('v6e:4x4', (2, 8, 1)), ('v5p:4x4x4', (1, 32, 2)), ('v6e:16x16', (1, 64, 4))]
+)
+def test_an_axis_of_the_mesh_may_be_a_part_of_one_of_the_network(topology, shape):
+  assert make_mesh(shape, chips.find(topology).devices).devices.shape == shape
+
+
 def test_collectives_are_counted_as_often_as_they_run():
   mesh = jax.make_mesh((4,), ('x',), devices=chips.find('v5e:2x2').devices, axis_types=(AxisType.Auto,))
   split = NamedSharding(mesh, PartitionSpec('x'))
@@ -135,6 +142,28 @@ def test_collectives_are_counted_as_often_as_they_run():
   w = jax.ShapeDtypeStruct((1024, 1024), 'float32', sharding=split)
   text = jax.jit(rounds, out_shardings=split).lower(w, a).compile().as_text()
   assert traffic(text) == 5 * 1024 * 512 * 2 * 3 / 4  # in bfloat16, to which products round
+
+
+def test_of_collectives_that_were_joined_all_are_counted():
+  mesh = jax.make_mesh((4,), ('x',), devices=chips.find('v5e:2x2').devices, axis_types=(AxisType.Auto,))
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  def products(a, ws):
+    return [a @ w for w in ws]
+
+  def split(shape, *axes):
+    return jax.ShapeDtypeStruct(shape, 'bfloat16', sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+  ws = [split((512, 1024), 'x', None)] * 4
+  text = jax.jit(products, out_shardings=[whole] * 4).lower(split((256, 512), None, 'x'), ws).compile().as_text()
+  assert re.search(r'= \(.*\) all-reduce', text)
+  assert traffic(text) == 4 * 256 * 1024 * 2 * 2 * 3 / 4
+
+
+def test_of_what_is_under_way_the_results_are_counted():
+  gathered = '((bf16[2,8]{1,0:T(8,128)(2,1)}, f32[4]{0}), (bf16[8,8]{1,0:T(8,128)(2,1)}, f32[16]{0})) all-gather-start('
+  text = f'ENTRY %main (a: f32[2]) -> f32[2] {{\n  %x = {gathered}%a, %b), replica_groups=[1,4]<=[4]\n}}'
+  assert traffic(text) == (64 * 2 + 16 * 4) * 3 / 4
 
 
 def test_a_gpu_is_estimated_and_says_so():

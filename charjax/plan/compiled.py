@@ -79,7 +79,7 @@ def traffic(text: str, repeats: int = 1) -> float:
     if found := _COLLECTIVE.search(line):
       # One that goes on beside other work stands in each piece of that work, always with the number of its channel.
       channel = re.search(r'channel_id=(\d+)', line)
-      own[name][channel[1] if channel else f'line {number}'] = _passed(found[2], _largest(found[1]), _group(line))
+      own[name][channel[1] if channel else f'line {number}'] = _passed(found[2], _result(*found.groups()), _group(line))
     times = 1
     if loop := re.search(r' while\(.*condition=%?([\w.\-]+)', line):
       times = _trips(text, loop[1]) or repeats
@@ -107,14 +107,21 @@ def _trips(text: str, condition: str) -> int:
   return int(bound[1]) if bound else 0
 
 
-def _largest(shapes: str) -> int:
-  """Bytes of the largest array of a result: that of a collective that is under way holds its operand too."""
-  sizes = [0]
-  for kind, dims in _SHAPE.findall(shapes):
-    bits = re.search(r'\d+', kind)
-    count = math.prod(int(size) for size in dims.split(',') if size)
-    sizes.append(count * (int(bits[0]) if bits else 8) // 8)
-  return max(sizes)
+def _result(shapes: str, kind: str, start: str | None) -> int:
+  """Bytes of what a collective gives: of all arrays that it was joined from."""
+  if start and kind != 'all-reduce':  # One that is under way holds its operands first, and then its results.
+    depth, begin, parts = 0, 1, []
+    for place, letter in enumerate(shapes):
+      depth += (letter in '([{') - (letter in ')]}')
+      if (depth == 1 and letter == ',') or depth == 0:
+        parts.append(shapes[begin:place])
+        begin = place + 1
+    shapes = parts[1] if len(parts) > 1 else shapes
+  total = 0
+  for dtype, dims in _SHAPE.findall(shapes):
+    bits = re.search(r'\d+', dtype)
+    total += math.prod(int(size) for size in dims.split(',') if size) * (int(bits[0]) if bits else 8) // 8
+  return total
 
 
 def _group(line: str) -> int:

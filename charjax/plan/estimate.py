@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from charjax.limits import ranked_to_message
 from charjax.mesh import make_mesh
 from charjax.model.config import ModelConfig
 from charjax.plan import programs
@@ -152,7 +153,7 @@ def _stages(config: Any, character: Any, by_name: dict[str, Figures]) -> dict[st
   samples = config.evaluation.samples
   asked = traits * (messages.train_per_trait + messages.heldout_per_trait)
   asked += messages.train_neutral + messages.heldout_neutral
-  ranked = traits * messages.train_per_trait * (replies.shown + replies.plain + replies.opposed)
+  ranked = traits * messages.train_per_trait * ranked_to_message(replies)
   steps = math.ceil(
     traits * messages.train_per_trait / 2 * config.preference.epochs / config.preference.messages_per_batch
   )
@@ -185,8 +186,7 @@ def _remedy(config: Any, found: Sequence[Figures]) -> str:
   if worst.name in ('scoring', 'policy step', 'preference step'):
     size, each = config.policy.prompts_per_step, rollouts.rows_to_prompt(config.policy)
     if section == 'preference':
-      replies = config.replies
-      size, each = config.preference.messages_per_batch, replies.shown + replies.plain + replies.opposed
+      size, each = config.preference.messages_per_batch, ranked_to_message(config.replies)
     parts = microbatches(config[section].microbatches, size, each)
     more = next((n for n in range(parts + 1, size + 1) if microbatches(n, size, each) == n), None)
     if more:

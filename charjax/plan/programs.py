@@ -20,6 +20,7 @@ from charjax.engine import decode, sample, work
 from charjax.engine.batch import PREFIX_STEP, bucket, compute_prefix
 from charjax.engine.rows import FixedShapes, Group, Rows, parts_of
 from charjax.engine.sample import Reply, Sampling
+from charjax.limits import ranked_to_message
 from charjax.mesh import batch_parts, describe, described, replicate, shard_batch, spec
 from charjax.model.attention import Places
 from charjax.model.blocks import block_parameters
@@ -118,7 +119,7 @@ def _preference(session: Session) -> Program:
   trainable = _abstract(lambda lower: preference.untrained(session, lower, 'train'), lower)
   loss, optimizer = preference.learning(config, steps=100)
   state, layout = describe_optimizer(optimizer, trainable)
-  k = session.config.replies.shown + session.config.replies.plain + session.config.replies.opposed
+  k = ranked_to_message(session.config.replies)
   example = {
     'replies': [[1] * session.config.replies.max_new_tokens] * k,
     'probabilities': np.full((k, k), 0.5, np.float32),

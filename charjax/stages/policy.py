@@ -244,8 +244,13 @@ def _learned(config: Any, item: Row) -> Sequence[Sequence[int]]:
 def learning(config: Any) -> tuple[Any, Any]:
   """The loss of a train step and its optimizer."""
   return policy_loss, make_optimizer(
-    config.learning_rate, config.warmup, config.steps, config.weight_decay, config.max_gradient
-  )
+    config.learning_rate, config.warmup, config.steps, config.weight_decay, config.max_gradient,
+    apart='head' if _has_value_head(config) else '',
+  )  # fmt: skip
+
+
+def _has_value_head(config: Any) -> bool:
+  return config.advantages == 'ppo' and config.replies_per_prompt > 0
 
 
 def untrained(session: Session, decoder: Decoder) -> Any:
@@ -256,7 +261,7 @@ def untrained(session: Session, decoder: Decoder) -> Any:
     config.lora_rank,
     seed(session) + 10,
     lora_targets=config.lora_targets,
-    traits=int(config.advantages == 'ppo' and config.replies_per_prompt > 0),  # The value head.
+    traits=int(_has_value_head(config)),
   )
 
 

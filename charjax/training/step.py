@@ -40,13 +40,25 @@ def make_batch(whole: Mapping[str, Any], rows: Mapping[str, Any], microbatches: 
 
 
 def make_optimizer(
-  learning_rate: float, warmup: int, steps: int, weight_decay: float, max_gradient: float
+  learning_rate: float, warmup: int, steps: int, weight_decay: float, max_gradient: float, apart: str = ''
 ) -> optax.GradientTransformation:
-  """AdamW with a linear warm-up, a cosine decay to a tenth, and gradients clipped to a global norm."""
+  """AdamW with a linear warm-up, a cosine decay to a tenth, and gradients clipped to a global norm.
+
+  `apart` names an entry of what is trained that is clipped by a norm of its own: else how far the rest moves would hang
+  on the errors of what shares no gradient with it.
+  """
   schedule = optax.warmup_cosine_decay_schedule(
     learning_rate / max(warmup, 1), learning_rate, warmup, max(steps, warmup + 1), learning_rate / 10
   )
-  return optax.chain(optax.clip_by_global_norm(max_gradient), optax.adamw(schedule, b2=0.99, weight_decay=weight_decay))
+  clip = optax.clip_by_global_norm(max_gradient)
+
+  def by_part(gradient: Any, _: Any) -> Any:
+    rest = {name: some for name, some in gradient.items() if name != apart}
+    return clip.update(rest, ())[0] | clip.update({apart: gradient[apart]}, ())[0]
+
+  return optax.chain(
+    optax.stateless(by_part) if apart else clip, optax.adamw(schedule, b2=0.99, weight_decay=weight_decay)
+  )
 
 
 def init_optimizer(optimizer: optax.GradientTransformation, trainable: Any) -> tuple[Any, Any]:

@@ -10,11 +10,12 @@ shown, context distillation reads those of more messages, and is held by more ne
 
 import math
 
+from charjax import limits
+
 
 def get_sweep(config):
   policy = config.policy
-  made = config.replies.shown + config.replies.plain + config.replies.opposed
-  each = min(made, policy.replies_per_prompt + policy.ranked_replies)
+  each = min(limits.ranked_to_message(config.replies), policy.replies_per_prompt + policy.ranked_replies)
   drawn = {'policy.replies_per_prompt': each, 'policy.ranked_replies': 0}
   read = {'policy.replies_per_prompt': 0, 'policy.ranked_replies': each}
   some, parts = max(1, min(each, config.replies.shown)), policy.microbatches
