@@ -8,15 +8,17 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from charjax.character import Character, Trait, load
+from charjax.character import Character, Trait, load, select
 from charjax.errors import UserError
+from charjax.starting_model import read_record
 from charjax.terminal import wrapped
 
 _LISTED = 5  # seeds or messages of pairs that are written out
 
 
 def read(path: str) -> Character:
-  """A character as `load` takes it, or the one that stands in the folder of a run.
+  """A character as `load` takes it, or the one that stands in the folder of a run: with the traits and weights that the
+  run chose.
 
   Raises:
     UserError: naming what is wrong with it, or that the folder holds none.
@@ -29,7 +31,8 @@ def read(path: str) -> Character:
       raise
   if not (folder / 'character.toml').exists():
     raise UserError(f'{folder}: a folder without a character.toml; name a character file or the folder of a run')
-  return load(str(folder / 'character.toml'))
+  record = read_record(folder)
+  return select(load(str(folder / 'character.toml')), record.character.traits if record else ())
 
 
 def diff(one: Character, other: Character) -> str:

@@ -40,6 +40,7 @@ class Settings:
   Attributes:
     temperature: logits are divided by it; 0 takes the most probable token.
     top_p: see engine.sample.Sampling.
+    top_k: see there.
     max_new_tokens: a reply that has not ended by then is cut off.
     seed: of the draws; the n-th message is answered alike each time.
     side_by_side: the starting model (also without its adapters, if it has some), the same with the character shown, and
@@ -49,6 +50,7 @@ class Settings:
 
   temperature: float
   top_p: float
+  top_k: int
   max_new_tokens: int
   seed: int = 0
   side_by_side: bool = False
@@ -128,7 +130,7 @@ class Speaker:
     if room < 1:
       self.ended, self.note = True, f'{len(prompt)} tokens to read, and {limit} are the most: shorten the message'
       return
-    sampling = Sampling(room, settings.temperature, settings.top_p)
+    sampling = Sampling(room, settings.temperature, settings.top_p, top_k=settings.top_k)
     key = item_keys(settings.seed, 'chat', [str(turn)])[0]
     tokens: list[int] = []
     replies = stream(self.decoder, prompt, key, model.eos_ids, sampling, adapter=self.adapter)

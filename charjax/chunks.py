@@ -25,7 +25,7 @@ def chunks(
 
   A chunk is named by the contents of all that it is made from. It is there if an earlier process made it before it was
   killed; of a stage that keeps its chunks (`workdir.Stage.keeps`), if an earlier run did, and what changed since is in
-  none of: the config of the stage, the starting model, its items, `of`.
+  none of: the config of the stage (but for `workdir.Stage.after`), the starting model, its items, `of`.
 
   Args:
     session: of the run.

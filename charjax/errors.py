@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read, and how other errors are quoted in it."""
+"""The exceptions that a user is meant to read, and how other errors are quoted in them."""
 
 
 class UserError(Exception):
@@ -6,6 +6,13 @@ class UserError(Exception):
 
   The message is one line that names the file, the field and the remedy. The command line prints it
   without a stack trace and exits with code 2.
+  """
+
+
+class Passing(Exception):
+  """Something that may pass by itself, as what a network or another machine does; the message is as a UserError's.
+
+  The command line exits with code 75: who watches over a run gives the same command again.
   """
 
 

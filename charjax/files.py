@@ -39,17 +39,21 @@ def write_jsonl(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> None
   write_text(path, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
 
 
-def read_jsonl(path: epath.PathLike, fields: Mapping[str, Any] | None = None) -> list[Row]:
+def read_jsonl(path: epath.PathLike, fields: Mapping[str, Any] | None = None, *, appended: bool = False) -> list[Row]:
   """The rows of `numbered_rows`, without their lines."""
-  return [row for _, row in numbered_rows(path, fields)]
+  return [row for _, row in numbered_rows(path, fields, appended=appended)]
 
 
-def numbered_rows(path: epath.PathLike, fields: Mapping[str, Any] | None = None) -> list[tuple[int, Row]]:
+def numbered_rows(
+  path: epath.PathLike, fields: Mapping[str, Any] | None = None, *, appended: bool = False
+) -> list[tuple[int, Row]]:
   """Reads one JSON object per line, with the number of its line; empty lines are passed over.
 
   Args:
     path: the file.
     fields: what every row must have, and of which type (or tuple of types).
+    appended: whether it is written a row at a time, so that a kill may have left a last line without its end, which is
+      passed over.
 
   Raises:
     UserError: the file is missing or not UTF-8, or a line is no JSON object or lacks a field.
@@ -60,7 +64,7 @@ def numbered_rows(path: epath.PathLike, fields: Mapping[str, Any] | None = None)
   except (OSError, ValueError) as error:
     reason = getattr(error, 'strerror', None) or error
     raise UserError(f'{path}: cannot be read ({reason}); check the path') from error
-  return parse_rows(path, data, fields)
+  return parse_rows(path, data[: data.rfind(b'\n') + 1] if appended else data, fields)
 
 
 def parse_rows(path: epath.PathLike, data: bytes, fields: Mapping[str, Any] | None = None) -> list[tuple[int, Row]]:

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
-from charjax.errors import UserError, one_line
+from charjax.errors import Passing, UserError, one_line
 
 T = TypeVar('T')
 
@@ -133,9 +133,13 @@ def join(address: str = '', count: int | None = None, index: int | None = None) 
       return False
     raise UserError(f'the processes cannot be joined ({one_line(error)}); {_HOW}') from error
   except Exception as error:  # Also of what asks the launcher.
-    remedy = 'is its port in use?' if named else 'if there is but this one, give --processes=1'
-    where = address or 'the coordinator'
-    raise UserError(f'the processes cannot be joined at {where} ({one_line(error)}); {remedy}') from error
+    if named:
+      raise UserError(
+        f'the processes cannot be joined at {address} ({one_line(error)}); is its port in use?'
+      ) from error
+    # Of those that the machines know of themselves, which may not answer yet.
+    remedy = 'if there is but this one, give --processes=1'
+    raise Passing(f'the processes cannot be joined at the coordinator ({one_line(error)}); {remedy}') from error
   finally:
     alone.cancel()
     signal.signal(signal.SIGINT, interrupt)

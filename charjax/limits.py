@@ -73,6 +73,11 @@ def ranked_to_message(replies: ConfigDict) -> int:
   return replies.shown + replies.plain + replies.opposed
 
 
+def fewest_parts(size: int, most: int) -> int:
+  """In how few parts as large as each other, of at most `most`, so many can be divided."""
+  return next(parts for parts in range(1, size + 1) if size % parts == 0 and size // parts <= max(1, most))
+
+
 def check(config: ConfigDict) -> None:
   """What the types of fields cannot say.
 
@@ -92,10 +97,11 @@ def check(config: ConfigDict) -> None:
     if config[section][field] not in choices:
       known = ', '.join(choice or "''" for choice in choices)
       raise UserError(f'config.{name} is {config[section][field]!r}; choose from {known}')
-  if config.rankings.label_low > config.rankings.label_high:
+  low, high = config.rankings.label_low, config.rankings.label_high
+  if low > 0.5 or not math.isclose(low + high, 1.0, abs_tol=1e-6):
     raise UserError(
-      f'config.rankings.label_low is {config.rankings.label_low}; it must not be above label_high, which is '
-      f'{config.rankings.label_high}'
+      f'config.rankings.label_low is {low} and label_high {high}; the first must be at most 0.5, and the second 1 less '
+      'the first: which of two replies stands first is chance'
     )
   for section, field in (('preference', 'messages_per_batch'), ('policy', 'prompts_per_step')):
     targets, parts, size = config[section].lora_targets, config[section].microbatches, config[section][field]
@@ -124,10 +130,11 @@ def check(config: ConfigDict) -> None:
       'config.policy.replies_per_prompt is 1, and a reply is judged beside the others; set it to 2 or more, to 0 to '
       "draw none, or config.policy.advantages to 'ppo'"
     )
-  if not policy.replies_per_prompt + policy.ranked_replies + policy.shown_replies:
+  ranked_teach = policy.ranked_replies and (policy.ranked_weight or policy.ranked_likelihood)
+  if not (policy.replies_per_prompt or ranked_teach or (policy.shown_replies and policy.shown_weight)):
     raise UserError(
-      'config.policy.replies_per_prompt, ranked_replies and shown_replies are all 0, so there is nothing to learn '
-      'from; raise one of them'
+      'config.policy.replies_per_prompt, ranked_replies and shown_replies are all 0, or have no weight, so there is '
+      'nothing to learn from; raise one of them, and with it ranked_weight or ranked_likelihood, or shown_weight'
     )
   if policy.shown_replies > replies.shown:
     raise UserError(
@@ -143,6 +150,10 @@ def check(config: ConfigDict) -> None:
     raise UserError(
       f'config.policy.ranked_replies is {policy.ranked_replies}, and {ranked} a message are ranked; set it to 0, or '
       'from 2 to that number'
+    )
+  if not (preference.epochs or preference.head_steps):
+    raise UserError(
+      'config.preference.epochs and head_steps are both 0, so that no preference model is trained; raise one of them'
     )
   if not 0 < preference.depth <= 1:
     raise UserError(f'config.preference.depth is {preference.depth}; it must be above 0 and at most 1')

@@ -23,7 +23,7 @@ from charjax import character as characters
 from charjax import defaults, files, hosts, interrupts, limits, start, starting_model, storage, watch
 from charjax import workdir as workdirs
 from charjax.config_file import merge, nearest, override, read_config, read_sweep
-from charjax.errors import UserError, one_line
+from charjax.errors import Passing, UserError, one_line
 from charjax.stages import STAGES
 from charjax.terminal import is_unread, print_nowhere, printable
 
@@ -99,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   Returns:
     The exit code: 0, 1 (a check found problems), 2 (a mistake of the user's), 141 (nobody reads what is printed), 130
-    (interrupted by Ctrl-C), 143 (by SIGTERM), 75 (a bucket does not answer; of many processes also: one was lost, or
-    they hung). After the last three the same command goes on.
+    (interrupted by Ctrl-C), 143 (by SIGTERM), 75 (a bucket or the hub does not answer; of many processes also: one was
+    lost, or they hung, or did not find each other or their devices). After the last three the same command goes on.
   """
   arguments = list(sys.argv[1:] if argv is None else argv)
   try:
@@ -130,11 +130,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _told(error: BaseException) -> tuple[int, str] | None:
   """The exit code and the line that an error ends in; None: nobody expected it."""
   if isinstance(error, UserError):
-    return 2, ' '.join(str(error).split())
+    # Of many processes, one that was just ended may still hold the folder.
+    code = hosts.LOST if isinstance(error, storage.Locked) and hosts.count() > 1 else 2
+    return code, ' '.join(str(error).split())
   # What reads buckets has an error of its own, which it raises once it has tried for long.
-  if isinstance(error, Exception) and (
-    isinstance(error, storage.NoAnswer) or type(error).__module__.startswith('gcsfs.')
-  ):
+  if isinstance(error, Exception) and (isinstance(error, Passing) or type(error).__module__.startswith('gcsfs.')):
     return hosts.LOST, one_line(error)
   if isinstance(error, OSError) and error.errno in _DISK:
     where = error.filename or 'the disk'
@@ -244,7 +244,7 @@ def _chat(rest: Sequence[str], config_spec: str, workdir: str, changes: Sequence
   from charjax import chat
   from charjax.model import hub
 
-  drawn = {'temperature': config.evaluation.temperature, 'top_p': config.evaluation.top_p, 'max_new_tokens': 512}
+  drawn = {name: config.evaluation[name] for name in ('temperature', 'top_p', 'top_k')} | {'max_new_tokens': 512}
   with start.devices(config):
     if hub.is_address(config.model.path):
       session.checkpoint  # noqa: B018  (bars of a download do not go into the lines of a conversation)
@@ -297,11 +297,9 @@ def _at(where: epath.PathLike, wants_run: bool, changes: Sequence[str]) -> tuple
   """The config of what is at a place, and whether that is a run, which has its own, or a model."""
   named = os.path.expanduser(os.fspath(where))
   place = epath.Path(named)
-  record = starting_model.read_record(named)
+  record = starting_model.read_run(named) if wants_run else starting_model.read_record(named)
   config = _defaults()
   if record is None:
-    if wants_run:
-      raise UserError(f'{place}: no run was begun there; give the --workdir of a run')
     starting_model.check_path(named)
     config.model.path = named
   else:
@@ -329,8 +327,7 @@ def _review(config: str, workdir: str, options: dict[str, Any]) -> int:
 
 def _report(place: epath.Path) -> int:
   """Makes the page of a run from what stands in its folder, whatever config it was made with."""
-  if not (place / 'config.json').exists():
-    raise UserError(f'{place}: no run was begun there; give the --workdir of a run')
+  starting_model.read_run(place)
   from charjax.stages import report
 
   with workdirs.lock(place):
@@ -378,7 +375,7 @@ def _sweep(config_spec: str, changes: Sequence[str], workdir: str, options: dict
   if found.search:
     from charjax import search
 
-    finished, failed = search.work(root, options.get('trials', 20), *found.search, make), []
+    finished, failed = search.work(root, options.get('trials', 20), *found.search, make)
     sweep.write_record(root, found.base, finished)
   else:
     trials = [make(name, own) for name, own in found.trials.items()]

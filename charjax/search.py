@@ -24,7 +24,7 @@ def work(
   suggest: Callable[[Any], list[str]],
   value: Callable[[Mapping[str, Any]], float],
   make: Callable[[str, Sequence[str]], sweep.Trial],
-) -> list[sweep.Trial]:
+) -> tuple[list[sweep.Trial], list[sweep.Trial]]:
   """Makes trials of the study in `folder` until it has `total`.
 
   Args:
@@ -35,7 +35,7 @@ def work(
     make: (name, changes) -> a trial.
 
   Returns:
-    All finished trials of the study, the best first.
+    All finished trials of the study, the best first, and those that failed.
 
   Raises:
     UserError: Optuna is not installed, or there is a mistake in what a trial changes.
@@ -51,15 +51,16 @@ def work(
     load_if_exists=True,
   )
 
+  def made_of(some: Sequence[Any]) -> list[sweep.Trial]:
+    return [make(_name(one.number), suggest(optuna.trial.FixedTrial(one.params))) for one in some]
+
   def finished() -> list[sweep.Trial]:
-    """The best first."""
-    found = sorted(study.get_trials(deepcopy=False, states=(state.COMPLETE,)), key=lambda one: -one.value)
-    return [make(_name(one.number), suggest(optuna.trial.FixedTrial(one.params))) for one in found]
+    return made_of(sorted(study.get_trials(deepcopy=False, states=(state.COMPLETE,)), key=lambda one: -one.value))
 
   while True:
     with _next(optuna, study, folder, total) as trial:
       if trial is None:
-        return finished()
+        return finished(), made_of(study.get_trials(deepcopy=False, states=(state.FAIL,)))
       name = _name(trial.number)
       run = make(name, suggest(trial))
       print(f'{name}: {json.dumps(trial.params)}', flush=True)
@@ -89,10 +90,14 @@ def _next(optuna: Any, study: Any, folder: epath.Path, total: int) -> Iterator[A
         if study.get_trials(deepcopy=False)[one.number].state == running:  # not finished in the meantime
           yield optuna.trial.Trial(study, one._trial_id)
           return
-    if len(study.get_trials(deepcopy=False)) >= total:
+    enough = False
+    with contextlib.suppress(storage.Locked), workdir.lock(folder / '.workers' / 'asking'):
+      enough = len(study.get_trials(deepcopy=False)) >= total
+      if not enough:
+        study.ask()  # for the worker that comes first, which is this one as a rule
+    if enough:
       yield None
       return
-    study.ask()  # for the worker that comes first, which is this one as a rule
 
 
 def _optuna() -> Any:

@@ -15,7 +15,7 @@ import charjax
 from charjax import character as characters
 from charjax import files, hosts, interrupts, limits, starting_model, storage, watch
 from charjax import workdir as workdirs
-from charjax.errors import UserError, one_line
+from charjax.errors import Passing, UserError, one_line
 from charjax.stages import STAGES
 
 _PACKAGES = ('charjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
@@ -108,6 +108,7 @@ def devices(config: ml_collections.ConfigDict, workdir: epath.Path | None = None
 
   from charjax import mesh
   from charjax.engine import work
+  from charjax.plan import chips
 
   work.watch_compilation()
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
@@ -116,12 +117,17 @@ def devices(config: ml_collections.ConfigDict, workdir: epath.Path | None = None
     if workdir is not None and hosts.count() > 1 and not storage.is_bucket(workdir):
       cache = str(workdir / '.xla')
     jax.config.update('jax_compilation_cache_dir', cache)
+  # Of a GPU's memory, what a plan counts on; by itself JAX takes three quarters.
+  if not os.environ.keys() & {'XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'}:
+    os.environ['XLA_CLIENT_MEM_FRACTION'] = f'{chips.GPU_SHARE}'
   if not os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   try:
     backend = jax.default_backend()
   except RuntimeError as error:
-    raise UserError(f'no device to run on ({one_line(error)}); is another process using it?') from error
+    # Of many machines, one may have begun before its devices were there.
+    kind = Passing if hosts.count() > 1 else UserError
+    raise kind(f'no device to run on ({one_line(error)}); is another process using it?') from error
   if backend != 'cpu':
     # Else products of float32 would be rounded to bfloat16 or TF32 there, though the config says float32.
     jax.config.update('jax_default_matmul_precision', 'highest')

@@ -111,6 +111,18 @@ def read_record(folder: epath.PathLike) -> ml_collections.ConfigDict | None:
   return ml_collections.ConfigDict(found) if isinstance(found, dict) else None
 
 
+def read_run(folder: epath.PathLike) -> ml_collections.ConfigDict:
+  """The config that a run was started with.
+
+  Raises:
+    UserError: the folder is not a run's.
+  """
+  record = read_record(folder)
+  if record is None:
+    raise UserError(f'{folder}: no run was begun there; give the folder of a run')
+  return record
+
+
 def read_asked(folder: epath.PathLike) -> tuple[str, str]:
   """The address of a hub that a run was asked to start from, and the same with the commit; '' where there is none."""
   try:

@@ -23,7 +23,7 @@ from typing import Any
 
 from etils import epath
 
-from charjax.errors import UserError, one_line
+from charjax.errors import Passing, UserError, one_line
 
 # Seconds after which a lock in a bucket that was not renewed has no owner. Its owner renews it six times as often, and
 # ends after two thirds of them without success, whatever an answer takes.
@@ -35,8 +35,8 @@ class Locked(UserError):
   """Another process works in a run folder."""
 
 
-class NoAnswer(Exception):
-  """A bucket does not answer, and may do so later; the message is one line, as a UserError's."""
+class NoAnswer(Passing):
+  """A bucket does not answer, and may do so later."""
 
 
 def unread(path: epath.PathLike, error: Exception) -> NoAnswer:
@@ -181,6 +181,11 @@ def put(path: epath.Path, data: bytes, new: bool = False) -> None:
         raise Locked(f'{path}: another process wrote it; give the same command again to go on from there') from None
 
 
+def is_half_written(path: epath.Path) -> bool:
+  """Whether a file is what a kill leaves of one that was being written."""
+  return path.name.startswith('.') and path.name.endswith('.tmp')
+
+
 def _replace(path: epath.Path, data: bytes) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   # Of several processes that write the same file without a lock, as those of a search, each has its own.
@@ -272,7 +277,12 @@ def _kernel_lock(path: epath.Path) -> Iterator[str]:
 
 
 def _locked(path: epath.Path, holder: str) -> Locked:
-  return Locked(f'--workdir={path.parent}: process {holder} is working in it; wait for it or choose another folder')
+  # Of a machine that died, a server of NFS before version 4 never hears that it holds nothing any more.
+  elsewhere = not is_bucket(path) and not os.path.exists(f'/proc/{holder}')
+  instead = f'; if it was on another machine, which is gone, remove {path.name}' if elsewhere else ''
+  return Locked(
+    f'--workdir={path.parent}: process {holder} is working in it; wait for it or choose another folder{instead}'
+  )
 
 
 @contextlib.contextmanager

@@ -308,8 +308,12 @@ def launches(trials: Sequence[Trial], root: epath.Path, base: str) -> list[list[
   """
   if not (storage.is_bucket(root) or root.is_absolute()):
     raise UserError(f'--workdir={root}: no slice sees it; give a folder that all share, as gs://BUCKET/FOLDER')
-  character = trials[0].session.config.character.path
-  for flag, file in (('--config', base), *(('config.character.path', part) for part in character.split('+'))):
+  files = [('--config', base)]
+  for trial in trials:
+    config = trial.session.config
+    files += [('config.character.path', part) for part in config.character.path.split('+')]
+    files += [(f'config.evaluation.{field}', config.evaluation[field]) for field in ('probes', 'neutral')]
+  for flag, file in dict.fromkeys(files):
     if os.path.isabs(file) or '..' in Path(file).parts:
       raise UserError(f'{flag}: slices get this checkout, and {file} is elsewhere; name it from the checkout on')
   found = []

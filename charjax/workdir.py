@@ -49,6 +49,7 @@ class Stage:
     check: reads what `run` will read, and raises UserError where a person's edits broke it.
     added: folders that people add to a finished run, whose JSON Lines it reads where there are any.
     keeps: whether its chunks (chunks.py) stay, so that what a changed character leaves as it is need not be made again.
+    after: fields of its section that no chunk is made from; of others that changed, all chunks are made anew.
   """
 
   name: str
@@ -60,6 +61,7 @@ class Stage:
   check: Callable[[Session], None] = lambda session: None
   added: tuple[str, ...] = ()
   keeps: bool = False
+  after: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -331,7 +333,7 @@ def _check(stages: Sequence[Stage], session: Session) -> None:
       raise UserError(f'{folder}: a file, where the stage has its folder; move it away or choose another --workdir')
     # What is about to be emptied must be ours: --workdir may name any folder of a person's disk.
     ours = (folder / 'stage.json').exists() or (folder / 'unfinished.json').exists()
-    if folder.exists() and not ours and any(folder.iterdir()):
+    if folder.exists() and not ours and not all(map(storage.is_half_written, folder.iterdir())):
       raise UserError(f'{folder}: holds files that no run wrote; choose another --workdir or move them away')
     record = next((record for record in _read_records(folder) if record), None)
     if record and record['version'] != charjax.__version__:
@@ -389,7 +391,12 @@ def _perform(stage: Stage, session: Session) -> None:
     return
   from charjax.engine import work
 
-  beside = {field: value for field, value in record['config_values'].items() if not field.startswith('character.')}
+  after = {f'{stage.name}.{field}' for field in stage.after}
+  beside = {
+    field: value
+    for field, value in record['config_values'].items()
+    if not field.startswith('character.') and field not in after
+  }
   session.basis, session.used = fingerprint([record['version'], beside]), set()
   start, before = time.monotonic(), work.done()
   with trace.into(session.folder(stage.name) / 'profile' if session.config.profile else None):

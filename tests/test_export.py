@@ -416,7 +416,7 @@ MISTAKES = {
   'preference models that are gone': (of_run('--model=preference'), r'preference/train: the checkpoint is gone'),
   'a workdir without a run': (
     lambda place: [f'--workdir={place.folder}'],
-    r'no run was begun there; give the --workdir of a run',
+    r'no run was begun there; give the folder of a run',
   ),
   'no model': (
     lambda place: [str(place.folder / 'none'), '--output=x'],

@@ -382,20 +382,24 @@ def test_the_page_of_a_run_is_made_from_its_folder_alone(tmp_path, capsys):
   (folder / 'evaluation' / 'summary.json').write_text('{"traits":')
   assert main(['report', f'--workdir={folder}']) == 2
   assert 'evaluation/summary.json: not JSON' in capsys.readouterr().err
-  assert main(['report', f'--workdir={tmp_path / "none"}']) == 2
-  assert 'no run was begun there' in capsys.readouterr().err
+  (tmp_path / 'model').mkdir()
+  (tmp_path / 'model' / 'config.json').write_text('{"model_type": "llama"}')
+  for name in ('none', 'model'):
+    assert main(['report', f'--workdir={tmp_path / name}']) == 2
+    assert f'{name}: no run was begun there' in capsys.readouterr().err
+  assert not (tmp_path / 'model' / 'report').exists()
 
 
 def test_a_judge_that_is_none_is_told_of(tmp_path):
   folder = write_run(tmp_path / 'run')
-  said = 'The judge does not tell the written pairs of'
+  said = 'On the written pairs of AI nature'
   assert said not in report.render(folder)
   path = folder / 'preference' / 'report.json'
   found = json.loads(path.read_text())
   found['judge']['kept']['ai_nature'] = {'mean': 0.4, 'low': 0.2, 'high': 0.6, 'n': 16}
   path.write_text(json.dumps(found))
   page = report.render(folder)
-  assert f'{said} AI nature apart better than by chance' in page
+  assert f'{said} (40% (20% to 60%) right) the judge is not told from chance' in page
   # Of perspectives and honesty, too, where nobody wins clearly.
   assert page.count('held-out judge not told from chance on its kept pairs') == 3
 

@@ -139,6 +139,16 @@ def test_babysit_starts_again_what_was_cut_off(cloud):
   assert cloud.asked()[3:] == [START, LAST] * 3 + [START, 'delete'] and told.count(COST) == 1
 
 
+def test_babysit_sets_up_again_what_was_not_set_up_to_the_end(cloud):
+  once = f'{{ mkdir {cloud.top}/tried-$JAX_PROCESS_ID 2>/dev/null && [ $JAX_PROCESS_ID = 1 ] && exit 1; }} || true'
+  cloud.environment['TPU_INSTALL'] = f'{{ {once}; }} && {cloud.environment["TPU_INSTALL"]}'
+  process = cloud.babysit('0')
+  _, told = process.communicate(timeout=600)
+  assert process.returncode == 0, told
+  assert [line.split()[0] for line in cloud.asked()] == ['create', 'scp', 'ssh', 'scp', 'ssh', 'ssh']
+  assert cloud.starts() == 1
+
+
 def test_babysit_makes_a_preempted_slice_anew_and_may_be_cut_off_itself(cloud):
   process = cloud.babysit('stay 0')
   while cloud.starts() < 1:

@@ -46,7 +46,7 @@ slice() {
 
 # Of the run on all workers: running, done, again (cut off), new, unset (no code there), unreachable, or an exit code.
 run() {
-  local found states
+  local found states patience=(timeout 300)
   found=$(on all 'if [ -e charjax/tpu/worker.sh ]; then charjax/tpu/worker.sh state; else echo charjax-state unset; fi' \
     2>/dev/null) || { echo unreachable; return; }
   states=$(sed -n 's/^charjax-state //p' <<<"$found" | sort -u)

@@ -102,7 +102,12 @@ try() {
   fi
 }
 
+# A machine that is gone answers nothing, for hours if need be.
+alive=(-oConnectTimeout=10 -oServerAliveInterval=15 -oServerAliveCountMax=4)
+patience=() # what limits how long a command may take: timeout 300, say
+
 # on WORKERS COMMAND: a command line on each of the workers ('all', or a number), at once.
 on() {
-  try gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker="$1" --command="$2"
+  try "${patience[@]}" gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker="$1" \
+    "${alive[@]/#/--ssh-flag=}" --command="$2"
 }

@@ -49,7 +49,7 @@ def _read(decoder: Decoder, adapter: Any, tokens_1t: jax.Array, real_1t: jax.Arr
   return Cache(KV(*kept), places)
 
 
-@partial(jax.jit, static_argnames='top_p', donate_argnames='cache')
+@partial(jax.jit, static_argnames=('top_p', 'top_k'), donate_argnames='cache')
 def _draw(
   decoder: Decoder,
   adapter: Any,
@@ -63,6 +63,7 @@ def _draw(
   temperature: jax.Array,
   *,
   top_p: float,
+  top_k: int,
 ) -> tuple[Cache, jax.Array]:
   """Draws the reply's tokens `step`, `step` + 1 ... before `last`, the first from `token_1` at position `length` - 1.
 
@@ -79,7 +80,7 @@ def _draw(
       decoder, token_1[None], index[None, None], layers=layers, cache=cache, cache_index=index,
     )  # fmt: skip
     uniform = jax.random.uniform(jax.random.fold_in(key, step + i))
-    token_1, _ = draw(logits(decoder, hidden[:, 0]), uniform[None], temperature, top_p)
+    token_1, _ = draw(logits(decoder, hidden[:, 0]), uniform[None], temperature, top_p, top_k)
     return cache, tokens.at[i].set(token_1[0]), token_1, i + 1, jnp.isin(token_1[0], eos)
 
   def more(state: tuple[Any, ...]) -> jax.Array:
@@ -120,7 +121,7 @@ def stream(
   state = _begin(decoder, adapter, given, slots, (last, key_data, end_ids(eos_ids), np.float32(settings.temperature)))
   length, step = len(prompt), 0
   while step < settings.max_new_tokens:
-    state, drawn = _go_on(decoder, adapter, state, (length + step, step, settings.max_new_tokens), settings.top_p)
+    state, drawn = _go_on(decoder, adapter, state, (length + step, step, settings.max_new_tokens), settings)
     yield drawn
     step += len(drawn)
     if drawn[-1] in eos_ids:
@@ -138,10 +139,13 @@ def _begin(
 
 @no_silent_transfers
 def _go_on(
-  decoder: Decoder, adapter: Any, state: tuple[Any, ...], counts: tuple[int, int, int], top_p: float
+  decoder: Decoder, adapter: Any, state: tuple[Any, ...], counts: tuple[int, int, int], settings: Sampling
 ) -> tuple[tuple[Any, ...], list[int]]:
   cache, token, key_data, ends, temperature = state
   length, step, last = replicate(tuple(np.int32(count) for count in counts))
-  cache, drawn = _draw(decoder, adapter, cache, token, length, step, last, key_data, ends, temperature, top_p=top_p)
+  cache, drawn = _draw(
+    decoder, adapter, cache, token, length, step, last, key_data, ends, temperature,
+    top_p=settings.top_p, top_k=settings.top_k,
+  )  # fmt: skip
   tokens = [int(i) for i in jax.device_get(drawn) if i >= 0]
   return (cache, replicate(np.array(tokens[-1:], np.int32)), key_data, ends, temperature), tokens

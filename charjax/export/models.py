@@ -1,6 +1,5 @@
 """`charjax export`: which model of a run, or which model alone, becomes a Hugging Face directory."""
 
-import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ from charjax.model.decoder import Decoder
 from charjax.model.lora import merge
 from charjax.model.save import DTYPES
 from charjax.model.weights import dequantized
-from charjax.report.read import Run, read_run
+from charjax.report.read import Run, read_run, without
 from charjax.stages import STAGES, policy, preference
 from charjax.training.heads import bind
 from charjax.workdir import Session
@@ -100,7 +99,7 @@ def _run(session: Session) -> Run:
     return run
   if run.summary:
     session.log('the evaluation is left out of the card: it is not up to date; charjax evaluation makes it anew')
-  return dataclasses.replace(run, summary={}, stages={n: s for n, s in run.stages.items() if n != 'evaluation'})
+  return without(run, ['evaluation'])
 
 
 def _start(session: Session, dtype: str) -> Model:

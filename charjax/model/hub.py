@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-from charjax.errors import UserError, one_line
+from charjax.errors import Passing, UserError, one_line
 from charjax.hosts import is_first_process
 
 _PREFIX = 'hf://'
@@ -109,7 +109,8 @@ def _told(address: str) -> Iterator[None]:
     # The client went on to its cache; the reason why stands in what it raised this from.
     reason = one_line(error.__cause__) if isinstance(error.__cause__, Exception) else one_line(error)
     reason = 'HF_HUB_OFFLINE is set' if constants.is_offline_mode() else reason
-    raise UserError(
+    kind = UserError if constants.is_offline_mode() else Passing
+    raise kind(
       f'{address}: not whole in the cache {constants.HF_HUB_CACHE}, and the hub cannot be reached ({reason}); connect '
       'and give the same command again, or give a directory'
     ) from error
@@ -123,7 +124,7 @@ def _told(address: str) -> Iterator[None]:
     network = isinstance(error, (ConnectionError, TimeoutError, socket.gaierror))
     if isinstance(error, OSError) and error.errno and not network:  # of the disk, which the command line tells
       raise
-    raise UserError(
+    raise Passing(
       f'{address}: cannot be fetched ({one_line(error)}); give the same command again: files that are whole are kept'
     ) from error
 

@@ -36,12 +36,13 @@ TPUS = {
   'v6e': Chip(31.25 * GIB, 918e12, 1640e9, 400e9),
 }
 # Of GPUs, in hosts of up to eight: NVIDIA's data sheets of A100, H100 SXM, H200 and B200 (half of the bidirectional
-# NVLink bandwidth). A thirteenth of the memory is left to the runtime.
+# NVLink bandwidth). What is left of the memory is the runtime's.
+GPU_SHARE = 0.92
 GPUS = {
-  'a100': Chip(0.92 * 80e9, 312e12, 2039e9, 300e9),
-  'h100': Chip(0.92 * 80e9, 989e12, 3350e9, 450e9),
-  'h200': Chip(0.92 * 141e9, 989e12, 4800e9, 450e9),
-  'b200': Chip(0.92 * 180e9, 2250e12, 7700e9, 900e9),
+  'a100': Chip(GPU_SHARE * 80e9, 312e12, 2039e9, 300e9),
+  'h100': Chip(GPU_SHARE * 80e9, 989e12, 3350e9, 450e9),
+  'h200': Chip(GPU_SHARE * 141e9, 989e12, 4800e9, 450e9),
+  'b200': Chip(GPU_SHARE * 180e9, 2250e12, 7700e9, 900e9),
 }
 
 

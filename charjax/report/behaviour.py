@@ -86,7 +86,7 @@ def robustness(run: Run) -> Panel:
   """Each trait under other forms of the prompt."""
   found = section(run.behaviour, 'robustness')
   names = list(dict.fromkeys(name for forms in found.values() for name in section(forms)))
-  drawn = []
+  drawn, count = [], 0
   for measure, title, unit in (
     ('likelihood', 'Trait by form of the prompt, by likelihood ratio', _RATIO),
     ('judge', 'The same by the held-out judge', 'spreads of its score'),
@@ -98,7 +98,8 @@ def robustness(run: Run) -> Panel:
       for name in names
     }
     drawn.append(figures.heat_map(f'{title}: trained {MINUS} base', unit, ('form', 'trait'), matrix))
-  return Panel(figures.present(drawn))
+    count += sum(value is not None for line in matrix.values() for value in line.values())
+  return Panel(figures.present(drawn), [*filter(None, [words.by_chance(count)])])
 
 
 def drift(run: Run) -> Panel:
@@ -121,6 +122,12 @@ def drift(run: Run) -> Panel:
   return Panel(figures.present(drawn), notes)
 
 
+_BOTH = (
+  'Of the {} pairs of which both models chose one validly, in both orders; the strengths of each are of all those that '
+  'it did so of.'
+)
+
+
 def preference(run: Run) -> Panel:
   """Which ways to be the model chooses."""
   found = section(run.behaviour, 'preference')
@@ -140,12 +147,13 @@ def preference(run: Run) -> Panel:
     return -value.mean if value else 0.0
 
   ordered = sorted(names, key=rank)
+  both = next((value.n for value in values('delta').values() if value), None)
   drawn = [
     figures.several('What it would rather be', 'Bradley-Terry strength, in logits', [
       ('trained', 'trained', values('trained')), ('base', 'base', values('base')),
     ], kind='way to be'),
     figures.by_name('way to be', f'What it would rather be: trained {MINUS} base', 'Bradley-Terry strength, in logits',
-                    values('delta')),
+                    values('delta'), note=_BOTH.format(both) if both else ''),
     *(figures.conditions(words.measure(name), section(found, key))
       for key, name in (('invalid', 'invalid_answers'), ('first', 'first_answers'))),
   ]  # fmt: skip

@@ -11,7 +11,7 @@ from etils import epath
 
 from charjax import defaults
 from charjax.report.people import wins_by_people
-from charjax.report.read import Estimate, Run, estimate, finite, listed, read_run, seconds, section
+from charjax.report.read import Estimate, Run, cut_off, estimate, finite, listed, read_run, seconds, section
 from charjax.review import verdicts
 from charjax.stages import statistics
 from charjax.workdir import fingerprint
@@ -101,12 +101,20 @@ class Column:
     return pooled if measure == 'margin' else _as_share(pooled)
 
   def seconds(self) -> dict[str, float]:
-    """What each stage took; of several runs the mean."""
+    """What each stage took; of several runs the mean, over those in which it was not cut off if there are any."""
+    partly = self.cut_off()
     found: dict[str, list[float]] = defaultdict(list)
     for run in self.runs:
       for stage, value in seconds(run).items():
-        found[stage].append(value)
+        if stage in partly or stage not in cut_off(run):
+          found[stage].append(value)
     return {stage: sum(values) / len(values) for stage, values in found.items()}
+
+  def cut_off(self) -> list[str]:
+    """The stages that were cut off in all runs that have them: of their time, what was before is not known."""
+    return [
+      stage for stage in cut_off(self.first) if all(stage in cut_off(run) for run in self.runs if stage in seconds(run))
+    ]
 
   def kl(self) -> Estimate | None:
     """KL(trained || starting), in nats a token of the trained model's replies to held-out messages, drawn as the

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from etils import epath
 from markupsafe import Markup
 
+from charjax import starting_model
 from charjax.errors import UserError
 from charjax.files import write_text
 from charjax.progress import duration
@@ -70,8 +71,7 @@ def write(folders: Sequence[epath.Path], output: epath.Path) -> str:
   if output.exists() and (output.is_dir() or _MARK.encode() not in output.read_bytes()[:2000]):
     raise UserError(f'{output}: is there, and no page of charjax compare; move it away, or give another --output')
   for folder in folders:
-    if not (folder / 'config.json').exists():
-      raise UserError(f'{folder}: no run was begun there; give the folders of runs')
+    starting_model.read_run(folder)
   columns = read_columns(folders)
   write_text(output, render(columns, output))
   return f'{console(columns)}\n\nComparison: {output}'
@@ -95,7 +95,7 @@ def render(columns: Sequence[Column], output: epath.Path) -> str:
     traits=_traits(evaluated),
     crosstalk=matrix,
     rest=_rest(evaluated),
-    matrices=matrices(evaluated),
+    matrices=matrices(evaluated, _shared_traits(evaluated)),
     habits=habits(evaluated),
     reference=evaluated[0].name if evaluated else '',
     cost=_cost(columns),
@@ -150,11 +150,14 @@ def _answer(columns: Sequence[Column]) -> list[str]:
     margins = _overall(columns, 'margin')
     clear = [name for name, value in margins.items() if value is not None and value.side_of(0.0) == 1]
     where = words.together(clear) if clear else 'none of the runs'
+    measured = any(value is not None for value in margins.values())
     gaps = {c.name: mean_margin_apart(first, c, traits) for c in columns[1:]}
     wins = {c.name: mean_over([head_to_head(first, c, trait) for trait in traits]) for c in columns[1:]}
     sentences = [
-      f'{over}, training moved the margin clearly towards the character in {where}.',
-      risen,
+      f'{over}, training moved the margin clearly towards the character in {where}.'
+      if measured
+      else 'Margins were not measured, for want of kept pairs: the held-out judge alone says what training changed.',
+      risen if measured else '',
       _told_apart(f'{over}, the margin', first.name, gaps),
       _told_apart(f'{over}, the held-out judge', first.name, wins, 0.5, share=True),
     ]
@@ -210,6 +213,9 @@ def _notes(columns: Sequence[Column]) -> list[str]:
       made = [stage for stage in STAGES if stage in column.first.stages]
       how = f'finished: {words.together(made)}' if made else 'no stage is finished'
       notes.append(f'{column.name} is not evaluated yet ({how}); its figures are missing.')
+    for run, folder in zip(column.runs, column.folders, strict=True):
+      if run.outdated:
+        notes.append(f'{folder}: {words.outdated_sentence(run.outdated)}')
   evaluated = [column for column in columns if column.evaluated]
   for column in evaluated:
     asked = section(column.first.config, 'config', 'behaviour').get('sets')
@@ -379,16 +385,25 @@ def _rest(columns: Sequence[Column]) -> list[Figure]:
 
 def _cost(columns: Sequence[Column]) -> list[Figure]:
   took = {column.name: column.seconds() for column in columns}
-  total = figures.durations('Time of each run', {name: sum(each.values()) for name, each in took.items() if each})
+  partly = {column.name: column.cut_off() for column in columns}
+  total = figures.durations(
+    'Time of each run',
+    {name: sum(each.values()) for name, each in took.items() if each},
+    ' '.join(f'{name}: {words.at_least(stages)}' for name, stages in partly.items() if stages),
+  )
   if total is None:
     return []
   rows = []
   for column in columns:
     each, tokens = took[column.name], [column.tokens(which) for which in ('drawn', 'read')]
-    times = (duration(each[stage]) if stage in each else _NONE for stage in STAGES)
+    times = (_time(each[stage], stage in partly[column.name]) if stage in each else _NONE for stage in STAGES)
     rows.append((column.name, *times, *(_NONE if count is None else f'{count:,.0f}' for count in tokens)))
   head = ('run', *STAGES, 'tokens the policy drew', 'tokens it learned from')
   return [dataclasses.replace(total, table=Table(head, rows))]
+
+
+def _time(seconds: float, partly: bool) -> str:
+  return ('at least ' if partly else '') + duration(seconds)
 
 
 def _runs(columns: Sequence[Column], output: epath.Path) -> list[tuple[str, str, str]]:
@@ -429,7 +444,7 @@ def console(columns: Sequence[Column]) -> str:
       column.name, *(fields[name][place] for name in shown),
       _starred(column.figure('neutral', 'log_prob', 'delta')),
       _points(column.figure('neutral', 'accuracy', 'delta')),
-      _cell(column.kl()).replace('\u00a0', ' '), duration(seconds) if seconds else _NONE,
+      _cell(column.kl()).replace('\u00a0', ' '), _time(seconds, bool(column.cut_off())) if seconds else _NONE,
     ])  # fmt: skip
   if len(rows) > 1:
     lines += ['', *_aligned(rows)]

@@ -56,12 +56,13 @@ BESIDE = (
 )
 
 
-def matrices(columns: Sequence[Column]) -> list[Figure]:
-  """A row a run: other forms of the prompt, and which ways to be are preferred; what no run has is left out."""
+def matrices(columns: Sequence[Column], traits: Sequence[str]) -> list[Figure]:
+  """A row a run: other forms of the prompt in the mean over `traits`, and which ways to be are preferred; what no run
+  has is left out."""
   return figures.present([
     figures.heat_map(
       f'Under other forms of the prompt, by likelihood ratio: trained {MINUS} base, mean over traits',
-      _RATIO, ('run', 'form'), {column.name: _by_form(column) for column in columns},
+      _RATIO, ('run', 'form'), {column.name: _by_form(column, traits) for column in columns},
     ),
     figures.heat_map(
       f'What it would rather be: trained {MINUS} base', 'Bradley-Terry strength, in logits', ('run', 'way to be'),
@@ -73,7 +74,8 @@ def matrices(columns: Sequence[Column]) -> list[Figure]:
 def habits(columns: Sequence[Column]) -> list[Figure]:
   """How traits grow or fade in a conversation, and habits; what no run has is left out."""
   change = {column.name: column.behaviour(('drift', 'last_less_first', 'likelihood')) for column in columns}
-  drawn = [figures.by_name('run', 'Traits from the first to the last turn, by likelihood ratio', _RATIO, change)]
+  title = 'Traits from the first to the last turn, by likelihood ratio'
+  drawn = [figures.by_name('run', title, _RATIO, change, note='Of all traits of each run together.')]
   names = dict.fromkeys(name for column in columns for name in section(column.first.behaviour, 'side_effects'))
   for name in names:
     measure = words.measure(name)
@@ -83,13 +85,13 @@ def habits(columns: Sequence[Column]) -> list[Figure]:
   return figures.present(drawn)
 
 
-def _by_form(column: Column) -> dict[str, Estimate | None]:
-  """By form of the prompt, the mean over the column's traits; '' is the message as it is."""
+def _by_form(column: Column, traits: Sequence[str]) -> dict[str, Estimate | None]:
+  """By form of the prompt, the mean over traits; '' is the message as it is."""
   found = section(column.first.behaviour, 'robustness')
   forms = dict.fromkeys(name for forms in found.values() for name in section(forms))
   return {
     form or 'the message alone': column.behaviour(
-      *(('robustness', trait, form, 'likelihood', 'delta') for trait in found)
+      *(('robustness', trait, form, 'likelihood', 'delta') for trait in traits)
     )
     for form in forms
   }

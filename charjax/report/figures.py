@@ -83,9 +83,9 @@ def conditions(measure: Measure, metric: Any) -> Figure | None:
   rows = {name: value for name, value in found.items() if value is not None}
   if not rows:
     return None
-  note = ''
+  note = measure.meaning
   if delta is not None:
-    note = f'trained {MINUS} base: {words.difference(delta, measure.share)}, {words.verdict(delta)[1]}'
+    note += f' Trained {MINUS} base: {words.difference(delta, measure.share)}, {words.verdict(delta)[1]}.'
   svg = plots.whiskers(
     [plots.Row(CONDITION_NAMES[name], [_mark(value, name, measure.share)]) for name, value in rows.items()],
     axis=measure.unit,
@@ -101,7 +101,7 @@ def conditions(measure: Measure, metric: Any) -> Figure | None:
   data = [((CONDITION_NAMES[name],), value) for name, value in rows.items()]
   data += [((f'trained {MINUS} base',), delta)] if delta else []
   table = Table(('', *_ESTIMATE_HEAD), cells)
-  return Figure(measure.title, measure.unit, Markup(svg), table, note, estimate_rows(('condition',), data))
+  return Figure(measure.title, measure.unit, Markup(svg), table, note.strip(), estimate_rows(('condition',), data))
 
 
 def by_trait(
@@ -278,7 +278,7 @@ def curve(title: str, unit: str, rows: Sequence[Mapping[str, Any]], key: str, sp
   return Figure(title, unit, Markup(svg), Table(head, cells), data=data)
 
 
-def durations(title: str, seconds: Mapping[str, float]) -> Figure | None:
+def durations(title: str, seconds: Mapping[str, float], note: str = '') -> Figure | None:
   """Time a stage."""
   if not seconds:
     return None
@@ -286,7 +286,7 @@ def durations(title: str, seconds: Mapping[str, float]) -> Figure | None:
   describe = f'{title}: ' + '; '.join(f'{name} {text}' for name, _, text in rows)
   svg = plots.bars(rows, 'wall-clock seconds', describe)
   table = Table(('stage', 'seconds'), [(name, figure(length)) for name, length, _ in rows])
-  return Figure(title, 'wall-clock time', Markup(svg), table)
+  return Figure(title, 'wall-clock time', Markup(svg), table, note)
 
 
 def present(figures: Iterable[Figure | None]) -> list[Figure]:

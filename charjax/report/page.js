@@ -73,6 +73,11 @@
   search.addEventListener('input', show);
   order.addEventListener('change', show);
   window.addEventListener('hashchange', follow);
+  // A link to where the address points already changes no hash.
+  document.addEventListener('click', event => {
+    const link = event.target.closest?.('a[href^="#"]');
+    if (link && link.hash === location.hash && !links.includes(link)) follow();
+  });
   controls.hidden = false;
   show();
   follow();

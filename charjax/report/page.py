@@ -13,7 +13,7 @@ from charjax.report.figures import Figure, Table
 from charjax.report.people import People, people
 from charjax.report.phrases import phrases
 from charjax.report.provenance import provenance
-from charjax.report.read import Estimate, Run, estimate, finite, listed, read_run, seconds, section
+from charjax.report.read import Estimate, Run, cut_off, estimate, finite, listed, read_run, seconds, section
 from charjax.report.replies import Exchange, exchanges, samples_over_time, typical
 from charjax.review import verdicts
 
@@ -106,32 +106,43 @@ def _meta(run: Run) -> list[str]:
 def _answer(run: Run, judged: People | None) -> list[str]:
   """What training did, in a few sentences; the first is the answer."""
   margins, wins = _metric(run, 'margin', 'delta'), _metric(run, 'win_rate', 'trained')
+  old = words.outdated_sentence(run.outdated)
+  if not section(run.summary, 'traits'):
+    return [sentence for sentence in (
+      'This run has not been evaluated yet, so the page cannot say what training changed.', old
+    ) if sentence]  # fmt: skip
   known = [value for value in margins.values() if value is not None]
-  if not known:
-    return ['This run has not been evaluated yet, so the page cannot say what training changed.']
-  rose = sum(value.side_of(0.0) == 1 for value in known)
-  of = f'{rose} of {len(known)} traits' if len(known) > 1 else ('the one trait' if rose else 'no trait')
-  sentences = [f'Training moved {of} clearly towards the character.']
-  sentences.append(words.count_sentence(
-    margins, 0.0, 'in-character replies became likelier for', 'the change is not clear of zero for',
-    'in-character replies became less likely for',
-  ))  # fmt: skip
+  if known:
+    rose = sum(value.side_of(0.0) == 1 for value in known)
+    of = f'{rose} of {len(known)} traits' if len(known) > 1 else ('the one trait' if rose else 'no trait')
+    sentences = [f'Training moved {of} clearly towards the character.']
+    sentences.append(words.count_sentence(
+      margins, 0.0, 'in-character replies became likelier for', 'the change is not clear of zero for',
+      'in-character replies became less likely for',
+    ))  # fmt: skip
+  else:
+    sentences = ['The character has no kept pairs, so that the held-out judge alone says what training changed.']
   by_judge = words.count_sentence(
     wins, 0.5, 'a held-out judge prefers the trained model to the base model for', 'the judge is undecided for',
     'the judge prefers the base model for',
   )  # fmt: skip
-  unsure = [t for t in panels.unsure_judge(run) if (value := wins.get(t)) is not None and value.side_of(0.5)]
+  kept = section(run.preference, 'judge', 'kept')
+  unsure = [
+    f'{words.spoken(trait)} ({panels.cell(estimate(kept[trait]), True)} right)'
+    for trait in panels.unsure_judge(run)
+    if (value := wins.get(trait)) is not None and value.side_of(0.5)
+  ]
   if unsure:
     by_judge += (
-      f' The judge does not tell the written pairs of {words.together([words.spoken(t) for t in unsure])} apart better '
-      'than by chance, so what it prefers there says little.'
+      f' On the written pairs of {words.together(unsure)} the judge is not told from chance, so what it prefers there '
+      'says little.'
     )
   by_people = words.count_sentence(
     judged.wins if judged else {}, 0.5, 'people who judged blind prefer the trained model to the base model for',
     'people are undecided for', 'people prefer the base model for',
   )  # fmt: skip
   sentences += [by_judge, by_people]
-  sentences += [_neutral_sentence(run), _cost_sentence(run)]
+  sentences += [_neutral_sentence(run), _cost_sentence(run), old]
   return [sentence for sentence in sentences if sentence]
 
 
@@ -161,9 +172,9 @@ def _cost_sentence(run: Run) -> str:
   length = figures.estimates(section(run.summary, 'side_effects').get('length'))
   before, after = length['base'], length['trained']
   if before and after:
-    told.append(f'its replies have {words.figure(after.mean)} tokens, and {words.figure(before.mean)} before')
+    told.append(f'its replies have {panels.cell(after, False)} tokens, and {panels.cell(before, False)} before')
   if took := sum(seconds(run).values()):
-    told.append(f'the stages took {duration(took)} in all')
+    told.append(f'the stages took {"at least " if cut_off(run) else ""}{duration(took)} in all')
   text = '; '.join(told)
   return text[:1].upper() + text[1:] + '.' if text else ''
 
@@ -174,10 +185,11 @@ def _neutral_sentence(run: Run) -> str:
   delta, base = estimate(found.get('delta')), estimate(found.get('base'))
   if delta is None or base is None or not base.mean:
     return ''
-  share = delta.mean / abs(base.mean)
-  direction = 'lost' if delta.mean < 0 else 'gained'
+  direction, sign = ('lost', -1) if delta.mean < 0 else ('gained', 1)
+  low, high = (None if end is None else sign * end / abs(base.mean) for end in (delta.low, delta.high)[::sign])
+  share = Estimate(abs(delta.mean / base.mean), low, high)
   clear = '' if delta.side_of(0.0) else ', not clear of zero'
-  size = words.percent(abs(share))
+  size = panels.cell(share, True)
   return f'On neutral requests, reference answers {direction} {size} of their log-probability{clear}.'
 
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from charjax.report import figures, plots, words
 from charjax.report.figures import Figure, Table
-from charjax.report.read import CONDITIONS, Estimate, Run, estimate, finite, listed, seconds, section
+from charjax.report.read import CONDITIONS, Estimate, Run, cut_off, estimate, finite, listed, seconds, section
 
 _LENGTH_CORRELATION_LIMIT = 0.2  # above it, the reward may be paying for length
 
@@ -395,7 +395,7 @@ def made(run: Run) -> Panel:
     for cut in [(finish[condition, False], finish[condition, True])]
   ]
   known = seconds(run)
-  drawn = figures.durations('Time of each stage', known)
+  drawn = figures.durations('Time of each stage', known, words.at_least(cut_off(run)))
   table = Table(('messages for', 'to train on', 'held out'), rows) if rows else None
   return Panel(figures.present([drawn]), notes, table)
 

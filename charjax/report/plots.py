@@ -139,10 +139,11 @@ class Trail:
 
 def trails(series: Sequence[Trail], x_axis: str, y_axis: str, describe: str, diagonal: bool = False) -> str:
   """Series over two axes from zero, each a trail of dots with whiskers, a little apart where they have the same x; with
-  a dashed line where x and y are the same, up to 1, if wanted."""
-  parts, across, up, height = _plane([point for trail in series for point in trail.points], x_axis, y_axis)
+  a dashed line where x and y are the same, as far as both axes go, if wanted."""
+  parts, across, up, height, ends = _plane([point for trail in series for point in trail.points], x_axis, y_axis)
   if diagonal:
-    parts.append(f'<path class="reference" d="M{across(0):.1f} {up(0):.1f}L{across(1):.1f} {up(1):.1f}"/>')
+    end = min(ends)
+    parts.append(f'<path class="reference" d="M{across(0):.1f} {up(0):.1f}L{across(end):.1f} {up(end):.1f}"/>')
   for place, trail in enumerate(series):
     aside = 5.0 * (place - (len(series) - 1) / 2)
     xs, marks = [across(x) + aside for x, _ in trail.points], [mark for _, mark in trail.points]
@@ -158,7 +159,7 @@ def trails(series: Sequence[Trail], x_axis: str, y_axis: str, describe: str, dia
 
 def scatter(points: Sequence[tuple[float, Mark, str]], x_axis: str, y_axis: str, describe: str) -> str:
   """Named dots (x, y with its whisker, name) over two axes, of which y has a dashed zero."""
-  parts, across, up, height = _plane([(x, mark) for x, mark, _ in points], x_axis, y_axis)
+  parts, across, up, height, _ = _plane([(x, mark) for x, mark, _ in points], x_axis, y_axis)
   named: list[tuple[float, float]] = []
   for x, mark, name in points:
     parts.append(_upright(mark, across(x), up, name))
@@ -268,8 +269,8 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
 
 def _plane(
   points: Sequence[tuple[float, Mark]], x_axis: str, y_axis: str
-) -> tuple[list[str], Callable[[float], float], Callable[[float], float], float]:
-  """Two axes from zero, that of y dashed: what is drawn, where x and y lie, and the height."""
+) -> tuple[list[str], Callable[[float], float], Callable[[float], float], float, tuple[float, float]]:
+  """Two axes from zero, that of y dashed: what is drawn, where x and y lie, the height, and where the axes end."""
   height, top = 230.0, 26.0
   ends = [end for _, mark in points for end in (mark.mean, mark.low, mark.high) if end is not None]
   y_low, y_high, y_ticks = _axis((), ends, 0.0)
@@ -283,7 +284,7 @@ def _plane(
     parts.append(_text(left - 6, up(value) + 4, plain(value), 'tick', 'end'))
   parts += [_tick(across(value), height - 20, plain(value)) for value in x_ticks]
   parts.append(_text((left + WIDTH - 12) / 2, height - 4, x_axis, 'axis', 'middle'))
-  return parts, across, up, height
+  return parts, across, up, height, (x_high, y_high)
 
 
 def _upright(mark: Mark, x: float, up: Callable[[float], float], label: str) -> str:

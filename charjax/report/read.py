@@ -14,8 +14,14 @@ from charjax import stages
 from charjax.character import parse_choice
 from charjax.errors import UserError
 from charjax.files import read_jsonl
+from charjax.workdir import file_fingerprint, fingerprint
 
 STAGES = tuple(stage.name for stage in stages.STAGES if stage.name != 'report')
+# The fields of a run that say what training did: old ones would be taken for those of what is there now.
+_EFFECTS = {
+  'evaluation': ('summary', 'evaluation_replies', 'margins'),
+  'behaviour': ('behaviour', 'behaviour_replies'),
+}
 CONDITIONS = ('base', 'prompted', 'prompted_examples', 'trained')
 
 # Control characters (line breaks and tabs apart) and halves of surrogate pairs can neither be shown nor
@@ -43,7 +49,11 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """The parts of a run folder that the report shows, as parsed JSON; empty where there is none."""
+  """The parts of a run folder that the report shows, as parsed JSON; empty where there is none.
+
+  `config` has the settings that its finished stages were made with, whatever a later command was given. `outdated` are
+  the stages that were made from what others held before these were made anew; of those, effects are left out.
+  """
 
   name: str
   character: Mapping[str, Any]
@@ -63,6 +73,7 @@ class Run:
   margins: list[dict[str, Any]]
   behaviour: Mapping[str, Any]
   behaviour_replies: Sequence[Mapping[str, Any]]
+  outdated: Sequence[str] = ()
 
   @property
   def traits(self) -> list[dict[str, Any]]:
@@ -88,19 +99,20 @@ def read_run(workdir: epath.PathLike) -> Run:
   root = epath.Path(workdir)
   if not root.is_dir():
     raise UserError(f'{root}: no such run folder; give --workdir the folder that a run wrote')
-  stages = {name: _object(root / name / 'stage.json') for name in STAGES}
-  return Run(
+  made = {name: stage for name in STAGES if (stage := _object(root / name / 'stage.json'))}
+  outdated = _outdated(root, made)
+  run = Run(
     name=root.name,
     character=_toml(root / 'character.toml'),
     config=_object(root / 'config.json'),
-    stages={name: stage for name, stage in stages.items() if stage},
+    stages=made,
     messages=_lines(root / 'messages' / 'messages.jsonl'),
     replies=_lines(root / 'replies' / 'replies.jsonl'),
     rankings=_lines(root / 'rankings' / 'rankings.jsonl'),
     audit=_object(root / 'rankings' / 'audit.json'),
     preference=_object(root / 'preference' / 'report.json'),
-    preference_metrics=_lines(root / 'preference' / 'metrics.jsonl'),
-    policy_metrics=_lines(root / 'policy' / 'metrics.jsonl'),
+    preference_metrics=_lines(root / 'preference' / 'metrics.jsonl', appended=True),
+    policy_metrics=_lines(root / 'policy' / 'metrics.jsonl', appended=True),
     choice=_object(root / 'policy' / 'choice.json'),
     samples=_lines(root / 'policy' / 'samples.jsonl'),
     summary=_object(root / 'evaluation' / 'summary.json'),
@@ -108,7 +120,57 @@ def read_run(workdir: epath.PathLike) -> Run:
     margins=_lines(root / 'evaluation' / 'margins.jsonl'),
     behaviour=_object(root / 'behaviour' / 'summary.json'),
     behaviour_replies=_lines(root / 'behaviour' / 'replies.jsonl'),
+    outdated=outdated,
   )
+  run = without(run, [name for name in outdated if name in _EFFECTS])
+  return dataclasses.replace(run, config=_as_made(run))
+
+
+def without(run: Run, effects: Sequence[str]) -> Run:
+  """The run as if its evaluation or behaviour stages had not been made."""
+  empty = {field: type(getattr(run, field))() for name in effects for field in _EFFECTS[name]}
+  return dataclasses.replace(run, **empty, stages={n: stage for n, stage in run.stages.items() if n not in effects})
+
+
+def _outdated(root: epath.Path, made: Mapping[str, Any]) -> list[str]:
+  """The finished stages that were made from what others held before these were made anew or put right by hand."""
+  found: list[str] = []
+
+  def is_other(name: str, fingerprint_then: Any) -> bool:
+    files = {file: root / name / file for file in section(made, name, 'products')}
+    if not files or not all(path.exists() for path in files.values()):
+      return (root / name / 'unfinished.json').exists()
+    now = fingerprint({file: file_fingerprint(path) for file, path in files.items()})
+    return fingerprint_then not in (None, now)
+
+  for stage in stages.STAGES:
+    inputs = section(made, stage.name, 'inputs')
+    if stage.name in made and any(name in found or is_other(name, inputs.get(name)) for name in stage.reads):
+      found.append(stage.name)
+  return found
+
+
+def _as_made(run: Run) -> dict[str, Any]:
+  """config.json with the settings that finished stages were made with, where it was given others since."""
+  config = {
+    name: dict(values) if isinstance(values, Mapping) else values
+    for name, values in section(run.config, 'config').items()
+  }
+  seed = run.config.get('seed')
+  for stage in run.stages.values():
+    for field, value in section(stage, 'config_values').items():
+      first, _, name = field.partition('.')
+      if field == 'seed':
+        config['seed'] = seed = value
+      # Traits and models are recorded by what they hold, not by how they were named.
+      elif first not in ('character', 'model') and name and isinstance(config.get(first), dict):
+        config[first][name] = value
+  return {**run.config} | ({'config': config, 'seed': seed} if config else {})
+
+
+def cut_off(run: Run) -> list[str]:
+  """The finished stages that were cut off and gone on with: of their time, what was before is not known."""
+  return [stage for stage in STAGES if section(run.stages, stage).get('resumed') is True]
 
 
 def section(parent: Any, *path: str) -> dict[str, Any]:
@@ -189,8 +251,8 @@ def _object(path: epath.Path) -> dict[str, Any]:
   return _clean(value)
 
 
-def _lines(path: epath.Path) -> list[dict[str, Any]]:
-  return _clean(read_jsonl(path)) if path.exists() else []
+def _lines(path: epath.Path, appended: bool = False) -> list[dict[str, Any]]:
+  return _clean(read_jsonl(path, appended=appended)) if path.exists() else []
 
 
 def _toml(path: epath.Path) -> dict[str, Any]:

@@ -42,7 +42,8 @@ MEASURES = {
   'likelihood': Measure(
     'Trait in replies, by likelihood ratio',
     'nats per token',
-    'How much likelier the base model finds a reply when it is shown the trait than when it is shown an opposite.',
+    'How much likelier the base model finds a reply when it is shown the trait than when it is shown an opposite. What '
+    'was drawn with the trait shown is so by construction: compare trained with base.',
   ),
   'cut_off': Measure(
     'Cut off', 'share of replies', 'How often a reply was still going on at its last token.', share=True
@@ -155,6 +156,29 @@ def ellipsis(text: str, length: int) -> str:
 def together(names: Sequence[str]) -> str:
   """`a`, `a and b`, `a, b and c`."""
   return ' and '.join([*([', '.join(names[:-1])] if len(names) > 1 else []), *names[-1:]])
+
+
+def outdated_sentence(stages: Sequence[str]) -> str:
+  """What must be known of stages that were made from what is there no more; nothing where there are none."""
+  if not stages:
+    return ''
+  was = 'was' if len(stages) == 1 else 'were'
+  return (
+    f'{together(stages)[:1].upper()}{together(stages)[1:]} {was} made from what earlier stages held before, and tell '
+    'nothing of what stands there now; charjax run makes them anew.'
+  )
+
+
+def at_least(stages: Sequence[str]) -> str:
+  """Of a time, where stages were cut off on the way; nothing where none was."""
+  return f'Cut off and gone on with: {together(stages)}. Of these the time since is counted.' if stages else ''
+
+
+def by_chance(count: int) -> str:
+  """What a reader of many figures must know; nothing of few."""
+  if count < 10:
+    return ''
+  return f'Where there is no effect, about {max(1, round(count / 20))} of {count} would be clear of it by chance.'
 
 
 def weight(value: object) -> str:

@@ -35,6 +35,7 @@ def _stage(
   also: tuple[str, ...] = (),
   added: tuple[str, ...] = (),
   keeps: bool = False,
+  after: tuple[str, ...] = (),
 ) -> Stage:
   """A stage whose own settings are the config section of its name (some have none), and `also` some others."""
   own = () if name in ('baseline', 'report') else (name,)
@@ -48,13 +49,26 @@ def _stage(
     check=functools.partial(_check, name, reads),
     added=added,
     keeps=keeps,
+    after=after,
   )
 
 
 STAGES: tuple[Stage, ...] = (
-  _stage('messages', reads=(), products=('messages.jsonl',), keeps=True),
+  _stage(
+    'messages',
+    reads=(),
+    products=('messages.jsonl',),
+    keeps=True,
+    after=('train_per_trait', 'heldout_per_trait', 'train_neutral', 'heldout_neutral', 'near_duplicate'),
+  ),
   _stage('replies', reads=('messages',), products=('replies.jsonl',), keeps=True),
-  _stage('rankings', reads=('messages', 'replies'), products=('rankings.jsonl', 'audit.json'), keeps=True),
+  _stage(
+    'rankings',
+    reads=('messages', 'replies'),
+    products=('rankings.jsonl', 'audit.json'),
+    keeps=True,
+    after=('ranker', 'minimum_accuracy', 'label_low', 'label_high', 'length_limit', 'skipped_replies'),
+  ),
   _stage(
     'preference',
     reads=('messages', 'replies', 'rankings'),

@@ -87,9 +87,10 @@ def run(session: Session) -> Row:
             made.append(candidate)
         bar.advance(missing - max(0, wanted - len(made)))
       if len(made) < wanted:
+        remedy = 'add seeds to the trait, or lower config.messages.train_per_trait or heldout_per_trait'
         raise UserError(
           f'messages: only {len(made)} of {wanted} messages for {name} after {_ROUNDS} rounds (rejected: '
-          f'{dict(own)}); add seeds to the trait or lower config.messages.*_per_trait'
+          f'{dict(own)}); {remedy if trait else "lower config.messages.train_neutral or heldout_neutral"}'
         )
       rejected += own
       rows += _split(session.config.seed, trait, made[:wanted], heldout)

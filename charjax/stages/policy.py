@@ -20,7 +20,7 @@ from charjax.chunks import chunks
 from charjax.engine import work
 from charjax.engine.batch import item_keys
 from charjax.engine.rows import FixedShapes, Group
-from charjax.engine.sample import Sampling, end_ids, sample
+from charjax.engine.sample import end_ids, sample
 from charjax.errors import UserError
 from charjax.files import Row, read_jsonl, write_jsonl, write_text
 from charjax.mesh import batch_parts
@@ -29,6 +29,7 @@ from charjax.progress import Progress
 from charjax.stages import choice, messages, prompts, replies
 from charjax.stages.rollouts import (
   Rollout,
+  drawing,
   earnings,
   judge_ranked,
   make_judge,
@@ -325,10 +326,7 @@ def _neutral_replies(session: Session) -> list[Row]:
   def make(items: Sequence[Row], _: int) -> list[Row]:
     asked = [model.prompt(prompts.alone(item['text'])) for item in items]
     keys = item_keys(session.config.seed, 'policy/neutral', [item['id'] for item in items])
-    settings = Sampling(
-      config.max_new_tokens, config.temperature, batch_size=config.prompts_per_step * max(1, config.replies_per_prompt)
-    )
-    drawn = sample(model.decoder, asked, keys, model.eos_ids, settings, width=config.prompt_width)
+    drawn = sample(model.decoder, asked, keys, model.eos_ids, drawing(config), width=config.prompt_width)
     return [{'prompt': p, 'reply': reply.tokens} for p, reply in zip(asked, drawn, strict=True)]
 
   return chunks(session, 'policy', 'neutral', rows, 256, make)

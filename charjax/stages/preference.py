@@ -280,8 +280,7 @@ def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row],
 def learning(config: Any, steps: int) -> tuple[Any, Any]:
   """The loss of a train step and its optimizer."""
   loss = functools.partial(_loss, labels=config.labels, loss=config.loss)
-  warmup = min(config.warmup, steps // 4)
-  return loss, make_optimizer(config.learning_rate, warmup, steps, config.weight_decay, config.max_gradient)
+  return loss, make_optimizer(config.learning_rate, config.warmup, steps, config.weight_decay, config.max_gradient)
 
 
 def make_examples_batch(config: Any, lower: Decoder, shapes: FixedShapes, some: Sequence[Row], k: int) -> Batch:

@@ -107,8 +107,11 @@ def summarise(names: Sequence[str], answers: Mapping[str, Sequence[Row]]) -> Row
   tables, known = {}, {}
   for condition, rows in answers.items():
     letters = [chosen(row['text']) for row in rows]
-    out['invalid'][condition] = share([letter is None for letter in letters])
-    out['first'][condition] = share([letter == 'A' for letter in letters if letter])
+    # Of pairs, since the two orders of one are not independent of each other.
+    pairs = [letters[i : i + 2] for i in range(0, len(letters), 2)]
+    out['invalid'][condition] = share([pair.count(None) / 2 for pair in pairs], 2)
+    valid = [[letter == 'A' for letter in pair if letter] for pair in pairs]
+    out['first'][condition] = share([sum(first) / len(first) for first in valid if first], 2)
     tables[condition] = np.zeros((len(rows) // 2, len(names), len(names)))
     known[condition] = np.ones(len(rows) // 2, bool)
     for i, (row, letter) in enumerate(zip(rows, letters, strict=True)):

@@ -42,11 +42,13 @@ def make_batch(whole: Mapping[str, Any], rows: Mapping[str, Any], microbatches: 
 def make_optimizer(
   learning_rate: float, warmup: int, steps: int, weight_decay: float, max_gradient: float, apart: str = ''
 ) -> optax.GradientTransformation:
-  """AdamW with a linear warm-up, a cosine decay to a tenth, and gradients clipped to a global norm.
+  """AdamW with a linear warm-up, of at most a quarter of the steps, a cosine decay to a tenth, and gradients clipped to
+  a global norm.
 
   `apart` names an entry of what is trained that is clipped by a norm of its own: else how far the rest moves would hang
   on the errors of what shares no gradient with it.
   """
+  warmup = min(warmup, steps // 4)
   schedule = optax.warmup_cosine_decay_schedule(
     learning_rate / max(warmup, 1), learning_rate, warmup, max(steps, warmup + 1), learning_rate / 10
   )

@@ -3,12 +3,13 @@
 charjax sweep --config=configs/sweeps/crosstalk.py --workdir=runs/crosstalk
 
 Messages, replies, rankings and preference models are those of all traits and are made once. Each policy takes as many
-steps, and in each step a trait has as many prompts as in the config's own policy: what changes is its company.
+steps, and in each step a trait has as many prompts as in the config's own policy, rounded up to whole ones of all: what
+changes is its company.
 """
 
 import math
 
-from charjax import character
+from charjax import character, limits
 from charjax.errors import UserError
 
 
@@ -24,10 +25,15 @@ def get_sweep(config):
     )
 
   def trial(*some):
-    parts = config.policy.microbatches
-    prompts = parts * math.ceil(config.policy.prompts_per_step * len(some) / len(traits) / parts)
-    # None is left out because the preference model does not tell it from chance.
-    return {'policy.traits': some, 'policy.prompts_per_step': prompts, 'policy.keep_unproven_traits': True}
+    policy = config.policy
+    prompts = math.ceil(policy.prompts_per_step * len(some) / len(traits))
+    return {
+      'policy.traits': some,
+      'policy.prompts_per_step': prompts,
+      'policy.microbatches': limits.fewest_parts(prompts, policy.prompts_per_step // policy.microbatches),
+      # None is left out because the preference model does not tell it from chance.
+      'policy.keep_unproven_traits': True,
+    }
 
   yield 'all', trial(*traits)
   for trait in traits:

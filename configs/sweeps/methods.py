@@ -16,14 +16,22 @@ from charjax import limits
 def get_sweep(config):
   policy = config.policy
   each = min(limits.ranked_to_message(config.replies), policy.replies_per_prompt + policy.ranked_replies)
-  drawn = {'policy.replies_per_prompt': each, 'policy.ranked_replies': 0}
-  read = {'policy.replies_per_prompt': 0, 'policy.ranked_replies': each}
-  some, parts = max(1, min(each, config.replies.shown)), policy.microbatches
-  shown = {
-    'policy.replies_per_prompt': 0,
-    'policy.ranked_replies': 0,
-    'policy.shown_replies': some,
-    'policy.prompts_per_step': parts * math.ceil(policy.prompts_per_step * each / some / parts),
+
+  def learned_from(drawn=0, ranked=0, shown=0):
+    return {
+      'policy.replies_per_prompt': drawn,
+      'policy.ranked_replies': ranked,
+      'policy.shown_replies': shown,
+      # Adapted by what is drawn.
+      'policy.kl_target': policy.kl_target if drawn else 0.0,
+    }
+
+  some = max(1, min(each, config.replies.shown))
+  count = math.ceil(policy.prompts_per_step * each / some)
+  drawn, read = learned_from(drawn=each), learned_from(ranked=each)
+  shown = learned_from(shown=some) | {
+    'policy.prompts_per_step': count,
+    'policy.microbatches': limits.fewest_parts(count, policy.prompts_per_step * each // some // policy.microbatches),
   }
   for seed in range(3):
     again = {'policy.seed': seed}

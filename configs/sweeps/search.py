@@ -3,8 +3,11 @@
   pip install -e '.[search]'
   charjax sweep --config=configs/sweeps/search.py --workdir=runs/search --trials=20
 
-Every process that is given this command works on the same study, so that many may share it.
+Every process that is given this command works on the same study, so that many may share it. What it finds was chosen by
+the kept pairs, which no longer measure it: take another seed, other pairs, or people, to say how good it is.
 """
+
+from charjax.errors import UserError
 
 
 def get_search(config, trial):
@@ -16,7 +19,9 @@ def get_search(config, trial):
 
 
 def get_value(summary):
-  margins = [metrics['margin']['delta']['mean'] for metrics in summary['traits'].values()]
+  margins = [metrics['margin']['delta']['mean'] for metrics in summary['traits'].values() if metrics['margin']['delta']]
+  if not margins:
+    raise UserError('the search goes by the margin on kept pairs: give the traits some, or score by what you have')
   lost = max(0.0, summary['neutral']['log_prob_lost'] or 0.0)
   # Losing 2% of the log-prob of neutral answers is as bad as a margin is good that is easily seen.
   return sum(margins) / len(margins) - lost / 0.02 * 0.05
