@@ -40,8 +40,8 @@ class Settings:
   Attributes:
     temperature: logits are divided by it; 0 takes the most probable token.
     top_p: see engine.sample.Sampling.
-    top_k: see there.
     max_new_tokens: a reply that has not ended by then is cut off.
+    top_k: see there, too.
     seed: of the draws; the n-th message is answered alike each time.
     side_by_side: the starting model (also without its adapters, if it has some), the same with the character shown, and
       the trained one answer each message.
@@ -50,8 +50,8 @@ class Settings:
 
   temperature: float
   top_p: float
-  top_k: int
   max_new_tokens: int
+  top_k: int = 0
   seed: int = 0
   side_by_side: bool = False
   trait: str = ''

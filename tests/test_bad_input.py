@@ -126,8 +126,8 @@ def line(text: str) -> Arrange:
   return config(FILE.replace('  return', f'  {text}\n  return'))
 
 
-def flag(text: str) -> Arrange:
-  return lambda place: text
+def flag(*texts: str) -> Arrange:
+  return lambda place: list(texts)
 
 
 # ---- characters ----
@@ -247,8 +247,25 @@ CONFIGS = {
   'a rank below zero': (flag('--config.policy.lora_rank=-1'), r'config.policy.lora_rank is -1; it must be at least 0'),
   'a probability above one': (flag('--config.replies.top_p=1.5'), r'replies.top_p is 1.5; it must be from 0 to 1'),
   'labels that cross': (
-    flag('--config.rankings.label_low=0.99'),
-    r'label_low is 0.99; it must not be above label_high',
+    flag('--config.rankings.label_low=0.99', '--config.rankings.label_high=0.01'),
+    r'label_low is 0.99 and label_high 0.01; the first must be at most 0.5',
+  ),
+  'labels by which reply stands first': (
+    flag('--config.rankings.label_low=0.1'),
+    r'label_low is 0.1 and label_high 0.95; .* the second 1 less the first',
+  ),
+  'ranked replies without a weight': (
+    flag(
+      '--config.policy.replies_per_prompt=0',
+      '--config.policy.ranked_replies=2',
+      '--config.policy.ranked_weight=0.0',
+      '--config.policy.ranked_likelihood=0.0',
+    ),
+    r'or have no weight, so there is nothing to learn from',
+  ),
+  'a preference model that is not trained': (
+    flag('--config.preference.epochs=0.0', '--config.preference.head_steps=0'),
+    r'epochs and head_steps are both 0, so that no preference model is trained',
   ),
   'a seed of 400 digits': (flag(f'--config.seed=1{"0" * 400}'), r'config.seed is 10+; it must be from 0 to 2147483647'),
   'a dtype that is none': (flag('--config.model.dtype=float23'), r"model.dtype is 'float23'; choose from float32, bfl"),

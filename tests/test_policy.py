@@ -5,10 +5,12 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from llama_reference import numpy_log_probs, random_tensors, tiny_config
 from ml_collections import ConfigDict
 
+from charjax import defaults
 from charjax.character import Character, Trait
 from charjax.engine.rows import FixedShapes, Group, reply_mask
 from charjax.engine.score import hidden_states, token_log_probs
@@ -309,3 +311,24 @@ def test_the_penalty_s_weight_follows_the_divergence_and_a_run_that_goes_on_find
   assert policy._KLWeights(config, tmp_path).at(4) == pytest.approx(found[3])
   assert policy._KLWeights(config, tmp_path).at(6) == pytest.approx(found[4]) == pytest.approx(weights.at(6))
   assert policy._KLWeights(ConfigDict({'kl': 0.1, 'kl_target': 0.0}), tmp_path).at(4) == 0.1
+
+
+def test_how_far_the_policy_moves_hangs_on_no_error_of_its_value_head():
+  """With a value head, whatever its gradient is, the rest is updated alike; without one all is clipped together."""
+  trainable = {'adapter': {'a': np.ones(4), 'b': np.ones((2, 3))}, 'head': {'w': np.ones(3)}}
+  rng = np.random.default_rng(0)
+  gradients = [jax.tree.map(lambda x: rng.normal(size=x.shape), trainable) for _ in range(5)]
+
+  def moved(advantages, scales):
+    config = defaults.get_config().policy
+    config.advantages = advantages
+    _, optimizer = policy.learning(config)
+    now, state = trainable, optimizer.init(trainable)
+    for gradient, scale in zip(gradients, scales, strict=True):
+      updates, state = optimizer.update(gradient | {'head': {'w': scale * gradient['head']['w']}}, state, now)
+      now = optax.apply_updates(now, updates)
+    return now['adapter']['a']
+
+  wild = (100.0, 0.1, 7.0, 1.0, 30.0)
+  np.testing.assert_array_equal(moved('ppo', [1.0] * 5), moved('ppo', wild))
+  assert np.abs(moved('grpo', [1.0] * 5) - moved('grpo', wild)).max() > 1e-6

@@ -18,9 +18,10 @@ from report_run import HOSTILE, SECOND, write_run
 from charjax.errors import UserError
 from charjax.main import main
 from charjax.report import figures, phrases, plots, words
-from charjax.report.read import Estimate, estimate
+from charjax.report.read import Estimate, estimate, read_run
 from charjax.report.replies import exchanges, typical
 from charjax.stages import report
+from charjax.workdir import file_fingerprint, fingerprint
 
 _VOID = {'meta', 'br', 'input', 'link', 'img', 'hr'}
 
@@ -388,6 +389,92 @@ def test_the_page_of_a_run_is_made_from_its_folder_alone(tmp_path, capsys):
     assert main(['report', f'--workdir={tmp_path / name}']) == 2
     assert f'{name}: no run was begun there' in capsys.readouterr().err
   assert not (tmp_path / 'model' / 'report').exists()
+
+
+def record(folder, stage, **fields):
+  """Changes a stage's record."""
+  path = folder / stage / 'stage.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_effects_of_a_policy_that_is_there_no_more_are_left_out(tmp_path):
+  folder = write_run(tmp_path / 'run')
+  (folder / 'policy' / 'fingerprint.json').write_text('{"policy": "now"}')
+  record(folder, 'policy', products={'fingerprint.json': 'as it was when it was made'})
+  now = fingerprint({'fingerprint.json': file_fingerprint(folder / 'policy' / 'fingerprint.json')})
+  record(folder, 'evaluation', inputs={'policy': now})
+  record(folder, 'behaviour', inputs={'policy': now})
+  assert read_run(folder).outdated == [] and read_run(folder).summary
+  (folder / 'policy' / 'fingerprint.json').write_text('{"policy": "another"}')
+  run = read_run(folder)
+  assert run.outdated == ['evaluation', 'behaviour'] and not (run.summary or run.behaviour or run.margins)
+  page = report.render(folder)
+  assert 'has not been evaluated yet' in page
+  assert 'Evaluation and behaviour were made from what earlier stages held before' in page
+  # As while it is being trained anew.
+  (folder / 'policy' / 'stage.json').unlink()
+  (folder / 'policy' / 'unfinished.json').write_text('{}')
+  assert read_run(folder).outdated == ['evaluation', 'behaviour']
+
+
+def test_settings_are_those_that_finished_stages_were_made_with(tmp_path):
+  folder = write_run(tmp_path / 'run')
+  record(folder, 'policy', config_values={'seed': 7, 'policy.kl': 0.25, 'model.path': 'contents 01', 'profile': True})
+  config = read_run(folder).config
+  assert config['seed'] == config['config']['seed'] == 7
+  assert config['config']['policy']['kl'] == 0.25 and config['config']['policy']['steps'] == 60
+  assert config['config']['model']['path'] == 'smollm2-135m-instruct'
+
+
+def test_the_time_of_a_stage_that_was_cut_off_is_at_least_what_is_known(tmp_path):
+  folder = write_run(tmp_path / 'run')
+  assert 'The stages took at least' not in report.render(folder)
+  record(folder, 'policy', resumed=True)
+  page = report.render(folder)
+  assert 'the stages took at least' in page
+  assert 'Cut off and gone on with: policy. Of these the time since is counted.' in page
+
+
+def test_a_line_of_metrics_that_a_kill_cut_short_is_passed_over(tmp_path):
+  folder = write_run(tmp_path / 'run')
+  with (folder / 'policy' / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 61, "rew')
+  assert len(read_run(folder).policy_metrics) == 60
+
+
+def test_without_kept_pairs_the_judge_says_what_training_changed(tmp_path):
+  folder = write_run(tmp_path / 'run')
+  path = folder / 'evaluation' / 'summary.json'
+  summary = json.loads(path.read_text())
+  for metrics in summary['traits'].values():
+    metrics['margin'] = dict.fromkeys(metrics['margin'])
+  path.write_text(json.dumps(summary))
+  page = report.render(folder)
+  assert 'has no kept pairs, so that the held-out judge alone says' in page and 'not been evaluated' not in page
+
+
+def test_the_cost_has_its_interval(tmp_path):
+  folder = write_run(tmp_path / 'run')
+  path = folder / 'evaluation' / 'summary.json'
+  summary = json.loads(path.read_text())
+  summary['neutral']['log_prob'] |= {
+    'base': {'mean': -2.0, 'low': -2.2, 'high': -1.8, 'n': 20}, 'delta': {'mean': -0.04, 'low': -0.07, 'high': 0.01}
+  }  # fmt: skip
+  path.write_text(json.dumps(summary))
+  assert 'reference answers lost 2% (\u22120.5% to 3.5%) of their log-probability, not clear of zero' in report.render(
+    folder
+  )
+
+
+def test_the_diagonal_is_where_x_and_y_are_the_same():
+  points = [(0.95, plots.Mark(0.7, 0.6, 0.78, 'trained', '')), (0.1, plots.Mark(0.1, 0.05, 0.2, 'trained', ''))]
+  svg = plots.trails([plots.Trail('model', points)], 'x', 'y', 'calibration', diagonal=True)
+  line = re.search(r'class="reference" d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"', svg)
+  left, bottom, right, top = map(float, line.groups())
+  tick = '<text class="tick" x="([\\d.]+)" y="([\\d.]+)" text-anchor="{}">{}</text>'
+  across = float(re.search(tick.format('middle', 0.5), svg)[1])
+  up = float(re.search(tick.format('end', 0.4), svg)[2]) - 4
+  assert (bottom - up) / (bottom - top) / 0.4 == pytest.approx((across - left) / (right - left) / 0.5, rel=0.01)
 
 
 def test_a_judge_that_is_none_is_told_of(tmp_path):

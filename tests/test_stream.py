@@ -44,6 +44,7 @@ PROMPTS = [np.random.default_rng(length).integers(0, CONFIG.vocab_size, length).
     (Sampling(22, 0.0), True, None),
     (Sampling(22, 1.0), True, 'stop'),
     (Sampling(5, 0.7, 0.9), False, 'length'),
+    (Sampling(5, 2.0, top_k=3), False, None),
   ],
 )
 def test_a_reply_is_the_one_that_is_sampled(decoder, adapter, settings, adapted, finish):

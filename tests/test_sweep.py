@@ -101,10 +101,25 @@ def test_crosstalk_rewards_each_trait_alone_and_all_but_one():
   assert trials['only-honesty'][:2] == ['--config.policy.traits=honesty', '--config.policy.prompts_per_step=3']
   assert trials['without-honesty'][0] == '--config.policy.traits=perspectives,ai_nature,curiosity'
   assert len(trials) == 9
-  parts = ['--config.policy.microbatches=2', '--config.policy.prompts_per_step=10']
-  for trial in config_file.read_sweep(str(SWEEPS / 'crosstalk.py'), parts).trials.values():
-    prompts = next(change for change in trial if change.startswith('--config.policy.prompts_per_step='))
-    assert int(prompts.split('=')[1]) % 2 == 0
+  # As many a trait, in parts that are no larger than the config's own, however many these are.
+  parts = ['--config.policy.microbatches=4', '--config.policy.prompts_per_step=16']
+  found = {}
+  for name, trial in config_file.read_sweep(str(SWEEPS / 'crosstalk.py'), parts).trials.items():
+    own = dict(change.removeprefix('--config.policy.').split('=') for change in trial)
+    found[name] = int(own['prompts_per_step']), int(own['microbatches'])
+  assert (found['all'], found['only-honesty'], found['without-honesty']) == ((16, 4), (4, 1), (12, 3))
+
+
+def test_a_way_to_train_takes_nothing_from_the_others():
+  """Whatever the base learns from: what a trial is named for is all that it learns from."""
+  base = [f'--config.policy.{field}' for field in ('shown_replies=2', 'kl_target=0.02', 'ranked_replies=4')]
+  for name, trial in config_file.read_sweep(str(SWEEPS / 'methods.py'), base).trials.items():
+    own = dict(change.removeprefix('--config.policy.').split('=') for change in trial)
+    kinds = [field for field in ('replies_per_prompt', 'ranked_replies', 'shown_replies') if own[field] != '0']
+    way = name.rpartition('-')[0]
+    wanted = {'distillation': 'shown_replies', 'dpo': 'ranked_replies', 'best-of-n': 'ranked_replies'}
+    assert kinds == [wanted.get(way, 'replies_per_prompt')]
+    assert own['kl_target'] == ('0.02' if kinds == ['replies_per_prompt'] else '0.0')
 
 
 def test_a_trial_may_be_written_as_a_command(tmp_path, capsys, monkeypatch):
@@ -113,7 +128,8 @@ def test_a_trial_may_be_written_as_a_command(tmp_path, capsys, monkeypatch):
   assert main([*arguments, f'--launch={file}']) == 0
   first = file.read_text().splitlines()[0]
   base = ROOT / 'configs' / 'smoke.py'
-  assert first == f'charjax run --config={base} --config.seed=3 --config.policy.kl=0.0 --workdir=gs://bucket/kl/kl=0'
+  none = '--config.policy.kl=0.0 --config.policy.kl_target=0.0'
+  assert first == f'charjax run --config={base} --config.seed=3 {none} --workdir=gs://bucket/kl/kl=0'
   assert main(arguments) == 2 and 'needs a folder of this machine' in capsys.readouterr().err
   # Or as a slice of a TPU each, whose name tells it apart.
   assert (

@@ -18,6 +18,7 @@ from etils import epath
 from charjax import defaults, files
 from charjax import workdir as workdirs
 from charjax.character import Character, Trait
+from charjax.chunks import chunks
 from charjax.errors import UserError
 from charjax.progress import Metrics
 from charjax.stages import STAGES
@@ -31,7 +32,7 @@ def make_session(path: pathlib.Path, **changes) -> Session:
     {
       'seed': 0,
       'profile': False,
-      'first': {'count': 3},
+      'first': {'count': 3, 'steps': 0},
       'second': {'steps': 30},
       'evaluation': {'probes': ''},
       'character': {'path': 'assistant', 'traits': ()},
@@ -308,6 +309,34 @@ def test_a_killed_stage_with_other_settings_begins_anew(tmp_path):
   output, _ = start(tmp_path, 'fast', count=4).communicate(timeout=60)
   assert 'made anew, since config field first.count changed from 3 to 4' in output
   assert output.count('chunk') == 5
+
+
+@pytest.mark.parametrize(('field', 'made_anew'), [('count', 0), ('steps', 2)])
+def test_chunks_outlive_a_change_of_what_none_is_made_from(tmp_path, field, made_anew):
+  made = []
+
+  def make(items, index):
+    made.append(index)
+    return [{'id': item} for item in items]
+
+  def run(session: Session) -> dict:
+    files.write_jsonl(session.folder('first') / 'rows.jsonl', chunks(session, 'first', 'rows', range(4), 2, make))
+    return {}
+
+  stage = Stage('first', run, (), ('first',), ('rows.jsonl',), keeps=True, after=('count',))
+  workdirs.execute([stage], make_session(tmp_path, **{'first.steps': 1}))
+  assert made == [0, 1]
+  workdirs.execute([stage], make_session(tmp_path, **{'first.steps': 1} | {f'first.{field}': 9}))
+  assert len(made) == 2 + made_anew
+
+
+def test_what_a_kill_leaves_of_a_first_file_is_no_work_of_others(tmp_path):
+  (tmp_path / 'first').mkdir()
+  (tmp_path / 'first' / '.unfinished.json.17.tmp').write_text('{"sta')
+  workdirs.check(make_stages([])[:1], make_session(tmp_path))
+  (tmp_path / 'first' / 'thesis.txt').write_text('mine')
+  with pytest.raises(UserError, match='holds files that no run wrote'):
+    workdirs.check(make_stages([])[:1], make_session(tmp_path))
 
 
 @pytest.mark.parametrize(('sent', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
