@@ -6,7 +6,7 @@ charjax character check FILE --preview=2
 from collections.abc import Iterator, Sequence
 
 from charjax.engine.batch import item_keys
-from charjax.engine.sample import Sampling, sample
+from charjax.engine.sample import as_told, sample
 from charjax.stages import messages, prompts, replies
 from charjax.terminal import wrapped
 from charjax.workdir import Session
@@ -37,7 +37,7 @@ def _reply(session: Session, before: prompts.Messages, asked: Sequence[str]) -> 
     [model.prompt([*before, prompts.user(text)]) for text in asked],
     item_keys(session.config.seed, 'preview', asked),
     model.eos_ids,
-    Sampling(min(_TOKENS, config.max_new_tokens), config.temperature, config.top_p, len(asked), config.top_k),
+    as_told(config, max_new_tokens=min(_TOKENS, config.max_new_tokens), batch_size=len(asked)),
     width=config.prompt_width,
   )
   return [model.text(reply.tokens) + ('' if reply.finish == 'stop' else ' ...') for reply in drawn]

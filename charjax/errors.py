@@ -1,5 +1,8 @@
 """The exceptions that a user is meant to read, and how other errors are quoted in them."""
 
+import json
+from typing import Any
+
 
 class UserError(Exception):
   """Something the user can put right: a file, a field, a value.
@@ -14,6 +17,12 @@ class Passing(Exception):
 
   The command line exits with code 75: who watches over a run gives the same command again.
   """
+
+
+def quoted(value: Any) -> str:
+  """A value of a file as part of such a line: as JSON, at most 60 characters."""
+  text = json.dumps(value)
+  return text if len(text) <= 60 else f'{text[:57]}...'
 
 
 def one_line(error: Exception) -> str:

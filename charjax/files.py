@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from charjax import hosts, storage
-from charjax.errors import UserError
+from charjax.errors import UserError, quoted
 
 Row = dict[str, Any]
 
@@ -93,7 +93,7 @@ def parse_rows(path: epath.PathLike, data: bytes, fields: Mapping[str, Any] | No
     for field, kind in (fields or {}).items():
       kinds = kind if isinstance(kind, tuple) else (kind,)
       if field not in row or type(row[field]) not in kinds:
-        found = f'is {_short(row[field])}' if field in row else 'is missing'
+        found = f'is {quoted(row[field])}' if field in row else 'is missing'
         wanted = ' or '.join(_JSON_TYPES[k] for k in kinds)
         raise UserError(f'{path}:{number}: field {field} {found}; it must be {wanted}')
     rows.append((number, row))
@@ -108,8 +108,3 @@ _JSON_TYPES = {
   dict: 'an object',
   type(None): 'null',
 }
-
-
-def _short(value: Any) -> str:
-  text = json.dumps(value)
-  return text if len(text) <= 60 else f'{text[:57]}...'

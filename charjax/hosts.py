@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
-from charjax.errors import Passing, UserError, one_line
+from charjax.errors import Passing, UserError, one_line, quoted
 
 T = TypeVar('T')
 
@@ -289,7 +289,7 @@ def check_alike(values: Mapping[str, Any]) -> None:
     for name in {**ours, **theirs}:
       if ours.get(name) != theirs.get(name):
         raise UserError(
-          f'{name} is {_short(ours.get(name))} in process 0 and {_short(theirs.get(name))} in process {number}; start '
+          f'{name} is {quoted(ours.get(name))} in process 0 and {quoted(theirs.get(name))} in process {number}; start '
           'all from the same files, with the same command and version, or with --processes=1 if they are no one run'
         )
 
@@ -304,8 +304,3 @@ def _gather(name: str, value: str) -> list[str]:
 
   first(collect)
   return found
-
-
-def _short(value: Any) -> str:
-  text = json.dumps(value)
-  return text if len(text) <= 60 else f'{text[:57]}...'

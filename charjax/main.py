@@ -400,7 +400,8 @@ def _plan(config: ml_collections.ConfigDict, options: dict[str, Any]) -> int:
   os.environ['JAX_PLATFORMS'] = 'cpu'
   import jax
 
-  from charjax.plan import chips, estimate
+  from charjax import chips
+  from charjax.plan import estimate
 
   jax.config.update('jax_platforms', 'cpu')
   # A program for chips that are not there can be put into the cache and not taken out again.

@@ -106,9 +106,8 @@ def devices(config: ml_collections.ConfigDict, workdir: epath.Path | None = None
   """
   import jax
 
-  from charjax import mesh
+  from charjax import chips, mesh
   from charjax.engine import work
-  from charjax.plan import chips
 
   work.watch_compilation()
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):

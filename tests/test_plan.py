@@ -13,12 +13,12 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from charjax import character as characters
-from charjax import defaults
+from charjax import chips, defaults
 from charjax.engine.sample import Sampling
 from charjax.main import main
 from charjax.mesh import make_mesh
 from charjax.model.config import ModelConfig
-from charjax.plan import chips, estimate, programs
+from charjax.plan import estimate, programs
 from charjax.plan.compiled import traffic
 from charjax.stages import rollouts
 

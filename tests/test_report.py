@@ -486,7 +486,7 @@ def test_a_judge_that_is_none_is_told_of(tmp_path):
   found['judge']['kept']['ai_nature'] = {'mean': 0.4, 'low': 0.2, 'high': 0.6, 'n': 16}
   path.write_text(json.dumps(found))
   page = report.render(folder)
-  assert f'{said} (40% (20% to 60%) right) the judge is not told from chance' in page
+  assert f'{said} (40% right, 20% to 60%) the judge is not told from chance' in page
   # Of perspectives and honesty, too, where nobody wins clearly.
   assert page.count('held-out judge not told from chance on its kept pairs') == 3
 

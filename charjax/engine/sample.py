@@ -45,6 +45,13 @@ class Sampling:
   top_k: int = 0
 
 
+def as_told(config: Any, **other: Any) -> Sampling:
+  """How a section of the config says that replies are drawn, but for `other` fields."""
+  return dataclasses.replace(
+    Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size, config.top_k), **other
+  )
+
+
 class Reply(NamedTuple):
   """One drawn reply.
 

@@ -15,22 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from charjax import chips
 from charjax.model.blocks import block_parameters
 from charjax.model.config import ModelConfig
-
-# Peak dense bfloat16 FLOP/s of a chip, by the name that JAX gives it; from the makers' data sheets. A TPU v4 or v5p is
-# one device.
-_PEAKS = {
-  'TPU v4': 275e12,
-  'TPU v5 lite': 197e12,
-  'TPU v5': 459e12,
-  'TPU v5p': 459e12,
-  'TPU v6 lite': 918e12,
-  'NVIDIA A100-SXM4-40GB': 312e12,
-  'NVIDIA A100-SXM4-80GB': 312e12,
-  'NVIDIA H100 80GB HBM3': 989e12,
-  'NVIDIA H200': 989e12,
-}
 
 
 @dataclasses.dataclass
@@ -147,6 +134,6 @@ def rates(work: Work, seconds: float) -> dict[str, float]:
   if not work.tokens or seconds <= 0:
     return {}
   out = {'tokens_per_second': work.tokens / seconds, 'model_flops_per_second': work.flops / seconds}
-  if peak := _PEAKS.get(jax.devices()[0].device_kind):
+  if peak := chips.peak(jax.devices()[0].device_kind):
     out['utilisation'] = out['model_flops_per_second'] / (peak * jax.device_count())
   return out

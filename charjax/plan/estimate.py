@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 
+from charjax.chips import GIB, Topology
 from charjax.limits import ranked_to_message
 from charjax.mesh import make_mesh
 from charjax.model.config import ModelConfig
 from charjax.plan import programs
-from charjax.plan.chips import GIB, Topology
 from charjax.plan.compiled import compile_program
 from charjax.plan.programs import Program, nbytes
 from charjax.stages import rollouts

@@ -5,9 +5,9 @@ from typing import Any
 
 from charjax.report import figures, words
 from charjax.report.figures import Figure, Table
-from charjax.report.panels import Panel, cell
+from charjax.report.panels import Panel
 from charjax.report.read import Estimate, Run, estimate, finite, listed, section
-from charjax.report.words import MINUS, spoken
+from charjax.report.words import MINUS, cell, spoken
 
 _RATIO = 'nats a token'
 _ORDER = (('own', 'its own messages', 'trained'), ('plain', 'plain style asked', 'prompted'),

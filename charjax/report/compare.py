@@ -199,10 +199,8 @@ def _told_apart(
 
 
 def _cell(value: Estimate | None, share: bool = False, signed: bool = False) -> str:
-  if value is None:
-    return _NONE
-  between = words.interval(value, share).replace(' ', '\u00a0')  # A cell is broken before its interval.
-  return words.figure(value.mean, share, signed) + (f' ({between})' if between else '')
+  figure, *between = words.cell(value, share, signed).split(' ')
+  return ' '.join([figure, *(['\u00a0'.join(between)] if between else [])])  # It is broken before its interval.
 
 
 def _notes(columns: Sequence[Column]) -> list[str]:

@@ -224,16 +224,17 @@ def heat_map(
     return None
   largest = max(abs(value.mean - reference) for value in known) or 1.0
   names = list(dict.fromkeys(name for line in matrix.values() for name in line))
+  signed = not share
 
   def cell(value: Estimate | None) -> plots.Cell | None:
     if value is None:
       return None
-    text = figure(value.mean, share, signed=not share)
+    text = figure(value.mean, share, signed)
     clear = value.side_of(reference) != 0
     return plots.Cell((value.mean - reference) / largest, text, _short_interval(value, share), clear)
 
   cells = [[cell(line.get(name)) for name in names] for line in matrix.values()]
-  table = [(row, *(_text(line.get(name), share) for name in names)) for row, line in matrix.items()]
+  table = [(row, *(words.cell(line.get(name), share, signed) for name in names)) for row, line in matrix.items()]
   said = '; '.join(f'{row[0]}: ' + ', '.join(map(' '.join, zip(names, row[1:], strict=True))) for row in table)
   svg = plots.heat_map(list(matrix), names, cells, axes, f'{title}, {unit}. {said}')
   data = estimate_rows(axes, [((row, name), line.get(name)) for row, line in matrix.items() for name in names])
@@ -246,13 +247,6 @@ def _short_interval(value: Estimate, share: bool) -> str:
     return ''
   low, high = (f'{100 * end:.0f}' if share else f'{end:.2f}'.replace('-', MINUS) for end in (value.low, value.high))
   return f'{low} to {high}' + ('%' if share else '')
-
-
-def _text(value: Estimate | None, share: bool) -> str:
-  if value is None:
-    return '\u2013'
-  between = interval(value, share)
-  return figure(value.mean, share, signed=not share) + (f' ({between})' if between else '')
 
 
 def curve(title: str, unit: str, rows: Sequence[Mapping[str, Any]], key: str, split: str = '') -> Figure | None:

@@ -126,11 +126,11 @@ def _answer(run: Run, judged: People | None) -> list[str]:
     wins, 0.5, 'a held-out judge prefers the trained model to the base model for', 'the judge is undecided for',
     'the judge prefers the base model for',
   )  # fmt: skip
-  kept = section(run.preference, 'judge', 'kept')
   unsure = [
-    f'{words.spoken(trait)} ({panels.cell(estimate(kept[trait]), True)} right)'
-    for trait in panels.unsure_judge(run)
+    f'{words.spoken(trait)} ({words.percent(kept.mean)} right{of and f", {of}"})'
+    for trait, kept in panels.unsure_judge(run).items()
     if (value := wins.get(trait)) is not None and value.side_of(0.5)
+    for of in [words.interval(kept, share=True)]
   ]
   if unsure:
     by_judge += (
@@ -168,11 +168,11 @@ def _cost_sentence(run: Run) -> str:
   """How far the policy went, how long its replies are, and how long all took."""
   told = []
   if kl := estimate(section(run.summary, 'distance', 'kl').get('trained')):
-    told.append(f'the policy is {panels.cell(kl, False)} nats a token from the starting model')
+    told.append(f'the policy is {words.cell(kl, False)} nats a token from the starting model')
   length = figures.estimates(section(run.summary, 'side_effects').get('length'))
   before, after = length['base'], length['trained']
   if before and after:
-    told.append(f'its replies have {panels.cell(after, False)} tokens, and {panels.cell(before, False)} before')
+    told.append(f'its replies have {words.cell(after, False)} tokens, and {words.cell(before, False)} before')
   if took := sum(seconds(run).values()):
     told.append(f'the stages took {"at least " if cut_off(run) else ""}{duration(took)} in all')
   text = '; '.join(told)
@@ -189,7 +189,7 @@ def _neutral_sentence(run: Run) -> str:
   low, high = (None if end is None else sign * end / abs(base.mean) for end in (delta.low, delta.high)[::sign])
   share = Estimate(abs(delta.mean / base.mean), low, high)
   clear = '' if delta.side_of(0.0) else ', not clear of zero'
-  size = panels.cell(share, True)
+  size = words.cell(share, True)
   return f'On neutral requests, reference answers {direction} {size} of their log-probability{clear}.'
 
 

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from charjax.report import figures, plots, words
 from charjax.report.figures import Figure, Table
 from charjax.report.read import CONDITIONS, Estimate, Run, cut_off, estimate, finite, listed, seconds, section
+from charjax.report.words import cell
 
 _LENGTH_CORRELATION_LIMIT = 0.2  # above it, the reward may be paying for length
 
@@ -63,14 +64,6 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table | None:
     rows.append((f'{measure.title}, {measure.unit}', *cells))
   head = ('', *(words.CONDITION_NAMES[name] for name in CONDITIONS), f'trained {words.MINUS} base')
   return Table(head, rows) if rows else None
-
-
-def cell(value: Estimate | None, share: bool) -> str:
-  """`mean (interval)`, or a dash."""
-  if value is None:
-    return '\u2013'
-  between = words.interval(value, share)
-  return words.figure(value.mean, share) + (f' ({between})' if between else '')
 
 
 def conditions(metrics: Mapping[str, Any]) -> Panel:
@@ -256,10 +249,10 @@ def _length_notes(model: Mapping[str, Any], role: str) -> list[str]:
   ]
 
 
-def unsure_judge(run: Run) -> list[str]:
-  """The traits whose kept pairs the held-out judge does not tell apart better than by chance."""
-  kept = section(run.preference, 'judge', 'kept')
-  return [trait for trait in kept if (value := estimate(kept[trait])) is not None and value.side_of(0.5) != 1]
+def unsure_judge(run: Run) -> dict[str, Estimate]:
+  """The traits of whose kept pairs the held-out judge is not told from chance, and how many it has right."""
+  kept = {trait: estimate(value) for trait, value in section(run.preference, 'judge', 'kept').items()}
+  return {trait: value for trait, value in kept.items() if value is not None and value.side_of(0.5) != 1}
 
 
 def unproven(run: Run) -> str:

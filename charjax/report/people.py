@@ -200,7 +200,7 @@ class _Beside:
 
   def cells(self) -> tuple[str, str, str]:
     base = '\u2013' if self.base_rate is None else percent(self.base_rate)
-    return _cell(self.accuracy, True), base, _cell(self.kappa)
+    return words.cell(self.accuracy, True), base, words.cell(self.kappa)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,15 +265,8 @@ def _reviewers_table(found: Sequence[Verdict]) -> Table | None:
     kappa = statistics.kappa(
       [a.outcome for a, _ in common], [b.outcome for _, b in common], [a.pair.message for a, _ in common]
     )
-    rows.append((f'{one} and {other}', str(len(common)), _cell(share, True), _cell(estimate(kappa))))
+    rows.append((f'{one} and {other}', str(len(common)), words.cell(share, True), words.cell(estimate(kappa))))
   return Table(('reviewers', 'pairs that both judged', 'the same verdict', 'kappa'), rows) if rows else None
-
-
-def _cell(value: Estimate | None, share: bool = False) -> str:
-  if value is None:
-    return '\u2013'
-  between = words.interval(value, share)
-  return words.figure(value.mean, share) + (f' ({between})' if between else '')
 
 
 # ---- words ----
@@ -289,8 +282,8 @@ def _sentences(found: Sequence[Verdict], earlier: int, agreement: _Agreement) ->
   ]
   for name, beside in (('held-out judge', agreement.judge), ('likelihood ranker', agreement.ranker)):
     if beside.accuracy is not None and beside.base_rate is not None:
-      told = f' Beyond chance that is a kappa of {_cell(beside.kappa)}.' if beside.kappa is not None else ''
-      right = _cell(beside.accuracy, True)
+      told = f' Beyond chance that is a kappa of {words.cell(beside.kappa)}.' if beside.kappa is not None else ''
+      right = words.cell(beside.accuracy, True)
       sentences.append(
         f'The {name} gives the answer that people gave in {right} of the pairs that both decide; the base rate, always '
         f'giving people\u2019s more frequent answer, is {percent(beside.base_rate)}.{told}'
@@ -298,7 +291,7 @@ def _sentences(found: Sequence[Verdict], earlier: int, agreement: _Agreement) ->
   left = _share((v, v.side == 'left') for v in found if v.decided)
   if left is not None:
     uneven = '; there is a liking for one side' if left.side_of(0.5) else ''
-    sentences.append(f'People chose the reply on the left in {_cell(left, True)} of decided pairs{uneven}.')
+    sentences.append(f'People chose the reply on the left in {words.cell(left, True)} of decided pairs{uneven}.')
   if agreement.ranker.accuracy is None and agreement.judge.accuracy is not None:
     sentences.append(
       'The ranker, from which the held-out judge learned, read none of these replies: a run with likelihood among '

@@ -149,6 +149,14 @@ def interval(value: Estimate, share: bool = False) -> str:
   return f'{figure(value.low, share)} to {figure(value.high, share)}'
 
 
+def cell(value: Estimate | None, share: bool = False, signed: bool = False) -> str:
+  """`mean (interval)`, or a dash where nothing was measured."""
+  if value is None:
+    return '\u2013'
+  between = interval(value, share)
+  return figure(value.mean, share, signed) + (f' ({between})' if between else '')
+
+
 def ellipsis(text: str, length: int) -> str:
   return text if len(text) <= length else text[: length - 1].rstrip() + '\u2026'
 

@@ -37,7 +37,7 @@ from etils import epath
 
 from charjax.chunks import chunks
 from charjax.engine.batch import item_keys
-from charjax.engine.sample import Sampling, sample
+from charjax.engine.sample import as_told, sample
 from charjax.engine.score import score
 from charjax.files import Row, read_jsonl, write_jsonl, write_text
 from charjax.progress import Progress
@@ -151,7 +151,7 @@ def _by(rows: Sequence[Row], key: str) -> dict[Any, list[Row]]:
 def _say(session: Session, condition: str, trained: Any, items: Sequence[Row], _: int) -> list[Row]:
   """A reply of one model to each item's prompt."""
   config, model = session.config.evaluation, session.model
-  settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size, config.top_k)
+  settings = as_told(config)
   decoder, adapter = bind(model.decoder, trained if condition == 'trained' else None)
   drawn = sample(
     decoder,

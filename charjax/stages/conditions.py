@@ -13,7 +13,7 @@ import numpy as np
 from charjax.character import Trait
 from charjax.chunks import chunks
 from charjax.engine.batch import Tokens, item_keys
-from charjax.engine.sample import Sampling, sample
+from charjax.engine.sample import Sampling, as_told, sample
 from charjax.engine.score import score
 from charjax.files import Row
 from charjax.model.language_model import LanguageModel
@@ -72,7 +72,7 @@ def _draw(
     # The same key in every condition: what differs is the model, not the luck of the draw.
     item_keys(session.config.seed, 'evaluation', [f'{item["id"]}/{item["sample"]}' for item in items]),
     model.eos_ids,
-    Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size, config.top_k),
+    as_told(config),
     adapter=adapter,
     width=config.prompt_width,
   )

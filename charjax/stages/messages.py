@@ -17,7 +17,7 @@ from etils import epath
 from charjax.character import Character, Trait
 from charjax.chunks import chunks
 from charjax.engine.batch import item_keys
-from charjax.engine.sample import Sampling, sample
+from charjax.engine.sample import as_told, sample
 from charjax.errors import UserError
 from charjax.files import Row, numbered_rows, read_jsonl, write_jsonl
 from charjax.progress import Progress
@@ -137,7 +137,7 @@ def write(session: Session, trait: Trait | None, attempt: int, items: Sequence[s
     origins.append(origin | {'opening': begun})
     beginnings.append(model.reply(begun, ended=False) if begun else [])
     asked.append(model.prompt(before) + beginnings[-1])
-  settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size, config.top_k)
+  settings = as_told(config)
   keys = item_keys(seed, 'messages', items)
   drawn = sample(model.decoder, asked, keys, model.eos_ids, settings, width=config.prompt_width)
   return [

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from charjax.character import Trait
 from charjax.chunks import chunks
 from charjax.engine.batch import item_keys
-from charjax.engine.sample import Sampling, sample
+from charjax.engine.sample import as_told, sample
 from charjax.errors import UserError
 from charjax.files import Row, numbered_rows, write_jsonl
 from charjax.progress import Progress
@@ -88,7 +88,7 @@ def _opposite(session: Session, trait: Trait, message: str, k: int) -> str:
 def _draw(session: Session, condition: str, before: prompts.Messages, items: Sequence[Row], index: int) -> list[Row]:
   del index
   config, model = session.config.replies, session.model
-  settings = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size, config.top_k)
+  settings = as_told(config)
   drawn = sample(
     model.decoder,
     [model.prompt([*before, prompts.user(item['text'])]) for item in items],

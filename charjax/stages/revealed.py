@@ -17,7 +17,7 @@ import numpy as np
 from charjax.character import Character
 from charjax.chunks import chunks
 from charjax.engine.batch import item_keys
-from charjax.engine.sample import Sampling, sample
+from charjax.engine.sample import as_told, sample
 from charjax.files import Row
 from charjax.progress import Progress
 from charjax.stages import prompts
@@ -79,7 +79,7 @@ def _answer(session: Session, condition: str, trained: Any, items: Sequence[Row]
     [model.prompt(prompts.alone(item['text'])) for item in items],
     item_keys(session.config.seed, 'behaviour/revealed', [item['id'] for item in items]),
     model.eos_ids,
-    Sampling(_TOKENS, config.temperature, config.top_p, config.batch_size, config.top_k),
+    as_told(config, max_new_tokens=_TOKENS),
     adapter=adapter,
     width=config.prompt_width,
   )

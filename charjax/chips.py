@@ -18,31 +18,33 @@ class Chip(NamedTuple):
     flops: peak dense bfloat16 FLOP/s.
     memory_bandwidth: bytes/s of its memory.
     link_bandwidth: bytes/s that it sends to other chips of its slice or host, and as many that it receives.
+    kinds: what JAX calls it where it is there.
   """
 
   memory: float
   flops: float
   memory_bandwidth: float
   link_bandwidth: float
+  kinds: tuple[str, ...]
 
 
 GIB = 2**30
 # Of TPUs: cloud.google.com/tpu/docs/v4, v5e, v5p and v6e (peak compute, HBM bandwidth, and half of the bidirectional
 # bandwidth of all ICI links of a chip).
 TPUS = {
-  'v4': Chip(31.25 * GIB, 275e12, 1228e9, 300e9),
-  'v5e': Chip(15.75 * GIB, 197e12, 819e9, 200e9),
-  'v5p': Chip(95.74 * GIB, 459e12, 2765e9, 600e9),
-  'v6e': Chip(31.25 * GIB, 918e12, 1640e9, 400e9),
+  'v4': Chip(31.25 * GIB, 275e12, 1228e9, 300e9, ('TPU v4',)),
+  'v5e': Chip(15.75 * GIB, 197e12, 819e9, 200e9, ('TPU v5 lite',)),
+  'v5p': Chip(95.74 * GIB, 459e12, 2765e9, 600e9, ('TPU v5', 'TPU v5p')),
+  'v6e': Chip(31.25 * GIB, 918e12, 1640e9, 400e9, ('TPU v6 lite',)),
 }
 # Of GPUs, in hosts of up to eight: NVIDIA's data sheets of A100, H100 SXM, H200 and B200 (half of the bidirectional
 # NVLink bandwidth). What is left of the memory is the runtime's.
 GPU_SHARE = 0.92
 GPUS = {
-  'a100': Chip(GPU_SHARE * 80e9, 312e12, 2039e9, 300e9),
-  'h100': Chip(GPU_SHARE * 80e9, 989e12, 3350e9, 450e9),
-  'h200': Chip(GPU_SHARE * 141e9, 989e12, 4800e9, 450e9),
-  'b200': Chip(GPU_SHARE * 180e9, 2250e12, 7700e9, 900e9),
+  'a100': Chip(GPU_SHARE * 80e9, 312e12, 2039e9, 300e9, ('NVIDIA A100-SXM4-40GB', 'NVIDIA A100-SXM4-80GB')),
+  'h100': Chip(GPU_SHARE * 80e9, 989e12, 3350e9, 450e9, ('NVIDIA H100 80GB HBM3',)),
+  'h200': Chip(GPU_SHARE * 141e9, 989e12, 4800e9, 450e9, ('NVIDIA H200',)),
+  'b200': Chip(GPU_SHARE * 180e9, 2250e12, 7700e9, 900e9, ('NVIDIA B200',)),
 }
 
 
@@ -53,6 +55,11 @@ class Topology(NamedTuple):
   chip: Chip
   size: int
   devices: Any
+
+
+def peak(kind: str) -> float | None:
+  """Peak dense bfloat16 FLOP/s of what JAX calls so; None where that is not known. A TPU v4 or v5p is one device."""
+  return next((chip.flops for chip in (*TPUS.values(), *GPUS.values()) if kind in chip.kinds), None)
 
 
 def find(name: str) -> Topology:
