@@ -12,7 +12,9 @@ import contextlib
 import faulthandler
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -71,6 +73,20 @@ def finish() -> None:
     _watches.pop().stop()
 
 
+def speak_after_abort(line: str) -> None:
+  """Has a line printed if this process ends by SIGABRT, as JAX ends one whose process 0 is gone, past Python.
+
+  Python's own handler writes the signal's number into a pipe before the process ends; a shell reads what is left there.
+  """
+  read, write = os.pipe()
+  os.set_blocking(write, False)
+  signal.signal(signal.SIGABRT, lambda *_: None)  # Of others Python hears nothing.
+  signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+  tell = r'test -z "$(tr -cd "\006")" || echo "charjax: $0" >&2'
+  subprocess.Popen(['sh', '-c', tell, line], stdin=read, start_new_session=True)
+  os.close(read)
+
+
 class _Watch:
   def __init__(self) -> None:
     self.lost_seconds, self.stuck_seconds = 60.0, 1200.0
@@ -83,6 +99,8 @@ class _Watch:
     self._failed_at = 0.0
     self._say()
     self._leader = json.loads(hosts.wait('charjax/at/0'))['host']
+    if self._index:
+      speak_after_abort(f'process 0 ({self._leader}) was lost, or JAX failed, as it says above; {_AGAIN}')
     self._answered = time.monotonic()  # when process 0 last took what this one said
     self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._obey)]
     for thread in self._threads:

@@ -108,3 +108,23 @@ def test_between_slices_only_data_is_split():
     'config.mesh (1, -1, 1) does not fit the 2 slices here, between which only data is split; its first size must be a '
     'multiple of 2; use e.g. (2, -1, 1)',
   ]
+
+
+_ABORT = """
+import os, signal, sys, threading
+from charjax import watch
+signal.signal(signal.SIGTERM, lambda *_: None)
+watch.speak_after_abort('process 0 was lost')
+os.kill(os.getpid(), signal.SIGTERM)
+if sys.argv[1] == 'abort':
+  threading.Thread(target=os.abort).start()
+  threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize(
+  ('how', 'code', 'said'), [('abort', -signal.SIGABRT, 'charjax: process 0 was lost\n'), ('end', 0, '')]
+)
+def test_a_process_that_is_ended_past_python_still_says_why(how, code, said):
+  done = subprocess.run([sys.executable, '-c', _ABORT, how], capture_output=True, text=True, timeout=60, check=False)
+  assert (done.returncode, done.stderr) == (code, said)
