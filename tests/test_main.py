@@ -161,7 +161,10 @@ def test_a_mistake_ends_in_one_line(tmp_path, config, capsys, arguments, expecte
     ('--config.rankings.ranker=best', "rankings.ranker is 'best'; choose from auto"),
     ('--config.policy.replies_per_prompt=1', 'policy.replies_per_prompt is 1, and a reply is judged'),
     ('--config.policy.ranked_replies=99', 'ranked_replies is 99, and 7 a message are ranked; set it to 0, or from 2'),
-    ('--config.policy.replies_per_prompt=0', 'ranked_replies and shown_replies are all 0, so there is nothing to'),
+    (
+      '--config.policy.replies_per_prompt=0',
+      'ranked_replies and shown_replies are all 0, or have no weight, so there is nothing to',
+    ),
     ('--config.policy.shown_replies=9', 'shown_replies is 9, and config.replies.shown is 4; lower'),
     ('--config.policy.advantages=dpo', "policy.advantages is 'dpo'; choose from grpo, rloo, ppo"),
     ('--config.policy.ranked_temperature=0.0', 'policy.ranked_temperature is 0.0; it must be above 0'),

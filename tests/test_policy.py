@@ -315,13 +315,13 @@ def test_the_penalty_s_weight_follows_the_divergence_and_a_run_that_goes_on_find
 
 def test_how_far_the_policy_moves_hangs_on_no_error_of_its_value_head():
   """With a value head, whatever its gradient is, the rest is updated alike; without one all is clipped together."""
-  trainable = {'adapter': {'a': np.ones(4), 'b': np.ones((2, 3))}, 'head': {'w': np.ones(3)}}
+  trainable = {'adapter': {'a': jnp.ones(4), 'b': jnp.ones((2, 3))}, 'head': {'w': jnp.ones(3)}}
   rng = np.random.default_rng(0)
-  gradients = [jax.tree.map(lambda x: rng.normal(size=x.shape), trainable) for _ in range(5)]
+  gradients = [jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), trainable) for _ in range(5)]
 
   def moved(advantages, scales):
     config = defaults.get_config().policy
-    config.advantages = advantages
+    config.update(advantages=advantages, learning_rate=0.01)
     _, optimizer = policy.learning(config)
     now, state = trainable, optimizer.init(trainable)
     for gradient, scale in zip(gradients, scales, strict=True):
@@ -331,4 +331,4 @@ def test_how_far_the_policy_moves_hangs_on_no_error_of_its_value_head():
 
   wild = (100.0, 0.1, 7.0, 1.0, 30.0)
   np.testing.assert_array_equal(moved('ppo', [1.0] * 5), moved('ppo', wild))
-  assert np.abs(moved('grpo', [1.0] * 5) - moved('grpo', wild)).max() > 1e-6
+  assert np.abs(moved('grpo', [1.0] * 5) - moved('grpo', wild)).max() > 1e-4
