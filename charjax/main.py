@@ -133,8 +133,10 @@ def _told(error: BaseException) -> tuple[int, str] | None:
     # Of many processes, one that was just ended may still hold the folder.
     code = hosts.LOST if isinstance(error, storage.Locked) and hosts.count() > 1 else 2
     return code, ' '.join(str(error).split())
+  if isinstance(error, Passing):
+    return hosts.LOST, ' '.join(str(error).split())
   # What reads buckets has an error of its own, which it raises once it has tried for long.
-  if isinstance(error, Exception) and (isinstance(error, Passing) or type(error).__module__.startswith('gcsfs.')):
+  if isinstance(error, Exception) and type(error).__module__.startswith('gcsfs.'):
     return hosts.LOST, one_line(error)
   if isinstance(error, OSError) and error.errno in _DISK:
     where = error.filename or 'the disk'
