@@ -99,6 +99,7 @@ def join(address: str = '', count: int | None = None, index: int | None = None) 
 
   Raises:
     UserError: something is missing or wrong, or the others were not found.
+    Passing: of machines that know each other, one does not answer.
   """
   address = address or os.environ.get('JAX_COORDINATOR_ADDRESS', '')
   count = _number('JAX_NUM_PROCESSES') if count is None else count

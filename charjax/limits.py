@@ -73,9 +73,10 @@ def ranked_to_message(replies: ConfigDict) -> int:
   return replies.shown + replies.plain + replies.opposed
 
 
-def fewest_parts(size: int, most: int) -> int:
-  """In how few parts as large as each other, of at most `most`, so many can be divided."""
-  return next(parts for parts in range(1, size + 1) if size % parts == 0 and size // parts <= max(1, most))
+def in_parts(count: int, most: int) -> tuple[int, int]:
+  """So many, or a few more, in equal parts of at most `most`: how many, and in how many parts."""
+  parts = -(-count // max(1, most))
+  return parts * -(-count // parts), parts
 
 
 def check(config: ConfigDict) -> None:

@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   Returns:
     The exit code: 0, 1 (a check found problems), 2 (a mistake of the user's), 141 (nobody reads what is printed), 130
     (interrupted by Ctrl-C), 143 (by SIGTERM), 75 (a bucket or the hub does not answer; of many processes also: one was
-    lost, or they hung, or did not find each other or their devices). After the last three the same command goes on.
+    lost, they hung, did not find each other or their devices, or others hold the folder). After the last three the
+    same command goes on.
   """
   arguments = list(sys.argv[1:] if argv is None else argv)
   try:

@@ -86,8 +86,7 @@ class Progress:
   def _compiling(self, program: str) -> None:
     """Shows that a program is being compiled: until it is, nothing advances."""
     note = f'compiling {program}' if program else ''
-    if program:
-      hosts.at(f'{self._name}, {note}')
+    hosts.at(', '.join(filter(None, [self._name, note])))
     if self._bar is not None:
       self._bar.set_postfix_str(note)
     elif program and is_first_process() and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:

@@ -103,6 +103,7 @@ def devices(config: ml_collections.ConfigDict, workdir: epath.Path | None = None
 
   Raises:
     UserError: there is no device to run on, or the mesh does not fit those that are there.
+    Passing: of many processes, this one finds no device.
   """
   import jax
 

@@ -313,7 +313,10 @@ def launches(trials: Sequence[Trial], root: epath.Path, base: str) -> list[list[
     config = trial.session.config
     files += [('config.character.path', part) for part in config.character.path.split('+')]
     files += [(f'config.evaluation.{field}', config.evaluation[field]) for field in ('probes', 'neutral')]
+  shared = '' if storage.is_bucket(root) else root.parts[1]  # What is mounted there is mounted on a slice, too.
   for flag, file in dict.fromkeys(files):
+    if shared and Path(file).parts[:2] == ('/', shared):
+      continue
     if os.path.isabs(file) or '..' in Path(file).parts:
       raise UserError(f'{flag}: slices get this checkout, and {file} is elsewhere; name it from the checkout on')
   found = []

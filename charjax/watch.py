@@ -12,7 +12,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -76,14 +75,13 @@ def finish() -> None:
 def speak_after_abort(line: str) -> None:
   """Has a line printed if this process ends by SIGABRT, as JAX ends one whose process 0 is gone, past Python.
 
-  Python's own handler writes the signal's number into a pipe before the process ends; a shell reads what is left there.
+  What Python writes of the signal goes into a pipe, at whose other end a shell waits for this process to end.
   """
   read, write = os.pipe()
-  os.set_blocking(write, False)
-  signal.signal(signal.SIGABRT, lambda *_: None)  # Of others Python hears nothing.
-  signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-  tell = r'test -z "$(tr -cd "\006")" || echo "charjax: $0" >&2'
-  subprocess.Popen(['sh', '-c', tell, line], stdin=read, start_new_session=True)
+  faulthandler.enable(write, all_threads=False)
+  subprocess.Popen(
+    ['sh', '-c', '! grep -q Aborted || echo "charjax: $0" >&2', line], stdin=read, start_new_session=True
+  )
   os.close(read)
 
 

@@ -343,6 +343,7 @@ def leader(top: Path, report: Report) -> None:
   # that, but dies of calling one of Python (std::bad_cast, jax 0.10.2).
   expected = (75, -signal.SIGABRT)
   report('process 0 of two was killed: exit codes', codes, codes[0] == -signal.SIGKILL and codes[1] in expected)
+  time.sleep(1)  # Of one that was ended past Python, a shell says it.
   line = next((line for line in group.says(1) if re.match(r'charjax: process 0 \(.+\) was lost', line)), '')
   report('  ' + line, '', bool(line))
 

@@ -168,6 +168,7 @@ def main() -> int:
   on.add_argument('--ssh-flag', action='append')
   on.add_argument('name')
   copy = command(machine, 'scp', scp, '--zone', '--worker')
+  copy.add_argument('--scp-flag', action='append')
   copy.add_argument('source')
   copy.add_argument('to')
   own = command(groups, 'stand-in', stand_in)

@@ -111,14 +111,13 @@ def test_between_slices_only_data_is_split():
 
 
 _ABORT = """
-import os, signal, sys, threading
-from charjax import watch
-signal.signal(signal.SIGTERM, lambda *_: None)
+import os, sys, threading
+from charjax import interrupts, watch
 watch.speak_after_abort('process 0 was lost')
-os.kill(os.getpid(), signal.SIGTERM)
-if sys.argv[1] == 'abort':
-  threading.Thread(target=os.abort).start()
-  threading.Event().wait()
+with interrupts.raising(), interrupts.leaving_within(25.0, lambda *_: None):
+  if sys.argv[1] == 'abort':
+    threading.Thread(target=os.abort).start()
+    threading.Event().wait()
 """
 
 

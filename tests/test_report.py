@@ -419,16 +419,17 @@ def test_effects_of_a_policy_that_is_there_no_more_are_left_out(tmp_path):
 
 def test_settings_are_those_that_finished_stages_were_made_with(tmp_path):
   folder = write_run(tmp_path / 'run')
-  record(folder, 'policy', config_values={'seed': 7, 'policy.kl': 0.25, 'model.path': 'contents 01', 'profile': True})
+  made_with = {'seed': 7, 'policy.kl': 0.25, 'model.path': 'contents 01', 'evaluation.probes': 'contents 02'}
+  record(folder, 'policy', config_values=made_with)
   config = read_run(folder).config
   assert config['seed'] == config['config']['seed'] == 7
   assert config['config']['policy']['kl'] == 0.25 and config['config']['policy']['steps'] == 60
-  assert config['config']['model']['path'] == 'smollm2-135m-instruct'
+  assert config['config']['model']['path'] == 'smollm2-135m-instruct' and not config['config']['evaluation']['probes']
 
 
 def test_the_time_of_a_stage_that_was_cut_off_is_at_least_what_is_known(tmp_path):
   folder = write_run(tmp_path / 'run')
-  assert 'The stages took at least' not in report.render(folder)
+  assert 'the stages took at least' not in report.render(folder)
   record(folder, 'policy', resumed=True)
   page = report.render(folder)
   assert 'the stages took at least' in page

@@ -44,9 +44,9 @@ slice() {
   fi
 }
 
-# Of the run on all workers: running, done, again (cut off), new, unset (no code there), unreachable, or an exit code.
+# Of the run on all workers: running, done, again (cut off), new, unset (not set up, or not to the end), unreachable, or an exit code.
 run() {
-  local found states patience=(timeout 300)
+  local found states patience=(timeout --foreground 300)
   found=$(on all 'if [ -e charjax/tpu/worker.sh ]; then charjax/tpu/worker.sh state; else echo charjax-state unset; fi' \
     2>/dev/null) || { echo unreachable; return; }
   states=$(sed -n 's/^charjax-state //p' <<<"$found" | sort -u)

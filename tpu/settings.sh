@@ -104,7 +104,7 @@ try() {
 
 # A machine that is gone answers nothing, for hours if need be.
 alive=(-oConnectTimeout=10 -oServerAliveInterval=15 -oServerAliveCountMax=4)
-patience=() # what limits how long a command may take: timeout 300, say
+patience=() # what limits how long a command may take: timeout --foreground 300, say
 
 # on WORKERS COMMAND: a command line on each of the workers ('all', or a number), at once.
 on() {

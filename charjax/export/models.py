@@ -97,7 +97,7 @@ def _run(session: Session) -> Run:
   stage = next(stage for stage in STAGES if stage.name == 'evaluation')
   if workdirs.status(stage, session) == 'done':
     return run
-  if run.summary:
+  if run.summary or 'evaluation' in run.outdated:
     session.log('the evaluation is left out of the card: it is not up to date; charjax evaluation makes it anew')
   return without(run, ['evaluation'])
 

@@ -46,7 +46,8 @@ def pin(address: str) -> str:
   That is asked of the hub; where it cannot be reached, what it said last counts.
 
   Raises:
-    UserError: there is no such model or revision, or nobody knows.
+    UserError: there is no such model or revision.
+    Passing: nobody knows.
   """
   name, revision = _split(address)
   if not _COMMIT.fullmatch(revision):
@@ -63,7 +64,8 @@ def fetch(address: str, names: Sequence[str]) -> str:
     names: files.
 
   Raises:
-    UserError: they cannot be fetched, and are not all there.
+    UserError: they are not to be had.
+    Passing: they cannot be fetched now, and are not all there.
     KeyboardInterrupt: at Ctrl-C, without waiting for the end of a file.
   """
   name, commit = _split(address)

@@ -11,7 +11,7 @@ from etils import epath
 
 from charjax import defaults
 from charjax.report.people import wins_by_people
-from charjax.report.read import Estimate, Run, cut_off, estimate, finite, listed, read_run, seconds, section
+from charjax.report.read import STAGES, Estimate, Run, cut_off, estimate, finite, listed, read_run, seconds, section
 from charjax.review import verdicts
 from charjax.stages import statistics
 from charjax.workdir import fingerprint
@@ -112,9 +112,8 @@ class Column:
 
   def cut_off(self) -> list[str]:
     """The stages that were cut off in all runs that have them: of their time, what was before is not known."""
-    return [
-      stage for stage in cut_off(self.first) if all(stage in cut_off(run) for run in self.runs if stage in seconds(run))
-    ]
+    having = {stage: [run for run in self.runs if stage in seconds(run)] for stage in STAGES}
+    return [stage for stage, some in having.items() if some and all(stage in cut_off(run) for run in some)]
 
   def kl(self) -> Estimate | None:
     """KL(trained || starting), in nats a token of the trained model's replies to held-out messages, drawn as the

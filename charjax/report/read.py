@@ -157,13 +157,14 @@ def _as_made(run: Run) -> dict[str, Any]:
     for name, values in section(run.config, 'config').items()
   }
   seed = run.config.get('seed')
+  files = {field for stage in stages.STAGES for field in stage.files}
   for stage in run.stages.values():
     for field, value in section(stage, 'config_values').items():
       first, _, name = field.partition('.')
       if field == 'seed':
         config['seed'] = seed = value
-      # Traits and models are recorded by what they hold, not by how they were named.
-      elif first not in ('character', 'model') and name and isinstance(config.get(first), dict):
+      # Traits, models and files are recorded by what they hold, not by how they were named.
+      elif first not in ('character', 'model') and field not in files and name and isinstance(config.get(first), dict):
         config[first][name] = value
   return {**run.config} | ({'config': config, 'seed': seed} if config else {})
 

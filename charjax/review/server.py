@@ -20,7 +20,7 @@ from etils import epath
 from charjax.errors import UserError
 from charjax.files import Row
 from charjax.report.read import read_run
-from charjax.report.words import spoken
+from charjax.report.words import outdated_sentence, spoken
 from charjax.review.pairs import Pair, Reply, pairs
 from charjax.review.verdicts import CHOICES, Verdicts, opened, reviewer_name
 
@@ -74,6 +74,8 @@ def _pairs_to_judge(workdir: epath.Path) -> list[Pair]:
   run = read_run(workdir)
   if not (workdir / 'evaluation' / 'stage.json').exists():
     raise UserError(f'{workdir}: its evaluation is not finished; run charjax evaluation first')
+  if 'evaluation' in run.outdated:
+    raise UserError(f'{workdir}: {outdated_sentence(["evaluation"])}')
   asked = pairs(run)
   if not asked:
     raise UserError(

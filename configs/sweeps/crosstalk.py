@@ -3,8 +3,8 @@
 charjax sweep --config=configs/sweeps/crosstalk.py --workdir=runs/crosstalk
 
 Messages, replies, rankings and preference models are those of all traits and are made once. Each policy takes as many
-steps, and in each step a trait has as many prompts as in the config's own policy, rounded up to whole ones of all: what
-changes is its company.
+steps, and in each step a trait has as many prompts as in the config's own policy, or a few more where they do not
+divide: what changes is its company.
 """
 
 import math
@@ -26,11 +26,12 @@ def get_sweep(config):
 
   def trial(*some):
     policy = config.policy
-    prompts = math.ceil(policy.prompts_per_step * len(some) / len(traits))
+    count = math.ceil(policy.prompts_per_step * len(some) / len(traits))
+    prompts, parts = limits.in_parts(count, policy.prompts_per_step // policy.microbatches)
     return {
       'policy.traits': some,
       'policy.prompts_per_step': prompts,
-      'policy.microbatches': limits.fewest_parts(prompts, policy.prompts_per_step // policy.microbatches),
+      'policy.microbatches': parts,
       # None is left out because the preference model does not tell it from chance.
       'policy.keep_unproven_traits': True,
     }

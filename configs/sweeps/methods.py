@@ -15,7 +15,8 @@ from charjax import limits
 
 def get_sweep(config):
   policy = config.policy
-  each = min(limits.ranked_to_message(config.replies), policy.replies_per_prompt + policy.ranked_replies)
+  wanted = policy.replies_per_prompt + policy.ranked_replies or policy.shown_replies
+  each = min(limits.ranked_to_message(config.replies), wanted)
 
   def learned_from(drawn=0, ranked=0, shown=0):
     return {
@@ -28,10 +29,11 @@ def get_sweep(config):
 
   some = max(1, min(each, config.replies.shown))
   count = math.ceil(policy.prompts_per_step * each / some)
+  prompts, parts = limits.in_parts(count, math.ceil(count / policy.microbatches))
   drawn, read = learned_from(drawn=each), learned_from(ranked=each)
   shown = learned_from(shown=some) | {
-    'policy.prompts_per_step': count,
-    'policy.microbatches': limits.fewest_parts(count, policy.prompts_per_step * each // some // policy.microbatches),
+    'policy.prompts_per_step': prompts,
+    'policy.microbatches': parts,
   }
   for seed in range(3):
     again = {'policy.seed': seed}
