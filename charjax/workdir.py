@@ -228,6 +228,11 @@ def _read_records(folder: epath.Path) -> tuple[Row, Row]:
   return records[0], records[1]
 
 
+def contents(folder: epath.Path, names: Iterable[str]) -> str:
+  """What stands for the files of a stage that others read."""
+  return fingerprint(_products(folder, names))
+
+
 def _products(folder: epath.Path, names: Iterable[str]) -> dict[str, str]:
   return {name: file_fingerprint(folder / name) for name in names}
 
@@ -244,12 +249,12 @@ def _inputs(stage: Stage, session: Session) -> dict[str, str]:
     names = _read_records(folder)[0].get('products', {})
     if not names or not all((folder / file).exists() for file in names):
       raise UserError(f'{folder}: stage {name} is not finished and {stage.name} reads it; run {name} first')
-    inputs[name] = fingerprint(_products(folder, names))
+    inputs[name] = contents(folder, names)
   for name in stage.added:
     folder = session.folder(name)
     files = sorted(path.name for path in folder.glob('*.jsonl')) if folder.is_dir() else []
     if files:
-      inputs[name] = fingerprint(_products(folder, files))
+      inputs[name] = contents(folder, files)
   return inputs
 
 

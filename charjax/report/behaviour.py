@@ -99,7 +99,7 @@ def robustness(run: Run) -> Panel:
     }
     drawn.append(figures.heat_map(f'{title}: trained {MINUS} base', unit, ('form', 'trait'), matrix))
     count += sum(value is not None for line in matrix.values() for value in line.values())
-  return Panel(figures.present(drawn), [*filter(None, [words.by_chance(count)])])
+  return Panel(figures.present(drawn), words.by_chance(count))
 
 
 def drift(run: Run) -> Panel:

@@ -72,7 +72,7 @@ def _sentences(margins: Matrix) -> list[str]:
   ]
   said = f'Of {len(others)} effects of a trait on another {len(clear) or "none"} {"is" if len(clear) < 2 else "are"}'
   sentences.append(f'{said} clear of zero' + (f': {"; ".join(told)}.' if told else '.'))
-  return [*sentences, *filter(None, [words.by_chance(len(others))])]
+  return sentences + words.by_chance(len(others))
 
 
 def _figure(

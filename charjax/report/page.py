@@ -108,9 +108,7 @@ def _answer(run: Run, judged: People | None) -> list[str]:
   margins, wins = _metric(run, 'margin', 'delta'), _metric(run, 'win_rate', 'trained')
   old = words.outdated_sentence(run.outdated)
   if not section(run.summary, 'traits'):
-    return [sentence for sentence in (
-      'This run has not been evaluated yet, so the page cannot say what training changed.', old
-    ) if sentence]  # fmt: skip
+    return ['This run has not been evaluated yet, so the page cannot say what training changed.', *filter(None, [old])]
   known = [value for value in margins.values() if value is not None]
   if known:
     rose = sum(value.side_of(0.0) == 1 for value in known)

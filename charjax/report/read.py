@@ -14,7 +14,7 @@ from charjax import stages
 from charjax.character import parse_choice
 from charjax.errors import UserError
 from charjax.files import read_jsonl
-from charjax.workdir import file_fingerprint, fingerprint
+from charjax.workdir import contents
 
 STAGES = tuple(stage.name for stage in stages.STAGES if stage.name != 'report')
 # The fields of a run that say what training did: old ones would be taken for those of what is there now.
@@ -137,11 +137,10 @@ def _outdated(root: epath.Path, made: Mapping[str, Any]) -> list[str]:
   found: list[str] = []
 
   def is_other(name: str, fingerprint_then: Any) -> bool:
-    files = {file: root / name / file for file in section(made, name, 'products')}
-    if not files or not all(path.exists() for path in files.values()):
-      return (root / name / 'unfinished.json').exists()
-    now = fingerprint({file: file_fingerprint(path) for file, path in files.items()})
-    return fingerprint_then not in (None, now)
+    folder, files = root / name, section(made, name, 'products')
+    if not files or not all((folder / file).exists() for file in files):
+      return (folder / 'unfinished.json').exists()
+    return fingerprint_then not in (None, contents(folder, files))
 
   for stage in stages.STAGES:
     inputs = section(made, stage.name, 'inputs')

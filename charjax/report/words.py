@@ -182,11 +182,11 @@ def at_least(stages: Sequence[str]) -> str:
   return f'Cut off and gone on with: {together(stages)}. Of these the time since is counted.' if stages else ''
 
 
-def by_chance(count: int) -> str:
+def by_chance(count: int) -> list[str]:
   """What a reader of many figures must know; nothing of few."""
   if count < 10:
-    return ''
-  return f'Where there is no effect, about {max(1, round(count / 20))} of {count} would be clear of it by chance.'
+    return []
+  return [f'Where there is no effect, about {max(1, round(count / 20))} of {count} would be clear of it by chance.']
 
 
 def weight(value: object) -> str:
