@@ -17,6 +17,7 @@ SIGTERM and up to 30 s of grace; `gcloud stand-in state NAME STATE` says what be
 import argparse
 import contextlib
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -74,16 +75,39 @@ def slice_of(name: str, active: bool = False) -> Path:
   return folder
 
 
-def machines(folder: Path, which: str) -> list[Path]:
-  found = sorted((folder / 'machines').iterdir())
+def machines(folder: Path, which: str, node: str) -> list[Path]:
+  """Those of one slice of a request, which are numbered through all of its slices."""
+  nodes = (folder / 'nodes').read_text().split()
+  if node not in nodes:
+    fail(f'NOT_FOUND: Resource {node} was not found')
+  each, number = int(os.environ.get('STAND_IN_WORKERS', '4')), nodes.index(node)
+  found = [folder / 'machines' / str(number * each + i) for i in range(each)]
   return found if which == 'all' else [found[int(which)]]
+
+
+def of_node(name: str) -> Path:
+  """The folder of the request that a slice belongs to."""
+  prefix, _, number = name.rpartition('-')
+  return slice_of(prefix if number.isdecimal() and not (TOP / name).exists() else name, active=True)
+
+
+def free_port() -> int:
+  """Of those that no connection is given by itself, since all slices are told of it before it is used."""
+  while True:
+    with socket.socket() as probe, contextlib.suppress(OSError):
+      probe.bind(('127.0.0.1', port := random.randrange(20000, 30000)))
+      return port
 
 
 def create(args: argparse.Namespace) -> int:
   folder = TOP / args.name
   if folder.exists():
     fail(f'ALREADY_EXISTS: Resource {args.name} already exists')
+  if (args.node_id is None) == (args.node_count is None):
+    fail('INVALID_ARGUMENT: give --node-id or --node-count')
+  nodes = [args.node_id] if args.node_id else [f'{args.node_prefix}-{i}' for i in range(int(args.node_count))]
   folder.mkdir(parents=True)
+  (folder / 'nodes').write_text('\n'.join(nodes))
   (folder / 'state').write_text('WAITING_FOR_RESOURCES')
   (folder / 'waits').write_text(os.environ.get('STAND_IN_WAITS', '2'))
   return 0
@@ -95,7 +119,9 @@ def describe(args: argparse.Namespace) -> int:
   state = (folder / 'state').read_text()
   if state == 'WAITING_FOR_RESOURCES' and not waits:
     state = os.environ.get('STAND_IN_STATE', 'ACTIVE')
-    for i in range(int(os.environ.get('STAND_IN_WORKERS', '4'))):
+    (folder / 'port').write_text(str(free_port()))
+    nodes = (folder / 'nodes').read_text().split()
+    for i in range(int(os.environ.get('STAND_IN_WORKERS', '4')) * len(nodes)):
       (folder / 'machines' / str(i)).mkdir(parents=True)
     (folder / 'state').write_text(state)
   (folder / 'waits').write_text(str(max(0, waits - 1)))
@@ -114,19 +140,17 @@ def delete(args: argparse.Namespace) -> int:
 
 def scp(args: argparse.Namespace) -> int:
   name, _, to = args.to.partition(':')
-  for machine in machines(slice_of(name, active=True), args.worker):
+  for machine in machines(of_node(name), args.worker, name):
     shutil.copy(args.source, machine / to)
   return 0
 
 
 def ssh(args: argparse.Namespace) -> int:
-  folder = slice_of(args.name, active=True)
-  count = len(machines(folder, 'all'))
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{free.getsockname()[1]}'
+  folder = of_node(args.name)
+  count = len(list((folder / 'machines').iterdir()))
+  address = f'127.0.0.1:{(folder / "port").read_text()}'
   begun = []
-  for machine in machines(folder, args.worker):
+  for machine in machines(folder, args.worker, args.name):
     own = {name: value for name, value in os.environ.items() if name in MACHINES_OWN or name.startswith('JAX_')}
     own |= {'HOME': str(machine), 'STAND_IN_MACHINE': str(machine)}
     if count > 1:
@@ -152,14 +176,14 @@ def main() -> int:
     own = under.add_parser(name, allow_abbrev=False)
     own.set_defaults(act=act)
     for flag in ('--project', *flags):
-      own.add_argument(flag, required=flag in ('--zone', '--command', '--accelerator-type', '--node-id'))
+      own.add_argument(flag, required=flag in ('--zone', '--command', '--accelerator-type'))
     for switch in switches:
       own.add_argument(f'--{switch}', action='store_true')
     return own
 
   tpus = groups.add_parser('compute').add_subparsers(required=True).add_parser('tpus').add_subparsers(required=True)
   queued = tpus.add_parser('queued-resources').add_subparsers(required=True)
-  create_flags = ('--zone', '--node-id', '--accelerator-type', '--runtime-version')
+  create_flags = ('--zone', '--node-id', '--node-count', '--node-prefix', '--accelerator-type', '--runtime-version')
   command(queued, 'create', create, *create_flags, spot=True).add_argument('name')
   command(queued, 'describe', describe, '--zone', '--format').add_argument('name')
   command(queued, 'delete', delete, '--zone', force=True, quiet=True).add_argument('name')

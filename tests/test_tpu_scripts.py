@@ -250,6 +250,7 @@ def test_any_number_of_preemptions_is_no_failure(cloud, preempted):
       'run.sh: charjax needs --workdir= behind --: a folder that all workers',
     ),
     ('babysit --every=soon -- run --config=x.py --workdir=/x', 'babysit.sh: --every=soon: give seconds'),
+    ('logs --slices=2 --slice=2', 'logs.sh: --slice=2: give a number from 0, below --slices=2'),
     ('logs --worker=first', 'logs.sh: --worker=first: give a number from 0, or all'),
     ('gke -- run --config=x.py --workdir=/x', 'gke.sh: which cluster? give --cluster=NAME'),
     (
@@ -274,6 +275,40 @@ def test_a_zone_is_needed_and_gcloud(cloud):
   assert (
     cloud.run('create', PATH=str(only))[2] == 'create.sh: gcloud is not there; see cloud.google.com/sdk/docs/install\n'
   )
+
+
+def test_several_slices_are_one_run(cloud):
+  cloud.environment['TPU_SLICES'] = '2'
+  babysitter = cloud.babysit('75 0', '--price=1', '--delete')
+  _, told = babysitter.communicate(timeout=600)
+  assert babysitter.returncode == 0, told
+  assert '2 x v5litepod-16, 32 chips: about $32.00 an hour' in told and 'charjax is deleted' in told
+  log = [shlex.split(line) for line in (cloud.top / 'cloud' / 'log').read_text().splitlines()]
+  create = next(line for line in log if line[3] == 'create')
+  assert {'--node-count=2', '--node-prefix=charjax'} < set(create) and '--node-id=charjax' not in create
+  # Each slice is set up, started twice and asked; its last words are those of process 0 alone.
+  first, second = 'charjax-0', 'charjax-1'
+  for step, slices in (
+    ('cd charjax && find', [first, second]),
+    ('worker.sh start run', [first, first, second, second]),
+    ('tail --lines=3', [first]),
+  ):
+    assert sorted(line[4] for line in log if line[3] == 'ssh' and any(step in word for word in line)) == slices
+  assert all((cloud.top / f'started-{i}').read_text().count('\n') == 2 for i in range(2 * WORKERS))
+
+
+@pytest.mark.parametrize('failing', [1, 3])
+def test_what_fails_on_one_slice_fails(cloud, failing):
+  cloud.environment['TPU_SLICES'] = '2'
+  assert cloud.run('create')[0] == 0
+  for _ in range(2):
+    cloud.gcloud('compute', 'tpus', 'queued-resources', 'describe', 'charjax', '--zone=us-west4-a')
+  assert cloud.run('setup')[0] == 0
+  (cloud.top / 'ends').write_text('stay\n')
+  (cloud.top / 'cloud' / 'charjax' / 'machines' / str(failing) / 'charjax' / '.ready').unlink()
+  code, _, told = cloud.run('run', *RUN)
+  assert code == 1 and told.count('not set up') == 1
+  assert cloud.run('logs', '--slice=1')[1].startswith('worker 2 of 4:')
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ source "$tpu/command.sh"
 [[ $every =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--every=$every: give seconds"
 
 # For the scripts that it calls.
-export TPU_NAME=$name TPU_ZONE=$zone TPU_PROJECT=$project TPU_ACCELERATOR=$accelerator TPU_SPOT=$spot \
+export TPU_NAME=$name TPU_ZONE=$zone TPU_PROJECT=$project TPU_ACCELERATOR=$accelerator TPU_SLICES=$slices TPU_SPOT=$spot \
   TPU_RUNTIME=$runtime TPU_INSTALL=$install TPU_DRY_RUN=$dry_run
 [[ $price_note != you* ]] || export TPU_PRICE=$price
 cost

@@ -4,10 +4,9 @@
 # With --slices=N it runs on N slices, between which data alone is split: give it --config.mesh=(N, -1, 1), say.
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 cluster=
-parse 'cluster slices accelerator price' "$@"
+parse 'cluster accelerator price' "$@"
 source "$tpu/command.sh"
 [[ -n $cluster ]] || fail 'which cluster? give --cluster=NAME, as you called it in xpk cluster create'
-[[ $slices =~ ^[1-9][0-9]{0,2}$ ]] || fail "--slices=$slices: give a whole number from 1"
 
 cost 'the nodes of the cluster are gone'
 folder=$(mktemp -d)

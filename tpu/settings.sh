@@ -7,7 +7,7 @@ name=${TPU_NAME:-charjax}                # of the slice, and of the request for 
 zone=${TPU_ZONE:-}                       # where it is: us-west4-a
 project=${TPU_PROJECT:-}                 # who pays; gcloud's own if empty
 accelerator=${TPU_ACCELERATOR:-v5litepod-16}
-slices=1                                 # of that kind; more than one by a flag of gke.sh alone
+slices=${TPU_SLICES:-1}                  # of that kind, between which data alone is split
 spot=${TPU_SPOT:-}                       # cheaper, and may be taken away at any time
 runtime=${TPU_RUNTIME:-}                 # the machines' image; that of the accelerator if empty
 price=${TPU_PRICE:-}                     # US dollars a chip-hour; the list's, as below, if empty
@@ -22,7 +22,7 @@ fail() {
 
 # parse "FLAGS" "$@": sets the variables of the flags that were given, and checks those above.
 parse() {
-  local known=" name zone project dry_run $1 " key
+  local known=" name zone project slices dry_run $1 " key
   shift
   while (($#)); do
     if [[ $1 == -- ]]; then
@@ -52,6 +52,9 @@ parse() {
   [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || fail "--name=$name: give small letters, digits and hyphens, at most 40"
   [[ -n $zone ]] || fail 'where is it? give --zone=us-west4-a, say, or set TPU_ZONE'
   [[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "--zone=$zone: no zone, which is called as us-west4-a is"
+  [[ $slices =~ ^[1-9][0-9]{0,2}$ ]] || fail "--slices=$slices: give a whole number from 1"
+  nodes=("$name") # as Google calls the slices of one request
+  ((slices == 1)) || mapfile -t nodes < <(seq --format="$name-%.0f" 0 $((slices - 1)))
   [[ $accelerator =~ ^(v4|v5litepod|v5p|v6e)-([1-9][0-9]{0,4})$ ]] ||
     fail "--accelerator=$accelerator: give v4-N, v5litepod-N, v5p-N or v6e-N, such as v5litepod-16"
   # Of v4 and v5p the N counts cores, two a chip. On demand in US regions, as cloud.google.com/tpu/pricing was quoted in 2025.
@@ -106,8 +109,33 @@ try() {
 alive=(-oConnectTimeout=10 -oServerAliveInterval=15 -oServerAliveCountMax=4)
 patience=() # what limits how long a command may take: timeout --foreground 300, say
 
-# on WORKERS COMMAND: a command line on each of the workers ('all', or a number), at once.
+# on WORKERS COMMAND [SLICE]: a command line on each worker of all slices ('all') at once, or on one of a slice, the first
+# unless another is given. It fails if it failed on any.
 on() {
-  try "${patience[@]}" gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker="$1" \
+  if [[ $1 == all ]]; then
+    each_slice ssh_to all "$2"
+  else
+    ssh_to "$1" "$2" "${nodes[${3:-0}]}"
+  fi
+}
+
+# ssh_to WORKERS COMMAND SLICE
+ssh_to() {
+  try "${patience[@]}" gcloud compute tpus tpu-vm ssh "$3" "${where[@]}" --worker="$1" \
     "${alive[@]/#/--ssh-flag=}" --command="$2"
+}
+
+# each_slice COMMAND...: does it with the name of each slice behind it. What slices there are beside the first work meanwhile.
+each_slice() {
+  local node others=() code=0
+  for node in "${nodes[@]:1}"; do
+    "$@" "$node" &
+    others+=($!)
+    [[ -z $dry_run ]] || wait $! # so that lines do not mix
+  done
+  "$@" "${nodes[0]}" || code=$?
+  for node in "${others[@]}"; do
+    wait "$node" || code=$?
+  done
+  return "$code"
 }

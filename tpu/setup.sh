@@ -14,7 +14,10 @@ if [[ -z $dry_run ]]; then
   [[ $states != *running* ]] ||
     fail "a run goes on there, from the code that would be replaced; wait for its end, or delete.sh"
 fi
-try gcloud compute tpus tpu-vm scp "$folder/charjax.tar.gz" "$name:" "${where[@]}" --worker=all "${alive[@]/#/--scp-flag=}"
+copy() {
+  try gcloud compute tpus tpu-vm scp "$folder/charjax.tar.gz" "$1:" "${where[@]}" --worker=all "${alive[@]/#/--scp-flag=}"
+}
+each_slice copy
 # Files that are no more must not be imported; what is installed stays. What is not ready is set up anew.
 on all "mkdir -p charjax && cd charjax && find . -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} + &&\
  tar -xzf ../charjax.tar.gz && { $install; } && touch ~/charjax/.ready"
