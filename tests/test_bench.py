@@ -1,8 +1,11 @@
 """scripts/bench.py: no ratio where two sides did not do the same, and the same texts for all."""
 
+import importlib
+
 import bench
 import pytest
 from bench_workers import tasks
+from smoke import ROOT
 
 from charjax.model import checkpoint_source
 
@@ -40,3 +43,16 @@ def test_tasks_are_what_they_say():
   assert len(made['score_4']['prompts']) == 256
   assert len({tuple(prompt) for prompt in made['score_4']['prompts']}) == 64
   assert all(len(row['replies']) == 4 for row in made['reward']['train'])
+
+
+def test_a_step_in_parts_is_the_same_work(monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / 'scripts' / 'bench_workers')
+  worker = importlib.import_module('with_charjax')
+  data = tasks.make('rl', checkpoint_source.load(checkpoint_source.RANDOM), 0.25)
+  job = {'task': 'rl', 'data': data, 'model': checkpoint_source.RANDOM}
+  whole, parts = (
+    worker.Policy(job | {'setting': {'dtype': 'float32', 'rows': 8, 'microbatches': count}}).warm_up()
+    for count in (1, 2)
+  )
+  assert bench.unlike(whole, parts) == ''
+  assert parts['tokens'] == 2 * 4 * 64

@@ -198,7 +198,7 @@ class Policy:
     tokens = [reply.tokens for reply in drawn]
     reference = score(self._decoder, prompts, tokens, batch_size=self._rows)
     groups = [Group(prompt, tokens[m * each : (m + 1) * each]) for m, prompt in enumerate(asked)]
-    rows = self._shapes.rows(groups, each)
+    rows = self._shapes.rows(groups, each, microbatches=self._microbatches)
     mask = reply_mask(rows)
     before = pad_values([reply.log_probs for reply in drawn], mask.shape[1])
     log_ratio = before - pad_values(reference, mask.shape[1])
