@@ -309,6 +309,9 @@ def test_what_fails_on_one_slice_fails(cloud, failing):
   code, _, told = cloud.run('run', *RUN)
   assert code == 1 and told.count('not set up') == 1
   assert cloud.run('logs', '--slice=1')[1].startswith('worker 2 of 4:')
+  for flags, workers in (('--slice=1',), {2, 3}), ((), {0, 1, 2, 3}):
+    _, out, _ = cloud.run('logs', '--worker=all', *flags)
+    assert {int(line.split()[1]) for line in out.splitlines()} == workers - {failing}
 
 
 @pytest.mark.parametrize(

@@ -109,10 +109,10 @@ try() {
 alive=(-oConnectTimeout=10 -oServerAliveInterval=15 -oServerAliveCountMax=4)
 patience=() # what limits how long a command may take: timeout --foreground 300, say
 
-# on WORKERS COMMAND [SLICE]: a command line on each worker of all slices ('all') at once, or on one of a slice, the first
-# unless another is given. It fails if it failed on any.
+# on WORKERS COMMAND [SLICE]: a command line on each worker ('all') of a slice, or of all slices where none is given, at
+# once; or on one worker, of the first slice where none is given. It fails if it failed on any.
 on() {
-  if [[ $1 == all ]]; then
+  if [[ $1 == all && -z ${3:-} ]]; then
     each_slice ssh_to all "$2"
   else
     ssh_to "$1" "$2" "${nodes[${3:-0}]}"
