@@ -50,7 +50,7 @@ _MAIN = 'import sys; from charjax.main import main; sys.exit(main())'
 # By a schedule, which counts steps: a checkpoint takes no empty state.
 SGD = (
   'import optax; from charjax.stages import policy, preference; '
-  'policy.make_optimizer = preference.make_optimizer = lambda rate, *_: optax.sgd(lambda _: 30 * rate); '
+  'policy.make_optimizer = preference.make_optimizer = lambda rate, *_, **__: optax.sgd(lambda _: 30 * rate); '
 ) + _MAIN
 # From the third step on, drawing replies takes the devices of all processes minutes.
 LONG = (

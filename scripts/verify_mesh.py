@@ -313,6 +313,8 @@ def _main() -> int:
       '\n'.join(f'  {problem}' for problem in problems) or '  all that the rules split lies in its parts', flush=True
     )
     failed |= bool(problems) or any(distance > TOLERANCE for distance in far.values())
+    # Each compiled program holds pieces of memory of its own, and Linux gives a process only so many.
+    jax.clear_caches()
   return int(failed)
 
 
