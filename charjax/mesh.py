@@ -169,7 +169,8 @@ def describe(tree: Any) -> Any:
 def shard_batch(tree: Any, axis: int = 0) -> Any:
   """Puts host arrays on the mesh, split along one axis (numbers: whole); without a mesh, on the one device.
 
-  Where there are many processes, each has the whole of them and puts what its own devices hold.
+  Where there are many processes, each puts what its own devices hold, of arrays that have those rows (`held_here`) and
+  may have nothing in the others.
   """
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
@@ -180,6 +181,17 @@ def shard_batch(tree: Any, axis: int = 0) -> Any:
     return _put(array, NamedSharding(mesh, spec(np.shape(array), axes, mesh)))
 
   return jax.tree.map(one, tree)
+
+
+def held_here(count: int, parts: int = 1) -> np.ndarray:
+  """[count] bool: which rows of a batch lie on devices of this process, by `shard_batch` of [parts, count // parts]."""
+  mesh, here = jax.sharding.get_mesh(), np.ones((parts, count // parts), bool)
+  if not mesh.empty:
+    sharding = NamedSharding(mesh, spec(here.shape, (None, 'batch'), mesh))
+    here[:] = False
+    for rows in sharding.addressable_devices_indices_map(here.shape).values():
+      here[rows] = True
+  return here.reshape(-1)
 
 
 def replicate(tree: Any) -> Any:

@@ -1,5 +1,6 @@
 """The order of the examples that train: endless, each as often as the others, and going on from a saved position."""
 
+import numpy as np
 import pytest
 
 from charjax.training.data import batches
@@ -18,3 +19,14 @@ def test_batches_of_any_size_have_no_end_and_go_on_from_a_position(size):
     next(position)
   again.set_state(position.get_state())
   assert [next(again) for _ in range(2)] == seen[4:]
+
+
+def test_processes_read_their_own_of_one_order_and_know_of_the_rest():
+  whole = batches('abcdefg', 4, seed=1)
+  here = np.array([True, False, False, True])
+  first, second = (batches('abcdefg', 4, seed=1, here=mine, outline=str.upper) for mine in (here, ~here))
+  for _ in range(5):
+    batch = next(whole)
+    assert next(first) == [letter if mine else letter.upper() for letter, mine in zip(batch, here, strict=True)]
+    assert next(second) == [letter.upper() if mine else letter for letter, mine in zip(batch, here, strict=True)]
+  assert whole.get_state() == first.get_state() == second.get_state()

@@ -3,15 +3,19 @@
 `scripts/verify_hosts.py` does the same for the whole loop, on eight devices and in more ways, in half an hour.
 """
 
+import json
+import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import read_batches
 import verify_hosts
 
 from charjax import hosts
@@ -62,6 +66,24 @@ def test_a_mistake_of_one_ends_all_in_one_line(tmp_path):
   assert group.codes(60) == [2, 2]
   assert len(group.says(0)) == 1 and group.says(1) == []
   assert re.fullmatch(r'charjax: process 1 \(.+\): config.model.path=none.gguf: no such file.*', group.says(0)[0])
+
+
+def test_each_process_reads_what_its_devices_hold_and_all_together_the_batches_of_one():
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{free.getsockname()[1]}'
+  env = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
+  processes = [
+    subprocess.Popen([sys.executable, read_batches.__file__, address, '2', str(i)], env=env, stdout=subprocess.PIPE)
+    for i in range(2)
+  ]
+  # Before the last line stands what the library says that joins CPUs.
+  told = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes]
+  for shape, *both in zip(read_batches.SHAPES, *told, strict=True):
+    digest, read = read_batches.batches(shape)
+    assert read == [[16, 16, 16]] * 2
+    # Each process has half of the rows, unless all devices have all of them.
+    assert both == [[digest, [[16 if shape == (1, 1, 8) else 8] * 3] * 2]] * 2, shape
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from charjax.engine.rows import FixedShapes, Group
 from charjax.engine.sample import end_ids, sample
 from charjax.errors import UserError
 from charjax.files import Row, read_jsonl, write_jsonl, write_text
-from charjax.mesh import batch_parts
+from charjax.mesh import batch_parts, held_here
 from charjax.model.decoder import Decoder
 from charjax.progress import Progress
 from charjax.stages import choice, messages, prompts, replies
@@ -41,7 +41,7 @@ from charjax.stages.rollouts import (
   shown_replies,
 )
 from charjax.training.checkpoint import Checkpoints, fingerprint
-from charjax.training.data import Together, batches
+from charjax.training.data import Together, as_long, batches
 from charjax.training.heads import make_trainable
 from charjax.training.loop import tell_division, train
 from charjax.training.losses import adapt_kl, count_pairs
@@ -66,11 +66,6 @@ def run(session: Session) -> Row:
 
   judge = make_judge(session, shapes, asked)
   asked = judge_ranked(session, shapes, judge, asked)
-  data = Together(
-    asked=batches(asked, config.prompts_per_step, seed(session)),
-    # At least as many neutral messages as trait messages, so that the rest of the model is held as firmly.
-    neutral=batches(neutral, config.prompts_per_step, seed(session) + 1),
-  )
   weights = _KLWeights(config, folder)
 
   def next_batch(step: int, now: Row, trainable: Any) -> tuple[Batch, Row]:
@@ -97,7 +92,7 @@ def run(session: Session) -> Row:
           *learning(config),
           trainable,
           model.decoder,
-          data,
+          read(config, asked, neutral, seed(session)),
           next_batch,
           steps=config.steps,
           save_every=config.save_every,
@@ -163,11 +158,9 @@ def make_policy_batch(
   config, said = session.config.policy, iter(rollout.drawn if rollout else ())
   drawn, ranked, shown = config.replies_per_prompt, config.ranked_replies, config.shown_replies
   parts = parts_of_step(config)
-  multiple = parts * batch_parts()
   arrays: Row = {
-    # Fewer than there are drawn ones: empty rows make them up to what is divided among all devices.
     'neutral': shapes.rows(
-      [Group(row['prompt'], [row['reply']]) for row in neutral], 1, -(-len(neutral) // multiple) * multiple, parts
+      [Group(row['prompt'], [row['reply']]) for row in neutral], 1, _neutral_rows(len(neutral), parts), parts
     ),
     'weight': np.array([item['weight'] for item in asked], np.float32),
   }
@@ -211,6 +204,36 @@ def make_policy_batch(
       work.count_rows(session.model.decoder.config, arrays[name], some.cut, times=count, heads=count)
   names = 'clip', 'neutral_weight', 'shown_weight', 'ranked_weight', 'ranked_beta', 'ranked_likelihood'
   return make_batch(whole | {name: np.float32(config[name]) for name in names}, arrays, parts)
+
+
+def read(config: Any, asked: Sequence[Row], neutral: Sequence[Row], seed: int) -> Together:
+  """The batches of a training, of both kinds of messages."""
+  size, parts = config.prompts_per_step, parts_of_step(config)
+
+  def outline(item: Row) -> Row:
+    ranked = item['ranked']
+    texts = {name: as_long(item[name]) for name in ('prompt', 'shown_prompt') if name in item}
+    replies = {'shown': [as_long(reply) for reply in item['shown']]}
+    return item | texts | replies | {'ranked': ranked._replace(replies=[as_long(reply) for reply in ranked.replies])}
+
+  def outline_neutral(row: Row) -> Row:
+    return {name: as_long(tokens) for name, tokens in row.items()}
+
+  # All processes draw the replies to the prompts of a step together: for that each reads all of them.
+  here = None if config.replies_per_prompt else held_here(size, parts)
+  here_neutral = held_here(_neutral_rows(size, parts), parts)[:size]
+  return Together(
+    asked=batches(asked, size, seed, here, outline),
+    # At least as many neutral messages as trait messages, so that the rest of the model is held as firmly.
+    neutral=batches(neutral, size, seed + 1, here_neutral, outline_neutral),
+  )
+
+
+def _neutral_rows(count: int, parts: int) -> int:
+  """How many rows so many neutral replies make up: fewer than the drawn ones, with empty rows up to what is divided
+  among all devices."""
+  multiple = parts * batch_parts()
+  return -(-count // multiple) * multiple
 
 
 def _figures(rollout: Rollout, kl_weight: float) -> dict[str, float]:

@@ -30,13 +30,13 @@ from charjax.engine.rows import FixedShapes, Group
 from charjax.engine.score import hidden_states, mean_states
 from charjax.errors import UserError
 from charjax.files import Row, read_jsonl, write_jsonl, write_text
-from charjax.mesh import fetch, put, replicate
+from charjax.mesh import fetch, held_here, put, replicate
 from charjax.model.decoder import Decoder, lower_layers
 from charjax.progress import Metrics, Progress
 from charjax.stages import messages, prompts, rankings, replies
 from charjax.stages.statistics import correlation, interval, share
 from charjax.training.checkpoint import Checkpoints, fingerprint
-from charjax.training.data import batches
+from charjax.training.data import as_long, batches
 from charjax.training.heads import bind, control_length, fit_head, make_trainable, read_rewards, reply_states
 from charjax.training.loop import microbatches, tell_division, train
 from charjax.training.losses import count_pairs, preference_loss, right_pairs
@@ -264,7 +264,7 @@ def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row],
       *learning(config, steps),
       untrained(session, lower, name),
       lower,
-      batches(examples, config.messages_per_batch, seed),
+      read(config, examples, k, seed),
       next_batch,
       steps=steps,
       save_every=config.save_every,
@@ -283,10 +283,24 @@ def learning(config: Any, steps: int) -> tuple[Any, Any]:
   return loss, make_optimizer(config.learning_rate, config.warmup, steps, config.weight_decay, config.max_gradient)
 
 
+def read(config: Any, examples: Sequence[Row], k: int, seed: int) -> Any:
+  """The batches of a training on examples of up to k replies."""
+
+  def outline(example: Row) -> Row:
+    return example | {'prompt': as_long(example['prompt']), 'replies': [as_long(reply) for reply in example['replies']]}
+
+  size = config.messages_per_batch
+  return batches(examples, size, seed, held_here(size, _parts(config, k)), outline)
+
+
+def _parts(config: Any, k: int) -> int:
+  return microbatches(config.microbatches, config.messages_per_batch, k)
+
+
 def make_examples_batch(config: Any, lower: Decoder, shapes: FixedShapes, some: Sequence[Row], k: int) -> Batch:
   """What the loss of one step takes, of examples of up to k replies."""
   groups = [Group(example['prompt'], example['replies']) for example in some]
-  parts = microbatches(config.microbatches, config.messages_per_batch, k)
+  parts = _parts(config, k)
   rows = shapes.rows(groups, k, config.messages_per_batch, parts)
   work.count_rows(lower.config, rows, shapes.cut, times=2 if config.lora_rank else 3)
   labels = _labels(some, config.messages_per_batch, k)
