@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
   config.model.dtype = 'bfloat16'  # of the starting weights; what is trained is float32
   config.model.compute_dtype = 'bfloat16'  # of the operands of matrix products
   config.model.quantize = ''  # 'int8' or 'int4': projections are kept so, and LoRA alone is trained (needs qwix)
-  # How attention is computed: 'xla', by matrix products with masks; 'tpu', by kernels for it; 'auto': 'xla'.
+  # How attention is computed: 'xla', by matrix products with masks; 'cpu', by those a few rows at a time; 'tpu', by
+  # kernels for it; 'auto': 'cpu' on CPUs, and else 'xla'.
   config.model.attention = 'auto'
   # What `charjax plan` is told of the model, so that no checkpoint is read: fields of model.config.ModelConfig.
   fields = dataclasses.fields(ModelConfig)

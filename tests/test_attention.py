@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 
 from charjax.engine.batch import compute_prefix
 from charjax.mesh import make_mesh, shardings, spec
-from charjax.model import attention_tpu, decode_kernel
+from charjax.model import attention, attention_tpu, decode_kernel
 from charjax.model.attention import Before, Places, make_attention
 from charjax.model.config import ModelConfig
 from charjax.model.decoder import Prefix, Runtime, forward, layer_weights, logits, make_cache
@@ -126,9 +126,10 @@ def case(kind, window=None):
 
 
 @pytest.mark.parametrize('kind', [ONE, PACKED, AFTER])
-@pytest.mark.parametrize('form', ['xla', 'tpu'])
+@pytest.mark.parametrize('form', ['xla', 'cpu', 'tpu'])
 @pytest.mark.parametrize(('cap', 'scale', 'window'), [(0.0, 0.0, None), (2.0, 0.7, None), (0.0, 0.0, 9)])
-def test_many_tokens_a_row(form, kind, cap, scale, window, interpreted, caplog):
+def test_many_tokens_a_row(form, kind, cap, scale, window, interpreted, caplog, monkeypatch):
+  monkeypatch.setattr(attention, '_IN_CACHE', 2 * WIDTH * KV_HEADS * GROUPS * WIDTH)  # two rows, or one
   (places, before), masks = case(kind, window)
   q = normal(ROWS, WIDTH, KV_HEADS, GROUPS, SIZE)
   k, v = normal(ROWS, KV_HEADS, SIZE, WIDTH), normal(ROWS, KV_HEADS, WIDTH, SIZE)
@@ -153,6 +154,36 @@ def test_many_tokens_a_row(form, kind, cap, scale, window, interpreted, caplog):
     'attention goes through XLA in place of a kernel: a window of 9 tokens, which may begin in what stands before the '
     'rows'
   ][: bool(said)]
+
+
+@pytest.mark.parametrize(('shape', 'kv_heads'), [((2, 2, 2), 2), ((1, 2, 4), 1), ((8, 1, 1), 2)], ids=str)
+def test_a_few_rows_at_a_time_are_those_that_a_device_has(shape, kv_heads, monkeypatch):
+  monkeypatch.setattr(attention, '_IN_CACHE', 1)
+  rows, groups = 16, 4
+  q, grad = normal(rows, WIDTH, kv_heads, groups, SIZE), normal(rows, WIDTH, kv_heads, groups, SIZE)
+  k, v = normal(rows, kv_heads, SIZE, WIDTH), normal(rows, kv_heads, WIDTH, SIZE)
+  places = Places(np.broadcast_to(np.arange(WIDTH), (rows, WIDTH)), np.ones((rows, WIDTH), int))
+
+  def run(form, q, k, v):
+    out, pull = jax.vjp(lambda *given: make_attention(form, places, None, [])(*given, [], None), q, k, v)
+    return out, *pull(jnp.asarray(grad))
+
+  expected = jax.jit(partial(run, 'xla'))(q, k, v)
+  mesh = make_mesh(shape)
+  with jax.set_mesh(mesh):
+    axes = (
+      ('batch', None, 'kv_heads', None if kv_heads > 1 else 'heads', None),
+      *[('batch', 'kv_heads', None, None)] * 2,
+    )
+    given = [
+      jax.device_put(array, NamedSharding(mesh, spec(array.shape, some, mesh)))
+      for array, some in zip((q, k, v), axes, strict=True)
+    ]
+    compiled = jax.jit(partial(run, 'cpu')).lower(*given).compile()
+    found = compiled(*given)
+  assert_close(found, expected)
+  # A head of keys that several devices have has its gradient summed; nothing else moves.
+  assert set(re.findall(r'all-[a-z]+(?=\()', compiled.as_text())) <= {'all-reduce'}
 
 
 def test_layers_of_several_windows_in_a_scan(interpreted):

@@ -6,16 +6,20 @@ Letters: B rows, T query tokens, S keys, A groups of B / A rows, P tokens before
 heads a key/value head, H head size.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from charjax.errors import UserError
+from charjax.mesh import spec
 
 _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) stays finite
+_IN_CACHE = 2**20  # scores that a CPU keeps in its caches, beside what they are made of
 
 
 # attend(q [B, T, K, G, H], k [B, K, H, S], v [B, K, S, H], pairs [A, K, H, P], [A, K, P, H] of what stands before,
@@ -55,16 +59,19 @@ class Before(NamedTuple):
 def choose(asked: str, platform: str) -> str:
   """What `make_attention` calls that which config.model.attention asks for, on devices of a platform.
 
-  'auto' is 'xla' everywhere. The kernels have not run on a TPU yet. What cuDNN has takes masks as biases alone, which
-  are not sound yet (https://github.com/jax-ml/jax/issues/28974, https://github.com/pytorch/pytorch/issues/196678), and
-  tokamax's kernels for GPUs can be neither run nor compiled where there is none.
+  'auto' is 'cpu' on CPUs and 'xla' elsewhere. The kernels have not run on a TPU yet. What cuDNN has takes masks as
+  biases alone, which are not sound yet (https://github.com/jax-ml/jax/issues/28974,
+  https://github.com/pytorch/pytorch/issues/196678), and tokamax's kernels for GPUs can be neither run nor compiled
+  where there is none.
 
   Raises:
     UserError: kernels for another platform.
   """
   if asked == 'tpu' and platform != 'tpu':
     raise UserError(f"config.model.attention is 'tpu', and the devices are of platform {platform}; leave it 'auto'")
-  return 'xla' if asked == 'auto' else asked
+  if asked == 'auto':
+    return 'cpu' if platform == 'cpu' else 'xla'
+  return asked
 
 
 def make_attention(
@@ -80,7 +87,8 @@ def make_attention(
   """softmax(q k / sqrt(H)) v, over the keys that each query sees of its row's own and of those before it together.
 
   Args:
-    kind: how it is computed: 'xla', by matrix products with masks, anywhere; or 'tpu', by kernels for that.
+    kind: how it is computed: 'xla', by matrix products with masks, anywhere; 'cpu', by those a few rows at a time, so
+      that scores stay in a CPU's caches; or 'tpu', by kernels for that.
     queries: [B, T].
     cached: [B, S] the row's own keys where they are those of a cache; None: the queries' tokens are the keys.
     before: what stands before the rows.
@@ -101,13 +109,14 @@ def make_attention(
   def attend(q_btkgh: jax.Array, k_bkhs: jax.Array, v_bksh: jax.Array, shared: Any, window: Any) -> jax.Array:
     own, seen = masks(window)
     factor = scale or q_btkgh.shape[-1] ** -0.5
+    if q_btkgh.shape[1] < q_btkgh.shape[-1]:
+      return _over_all(q_btkgh, k_bkhs, v_bksh, own, list(zip(shared, seen, strict=True)), factor, cap)
     # Of many queries a row, the scores take more memory than keys that are laid before its own once for each row would.
-    if q_btkgh.shape[1] >= q_btkgh.shape[-1]:
-      k_bkhs, v_bksh, own = _laid_before(k_bkhs, v_bksh, own, shared, seen)
-      shared, seen = [], []
-    return _over_all(q_btkgh, k_bkhs, v_bksh, own, list(zip(shared, seen, strict=True)), factor, cap)
+    k_bkhs, v_bksh, own = _laid_before(k_bkhs, v_bksh, own, shared, seen)
+    mix = _mix_by_device if kind == 'cpu' else _mix
+    return jnp.moveaxis(mix(jnp.moveaxis(q_btkgh, 1, 2), k_bkhs, v_bksh, own, factor, cap), 2, 1)
 
-  if kind == 'xla':
+  if kind in ('xla', 'cpu'):
     return attend
   from charjax.model import attention_tpu  # Pallas takes a while to import.
 
@@ -196,32 +205,78 @@ def _weigh(weight_bktgs: jax.Array, v_bksh: jax.Array) -> jax.Array:
   return jnp.einsum('bktgs,bksh->bktgh', weight_bktgs.astype(v_bksh.dtype), v_bksh, preferred_element_type=jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _mix(
+def _mix_by_device(
   q_bktgh: jax.Array, k_bkhs: jax.Array, v_bksh: jax.Array, mask_bts: jax.Array, scale: float, cap: float
 ) -> jax.Array:
-  """softmax(q k) v over one set of keys, [B, K, T, G, H] float32.
+  """`_mix` of a few rows at a time, of those that a device has."""
+
+  def one(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    rows, row = len(q), math.prod(q.shape[1:4]) * k.shape[3]
+    at_once = max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * row <= _IN_CACHE))
+    return _mix(q, k, v, mask, scale, cap, at_once)
+
+  heads = head_axes(q_bktgh.shape[1], q_bktgh.shape[3])
+  keys = ('batch', heads[0], None, None)
+  axes = (('batch', heads[0], None, heads[1], None), keys, keys, ('batch', None, None))
+  return on_shards(one, (q_bktgh, k_bkhs, v_bksh, mask_bts), axes, split=4)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _mix(
+  q_bktgh: jax.Array,
+  k_bkhs: jax.Array,
+  v_bksh: jax.Array,
+  mask_bts: jax.Array,
+  scale: float,
+  cap: float,
+  at_once: int = 0,
+) -> jax.Array:
+  """softmax(q k) v over one set of keys, [B, K, T, G, H] float32; of `at_once` rows after the others, 0: of all.
 
   For the way back, beside what it was given, only what it gave and the logarithm of each sum are kept, and scores are
   computed again (Dao et al. 2022, arXiv 2205.14135, appendix B.2): kept, those of all layers would take more memory
   than all else. A query that sees no key gives anything, and must have no gradient.
   """
-  return _mix_forward(q_bktgh, k_bkhs, v_bksh, mask_bts, scale, cap)[0]
+  return _mix_forward(q_bktgh, k_bkhs, v_bksh, mask_bts, scale, cap, at_once)[0]
 
 
 def _mix_forward(
-  q_bktgh: jax.Array, k_bkhs: jax.Array, v_bksh: jax.Array, mask_bts: jax.Array, scale: float, cap: float
+  q_bktgh: jax.Array,
+  k_bkhs: jax.Array,
+  v_bksh: jax.Array,
+  mask_bts: jax.Array,
+  scale: float,
+  cap: float,
+  at_once: int,
 ) -> tuple[jax.Array, Any]:
-  score, _ = _scores(q_bktgh, k_bkhs, mask_bts, scale, cap)
-  top = score.max(-1)
-  weight = jnp.exp(score - top[..., None])
-  total = weight.sum(-1)
-  out = _weigh(weight, v_bksh) / total[..., None]
-  return out, (q_bktgh, k_bkhs, v_bksh, mask_bts, out, top + jnp.log(total))
+  def rows(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    score, _ = _scores(q, k, mask, scale, cap)
+    top = score.max(-1)
+    weight = jnp.exp(score - top[..., None])
+    total = weight.sum(-1)
+    return _weigh(weight, v) / total[..., None], top + jnp.log(total)
+
+  given = q_bktgh, k_bkhs, v_bksh, mask_bts
+  out, log_sum = _in_turn(rows, at_once, given)
+  return out, (*given, out, log_sum)
 
 
-def _mix_backward(scale: float, cap: float, saved: Any, grad: jax.Array) -> tuple[Any, Any, Any, None]:
-  q, k, v, mask, out, log_sum = saved
+def _mix_backward(scale: float, cap: float, at_once: int, saved: Any, grad: jax.Array) -> tuple[Any, Any, Any, None]:
+  return *_in_turn(partial(_gradients, scale, cap), at_once, (*saved, grad)), None
+
+
+def _gradients(
+  scale: float,
+  cap: float,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
+  out: jax.Array,
+  log_sum: jax.Array,
+  grad: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Those of queries, keys and values, from the gradient of what `_mix` gave, which is `out`."""
   score, every = _scores(q, k, mask, scale, cap)
   weight = jnp.exp(score - log_sum[..., None])
   inner = (grad * out).sum(-1)
@@ -239,10 +294,46 @@ def _mix_backward(scale: float, cap: float, saved: Any, grad: jax.Array) -> tupl
     return jnp.einsum('bkht,bkts->bkhs', jnp.swapaxes(x_bkht, 2, 3), y_bkts, preferred_element_type=jnp.float32)
 
   grad_k, grad_v = over_queries(q, grad_score), jnp.swapaxes(over_queries(narrow, weight.astype(v.dtype)), 2, 3)
-  return grad_q.astype(q.dtype), grad_k.astype(k.dtype), grad_v.astype(v.dtype), None
+  return grad_q.astype(q.dtype), grad_k.astype(k.dtype), grad_v.astype(v.dtype)
 
 
 _mix.defvjp(_mix_forward, _mix_backward)
+
+
+def _in_turn(function: Callable[..., Any], at_once: int, arrays: Sequence[jax.Array]) -> Any:
+  """A function of rows, of `at_once` of them after the others; 0: of all."""
+  rows = len(arrays[0])
+  if at_once in (0, rows):
+    return function(*arrays)
+  out = jax.lax.map(
+    lambda some: function(*some), tuple(array.reshape(-1, at_once, *array.shape[1:]) for array in arrays)
+  )
+  return jax.tree.map(lambda array: array.reshape(rows, *array.shape[2:]), out)
+
+
+# ---- devices ----
+
+
+def head_axes(kv_heads: int, groups: int) -> tuple[str | None, str | None]:
+  """The logical axes of K and G: one of them is split over devices, since a mesh axis splits one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return ('kv_heads', None) if mesh.empty or spec((kv_heads,), ('kv_heads',), mesh)[0] else (None, 'heads')
+
+
+def on_shards(
+  function: Callable[..., Any], arrays: Sequence[jax.Array], axes: Sequence[Sequence[str | None]], split: int = 3
+) -> Any:
+  """What a function gives that computes on each device's part of arrays; split as the first of them is in the first
+  `split` of its axes.
+
+  A kernel, or a loop, runs on what one device holds: left to XLA, all devices would gather all rows.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return function(*arrays)
+  specs = tuple(spec(array.shape, some, mesh) for array, some in zip(arrays, axes, strict=True))
+  out = PartitionSpec(*specs[0][:split])
+  return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)(*arrays)
 
 
 def with_shared(

@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec
 
 from charjax.mesh import spec
-from charjax.model.attention import Attend, Before, Masks, Places, with_shared
+from charjax.model.attention import Attend, Before, Masks, Places, head_axes, on_shards, with_shared
 from charjax.model.decode_kernel import LANES, attend_cache
 
 _BLOCKS = (512, 384, 256)  # tokens of a block where there are more than one
@@ -56,9 +55,9 @@ def with_kernels(
       return reference(q_btkgh, k_bkhs, v_bksh, shared, window)
     own, seen = make_masks(window)
     factor = scale or q_btkgh.shape[-1] ** -0.5
-    heads = _head_axes(*q_btkgh.shape[2:4])
+    heads = head_axes(*q_btkgh.shape[2:4])
     in_cache = ('batch', heads[0], None, None)
-    out, log_sum = _on_shards(
+    out, log_sum = on_shards(
       functools.partial(attend_cache, scale=factor, cap=cap),
       (q_btkgh[:, 0], k_bkhs, v_bksh, own[:, 0]),
       (('batch', *heads, None), in_cache, in_cache, ('batch', None)),
@@ -74,13 +73,13 @@ def with_kernels(
     if why := _no_splash(len(q_btkgh), before, window):
       _say(why)
       return reference(q_btkgh, k_bkhs, v_bksh, shared, window)
-    factor, heads = scale or q_btkgh.shape[-1] ** -0.5, _head_axes(*q_btkgh.shape[2:4])
+    factor, heads = scale or q_btkgh.shape[-1] ** -0.5, head_axes(*q_btkgh.shape[2:4])
     q_bkgth = jnp.moveaxis((q_btkgh.astype(jnp.float32) * factor).astype(q_btkgh.dtype), 1, 3)
     parts = [jnp.swapaxes(k_bkhs, 2, 3), v_bksh, queries.texts, queries.texts]
     for (k_akhp, v_akph), some in zip(shared, before, strict=True):
       parts += [jnp.swapaxes(k_akhp, 2, 3), v_akph, *_numbers(queries, some)]
     keys, numbers = ('batch', heads[0], None, None), ('batch', None)
-    out = _on_shards(
+    out = on_shards(
       functools.partial(_local, window, cap),
       (q_bkgth, *parts),
       (('batch', *heads, None, None), *(keys, keys, numbers, numbers) * (1 + len(before))),
@@ -105,28 +104,6 @@ def _say(why: str) -> None:
   """Once, by the first process."""
   if jax.process_index() == 0:
     logging.getLogger(__name__).warning('attention goes through XLA in place of a kernel: %s', why)
-
-
-# ---- devices ----
-
-
-def _head_axes(kv_heads: int, groups: int) -> tuple[str | None, str | None]:
-  """The logical axes of K and G: one of them is split over devices, since a mesh axis splits one."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return ('kv_heads', None) if mesh.empty or spec((kv_heads,), ('kv_heads',), mesh)[0] else (None, 'heads')
-
-
-def _on_shards(function: Callable[..., Any], arrays: Sequence[jax.Array], axes: Sequence[Sequence[str | None]]) -> Any:
-  """What a function gives that computes on each device's part of arrays; split as the first of them in three axes.
-
-  A kernel runs on what one device holds: left to XLA, all devices would gather all rows.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return function(*arrays)
-  specs = tuple(spec(array.shape, some, mesh) for array, some in zip(arrays, axes, strict=True))
-  out = PartitionSpec(*specs[0][:3])
-  return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)(*arrays)
 
 
 # ---- many tokens a row ----

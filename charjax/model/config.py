@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from charjax.errors import UserError
 
 ACTIVATIONS = ('silu', 'gelu_tanh')
-ATTENTION = ('auto', 'xla', 'tpu')  # how it is computed, see charjax.model.attention.choose
+ATTENTION = ('auto', 'xla', 'cpu', 'tpu')  # how it is computed, see charjax.model.attention.choose
 PROJECTIONS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')  # the weight matrices of a block
 
 
