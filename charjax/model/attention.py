@@ -241,13 +241,7 @@ def _mix(
 
 
 def _mix_forward(
-  q_bktgh: jax.Array,
-  k_bkhs: jax.Array,
-  v_bksh: jax.Array,
-  mask_bts: jax.Array,
-  scale: float,
-  cap: float,
-  at_once: int,
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, cap: float, at_once: int
 ) -> tuple[jax.Array, Any]:
   def rows(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     score, _ = _scores(q, k, mask, scale, cap)
@@ -256,7 +250,7 @@ def _mix_forward(
     total = weight.sum(-1)
     return _weigh(weight, v) / total[..., None], top + jnp.log(total)
 
-  given = q_bktgh, k_bkhs, v_bksh, mask_bts
+  given = q, k, v, mask
   out, log_sum = _in_turn(rows, at_once, given)
   return out, (*given, out, log_sum)
 
