@@ -66,6 +66,13 @@ STUCK = (
 ) + _MAIN
 
 
+def free_address() -> str:
+  """Where process 0 may answer on this machine."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    return f'127.0.0.1:{free.getsockname()[1]}'
+
+
 class Group:
   """The processes of one run, as they would stand on many hosts, each with its part of the devices.
 
@@ -85,15 +92,13 @@ class Group:
     each: Callable[[int], Sequence[str]] = lambda i: (),
     logs: Path | None = None,
   ):
-    with socket.socket() as free:
-      free.bind(('127.0.0.1', 0))
-      port = free.getsockname()[1]
+    coordinator = free_address()
     logs = logs or Path(workdir)  # What is said stands beside a workdir, unless that is in a bucket.
     logs.parent.mkdir(parents=True, exist_ok=True)
     self.logs = [logs.parent / f'{logs.name}.{i}.log' for i in range(count)]
     self.processes = []
     for i, log in enumerate(self.logs):
-      many = (f'--coordinator=127.0.0.1:{port}', f'--processes={count}', f'--process={i}') if count > 1 else ()
+      many = (f'--coordinator={coordinator}', f'--processes={count}', f'--process={i}') if count > 1 else ()
       arguments = [command, f'--config={ROOT / "configs" / "smoke.py"}', f'--workdir={workdir}', *flags, *each(i)]
       split = f' --xla_force_host_platform_device_count={devices // count}'
       with log.open('w') as out:

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -69,9 +68,7 @@ def test_a_mistake_of_one_ends_all_in_one_line(tmp_path):
 
 
 def test_each_process_reads_what_its_devices_hold_and_all_together_the_batches_of_one():
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{free.getsockname()[1]}'
+  address = verify_hosts.free_address()
   env = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
   processes = [
     subprocess.Popen([sys.executable, read_batches.__file__, address, '2', str(i)], env=env, stdout=subprocess.PIPE)
