@@ -1,6 +1,7 @@
 """How a run starts: what is checked before any work, what is recorded of it, the devices it finds."""
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib.metadata
 import json
@@ -131,8 +132,20 @@ def devices(config: ml_collections.ConfigDict, workdir: epath.Path | None = None
   if backend != 'cpu':
     # Else products of float32 would be rounded to bfloat16 or TF32 there, though the config says float32.
     jax.config.update('jax_default_matmul_precision', 'highest')
+  else:
+    _keep_memory()
   with jax.set_mesh(mesh.make_mesh(config.mesh)):
     yield
+
+
+def _keep_memory() -> None:
+  """Has glibc keep what a program worked in for the next one, instead of giving it back to the system, which clears
+  each page anew: up to a third of a train step. A process then holds the most that it ever needed."""
+  with contextlib.suppress(AttributeError):  # of another C library
+    mallopt = ctypes.CDLL(None).mallopt
+    # malloc.h: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD.
+    for parameter, value in ((-8, 1), (-4, 0), (-1, -1)):
+      mallopt(parameter, value)
 
 
 def _sources(stage: workdirs.Stage) -> set[str]:

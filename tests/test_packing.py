@@ -41,9 +41,9 @@ def test_real_tokens_stand_end_to_end_and_come_back(parts):
 def test_packed_sizes_are_few_and_hold_what_they_are_for():
   rows, width = 16, 40
   sizes = {tokens: packed_size(tokens, rows, width, 8) for tokens in range(rows * width + 1)}
-  assert set(sizes.values()) == {0, 80, 160, 240, 320, 400, 480}
+  assert set(sizes.values()) == {0, 80, 160, 240, 320, 400, 480, 560}
   for tokens, size in sizes.items():
-    assert tokens <= size < tokens + 81 if size else tokens > 480
+    assert tokens <= size < tokens + 81 if size else tokens > 560
 
 
 def test_what_does_not_fit_is_not_packed():
@@ -51,17 +51,41 @@ def test_what_does_not_fit_is_not_packed():
   assert make_packing(LENGTHS, 8, 11, 2) is not None and make_packing(LENGTHS, 8, 10, 2) is None
 
 
+def some_batches(prompts, replies, count):
+  """Batches of 16 prompts, 4 replies to each."""
+  return [
+    [Group(prompts[i], [replies[j] for j in RNG.integers(0, len(replies), 4)]) for i in RNG.integers(0, 400, 16)]
+    for _ in range(count)
+  ]
+
+
+def fullest(packed, parts=2):
+  return max(rows.lengths.reshape(parts, -1).sum(1).max() for rows in packed)
+
+
 def test_few_batches_of_a_run_exceed_its_size_and_those_stay_padded():
   prompts = [[1] * int(n) for n in RNG.integers(2, 60, 400)]
   replies = [[1] * int(n) for n in RNG.geometric(0.05, 2000).clip(1, 90)]
-  shapes, packed = FixedShapes(prompts, 90, replies), []
-  for _ in range(50):
-    some = [Group(prompts[i], [replies[j] for j in RNG.integers(0, 2000, 4)]) for i in RNG.integers(0, 400, 16)]
-    packed.append(shapes.rows(some, 4, microbatches=2))
+  shapes = FixedShapes(prompts, 90, replies)
+  packed = [shapes.rows(some, 4, microbatches=2) for some in some_batches(prompts, replies, 50)]
   [size] = {rows.packing and rows.packing.slots.shape[1] for rows in packed}
-  assert size and max(rows.lengths.reshape(2, -1).sum(1).max() for rows in packed) <= size < 0.75 * 32 * 96
+  assert size and fullest(packed) <= size < 0.75 * 32 * 96
   long = shapes.rows([Group(prompts[0], [[1] * 90] * 4)] * 16, 4, microbatches=2)
   assert long.packing is None and long.tokens.shape == packed[0].tokens.shape
+
+
+def test_batches_that_are_known_are_packed_as_tightly_as_the_fullest_of_them_allows():
+  prompts = [[1] * int(n) for n in RNG.integers(2, 60, 400)]
+  replies = [[1] * int(n) for n in RNG.geometric(0.05, 2000).clip(1, 90)]
+  shapes, batches = FixedShapes(prompts, 90, replies), some_batches(prompts, replies, 20)
+  [likely] = {shapes.rows(some, 4, microbatches=2).packing.slots.shape[1] for some in batches}
+  shapes.expect(batches, 4, microbatches=2)
+  packed = [shapes.rows(some, 4, microbatches=2) for some in batches]
+  [size] = {rows.packing.slots.shape[1] for rows in packed}
+  # A sixty-fourth of the padded tokens is a step.
+  assert fullest(packed) <= size < min(likely, fullest(packed) + 32 * 96 / 64)
+  # Those of other shapes are not like them.
+  assert shapes.rows(batches[0], 4, microbatches=1).packing.slots.shape[1] > 2 * fullest(packed)
 
 
 def groups():

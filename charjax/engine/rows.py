@@ -4,7 +4,7 @@ Letters: M prompts, P prompt tokens, K replies to a prompt, N = M K replies, T t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from charjax.model.packing import Packing, make_packing, packed_size
 
 # How many sizes there are to pack batches into. Calls differ in what they need, and each size is a program to compile:
 # few, unless many batches share it.
-_SIZES, _SIZES_OF_MANY, _MANY = 8, 64, 8
+_SIZES, _SIZES_OF_MANY = 8, 64
 
 
 class Rows(NamedTuple):
@@ -69,12 +69,12 @@ def make_rows(groups: Sequence[Group], each: int, prompt_width: int, width: int,
   return Rows(prompts, real.sum(-1).astype(np.int32), tokens, said.sum(-1).astype(np.int32))
 
 
-def pack_alike(batches: Sequence[Rows], parts: int) -> list[Rows]:
-  """Batches of one shape, each computed in so many parts, packed into one size."""
+def pack_alike(batches: Sequence[Rows], parts: int, many: bool = False) -> list[Rows]:
+  """Batches of one shape, each computed in so many parts, packed into one size; more closely where they are `many`."""
 
   def most(lengths: Sequence[np.ndarray], width: int) -> int:
-    tokens = max(some.reshape(parts, -1).sum(1).max() for some in lengths)
-    return packed_size(tokens, len(lengths[0]) // parts, width, _SIZES if len(batches) < _MANY else _SIZES_OF_MANY)
+    tokens = max(_fullest(some, parts) for some in lengths)
+    return packed_size(tokens, len(lengths[0]) // parts, width, _SIZES_OF_MANY if many else _SIZES)
 
   prompt_width, width = batches[0].prompts.shape[1], batches[0].tokens.shape[1]
   prompt_size = most([rows.prompt_lengths for rows in batches], prompt_width)
@@ -90,7 +90,7 @@ def pack_alike(batches: Sequence[Rows], parts: int) -> list[Rows]:
 
 class FixedShapes:
   """Shapes that all batches of a training run share, so that each of its programs is compiled once: once more where the
-  tokens of a batch are so many more than usual that they are left padded.
+  tokens of a batch are so many more than expected, or than usual, that they are left padded.
 
   Attributes:
     cut: how many tokens all prompts begin with.
@@ -104,30 +104,57 @@ class FixedShapes:
     # One program, whatever its widths are: no coarser steps for what is long.
     self._prompt_width = max(1, math.ceil(self._prompt_lengths.max() / PROMPT_STEP)) * PROMPT_STEP
     self._width = math.ceil((1 + longest_reply) / REPLY_STEP) * REPLY_STEP
-    self._lengths = np.array([1 + len(reply) for reply in replies] or [self._width])
+    self._lengths = np.array([1 + len(reply) for reply in replies] or [1 + longest_reply])
+    self._expected: dict[tuple[int, int, int], tuple[int, int]] = {}
     prefix, _ = pad([prompts[0][: self.cut]], max(1, self.cut))
     self.opening = replicate(Opening(prefix, np.array([self.cut], np.int32)))
+
+  def expect(self, batches: Iterable[Sequence[Group]], each: int, count: int = 0, microbatches: int = 1) -> None:
+    """Sees batches for which `rows` will be called so: it packs them as tightly as the fullest of them allows, where
+    else it keeps room for any that might come."""
+    parts = microbatches * batch_parts()
+    for groups in batches:
+      rows = self._padded(groups, each, count)
+      if len(rows.prompts) % parts == 0:
+        key = each, len(rows.prompts), parts
+        now = (_fullest(lengths, parts) for lengths in (rows.prompt_lengths, rows.lengths))
+        prompts, replies = map(max, now, self._expected.get(key, (0, 0)))
+        self._expected[key] = prompts, replies
 
   def rows(self, groups: Sequence[Group], each: int, count: int = 0, microbatches: int = 1) -> Rows:
     """Groups of up to `each` replies, without the prefix, as host arrays, with empty groups up to `count`; for a batch
     that goes through the model in so many `microbatches`."""
-    rest = [Group(prompt[self.cut :], replies) for prompt, replies in groups]
-    rows = make_rows(rest, each, self._prompt_width, self._width, count)
+    rows = self._padded(groups, each, count)
     parts = microbatches * batch_parts()
+    expected = self._expected.get((each, len(rows.prompts), parts), (0, 0))
 
-    def packing(own: np.ndarray, usual: np.ndarray, width: int) -> Packing | None:
+    def packing(own: np.ndarray, expected: int, usual: np.ndarray, width: int) -> Packing | None:
       # Rows that the devices do not divide stay as they are, and are computed by several.
-      return None if len(own) % parts else make_packing(own, width, _usual_size(usual, len(own) // parts, width), parts)
+      if len(own) % parts:
+        return None
+      count = len(own) // parts
+      return make_packing(
+        own, width, packed_size(expected or _usual(usual, count), count, width, _SIZES_OF_MANY), parts
+      )
 
     return rows._replace(
-      prompt_packing=packing(rows.prompt_lengths, self._prompt_lengths, self._prompt_width),
-      packing=packing(rows.lengths, self._lengths, self._width),
+      prompt_packing=packing(rows.prompt_lengths, expected[0], self._prompt_lengths, self._prompt_width),
+      packing=packing(rows.lengths, expected[1], self._lengths, self._width),
     )
 
+  def _padded(self, groups: Sequence[Group], each: int, count: int) -> Rows:
+    rest = [Group(prompt[self.cut :], replies) for prompt, replies in groups]
+    return make_rows(rest, each, self._prompt_width, self._width, count)
 
-def _usual_size(lengths: np.ndarray, rows: int, width: int) -> int:
-  """A packed size that hardly any batch exceeds, of rows of such lengths: four standard deviations above their mean."""
-  return packed_size(rows * lengths.mean() + 4 * math.sqrt(rows) * lengths.std(), rows, width, _SIZES_OF_MANY)
+
+def _fullest(lengths: np.ndarray, parts: int) -> int:
+  """How many tokens the fullest part of rows of such lengths has."""
+  return int(lengths.reshape(parts, -1).sum(1).max())
+
+
+def _usual(lengths: np.ndarray, rows: int) -> float:
+  """Tokens that hardly any batch exceeds, of rows of such lengths: four standard deviations above their mean."""
+  return rows * lengths.mean() + 4 * math.sqrt(rows) * lengths.std()
 
 
 def parts_of(rows: Rows, count: int) -> list[Rows]:

@@ -36,6 +36,7 @@ from charjax.model.decoder import Decoder, Part, Prefix, forward_parts, logits, 
 from charjax.model.packing import pack, unpack
 
 _CHUNK = 512  # tokens whose full-vocabulary logits are held at once
+_MANY = 8  # batches of a call, among which more programs are worth their compilation
 
 
 def hidden_states(
@@ -226,25 +227,23 @@ def map_rows(
   longest = [max(len(replies[i]) for i in index) for _, index in groups]
   order = sorted(range(len(groups)), key=longest.__getitem__)
   # Every shape is a program to compile, which for a small model takes longer than some padding: one width for all
-  # prompts, widths of replies that halve, and batches that are filled alike.
+  # prompts, widths of replies that halve (many batches have those between, too), and batches that are filled alike.
   prompt_width = bucket(max(len(prompt) for prompt, _ in groups) - 1, PROMPT_STEP)
   widest = bucket(1 + max(longest), REPLY_STEP)
   at_once = max(1, batch_size // each)
   count = min(at_once, bucket(-(-len(groups) // -(-len(groups) // at_once)), GROUP_STEP))
   parts = batch_parts()
   count += -count % parts
+  many = -(-len(groups) // count) >= _MANY
   by_width: dict[int, list[list[int]]] = {}
   for first in range(0, len(groups), count):
     some = order[first : first + count]
-    width, needed = widest, 1 + max(1, longest[some[-1]])
-    while width // 2 >= needed:
-      width //= 2
-    by_width.setdefault(width, []).append(some)
+    by_width.setdefault(_width(widest, 1 + max(1, longest[some[-1]]), many), []).append(some)
   out: list[np.ndarray] = [np.zeros(0)] * len(prompts)
   for width, batches in by_width.items():
     hands = _deal([groups[i] for some in batches for i in some], replies, len(batches), parts)
     dealt = [[Group(prompt, [replies[i] for i in index]) for prompt, index in hand] for hand in hands]
-    made = pack_alike([make_rows(some, each, prompt_width, width, count) for some in dealt], parts)
+    made = pack_alike([make_rows(some, each, prompt_width, width, count) for some in dealt], parts, many)
     for hand, rows in zip(hands, made, strict=True):
       work.count_rows(decoder.config, rows, cut, times=models, heads=heads)
       values = np.asarray(fetch(function(before, shard_batch(rows))))
@@ -252,6 +251,16 @@ def map_rows(
         for k, i in enumerate(index):
           out[i] = values[m * each + k]
   return out
+
+
+def _width(widest: int, needed: int, many: bool) -> int:
+  """The least of `widest`, half of it, a quarter and so on that is enough; of `many` batches also three quarters of
+  each."""
+  width = widest
+  while width // 2 >= needed:
+    width //= 2
+  between = -(-width * 3 // (4 * REPLY_STEP)) * REPLY_STEP
+  return between if many and between >= needed else width
 
 
 def _deal(groups: Sequence[Any], replies: Sequence[Tokens], batches: int, parts: int) -> list[list[Any]]:

@@ -46,6 +46,7 @@ from charjax.workdir import Session
 MODELS = ('train', 'judge')
 T = TypeVar('T')
 _REPLIES_AT_ONCE = 48  # whose states are read together
+_SEEN_AHEAD = 1000  # batches, from whose lengths it follows how batches are packed
 _KINDS = ('shown-shown', 'plain-plain', 'opposed-opposed', 'mixed')  # the last: of two conditions
 
 
@@ -243,6 +244,7 @@ def _train(session: Session, lower: Decoder, name: str, examples: Sequence[Row],
   said = [reply for example in examples for reply in example['replies']]
   some = [dict(example) for example in spread(examples, config.measured_messages)]
   shapes = FixedShapes([example['prompt'] for example in examples], max(map(len, said)), said)
+  expect(config, shapes, examples, k, seed, steps)
 
   def fit(trainable: Any, metrics: Metrics) -> None:
     head = trainable['head'].w
@@ -293,15 +295,24 @@ def read(config: Any, examples: Sequence[Row], k: int, seed: int) -> Any:
   return batches(examples, size, seed, held_here(size, _parts(config, k)), outline)
 
 
+def expect(config: Any, shapes: FixedShapes, examples: Sequence[Row], k: int, seed: int, steps: int) -> None:
+  """Shows the shapes of a training its first batches."""
+  known = itertools.islice(read(config, examples, k, seed), min(steps, _SEEN_AHEAD))
+  shapes.expect(map(_groups, known), k, config.messages_per_batch, _parts(config, k))
+
+
+def _groups(some: Sequence[Row]) -> list[Group]:
+  return [Group(example['prompt'], example['replies']) for example in some]
+
+
 def _parts(config: Any, k: int) -> int:
   return microbatches(config.microbatches, config.messages_per_batch, k)
 
 
 def make_examples_batch(config: Any, lower: Decoder, shapes: FixedShapes, some: Sequence[Row], k: int) -> Batch:
   """What the loss of one step takes, of examples of up to k replies."""
-  groups = [Group(example['prompt'], example['replies']) for example in some]
   parts = _parts(config, k)
-  rows = shapes.rows(groups, k, config.messages_per_batch, parts)
+  rows = shapes.rows(_groups(some), k, config.messages_per_batch, parts)
   work.count_rows(lower.config, rows, shapes.cut, times=2 if config.lora_rank else 3)
   labels = _labels(some, config.messages_per_batch, k)
   weights, pairs = count_pairs(labels['real'], labels['weight'])

@@ -12,7 +12,7 @@ from tasks import EACH
 from charjax import defaults, start
 from charjax.engine import work
 from charjax.engine.batch import Tokens, item_keys
-from charjax.engine.rows import FixedShapes, Group, pad_values, reply_mask
+from charjax.engine.rows import FixedShapes, Group, Opening, Rows, pad_values, parts_of, reply_mask
 from charjax.engine.sample import Reply, Sampling, sample
 from charjax.engine.score import hidden_states, score, token_log_probs
 from charjax.mesh import shard_batch
@@ -101,10 +101,14 @@ class Reward:
     self._config.labels, self._config.weight_decay = 'hard', 0.0
     self._lower = lower_layers(model.decoder, model.decoder.config.num_layers)
     replies = [reply for row in rows for reply in row['replies']]
+    size = self._data['prompts_a_step']
     self._shapes = FixedShapes([row['prompt'] for row in rows], max(map(len, replies)), replies)
+    known = (_part(rows, step, size) for step in range(len(rows) // size))
+    batches = ([Group(row['prompt'], row['replies']) for row in some] for some in known)
+    self._shapes.expect(batches, self._each, size, self._config.microbatches)
     self._trainable = make_trainable(self._lower, 0, 0, traits=1)
     # It begins as the stage has it begin, on all that is learned from in a few rounds.
-    head, first = self._trainable['head'].w, rows[: _ROUNDS * self._data['prompts_a_step']]
+    head, first = self._trainable['head'].w, rows[: _ROUNDS * size]
     head[...] = jax.device_put(self._fitted(first), head[...].sharding)
     loss, optimizer = preference.learning(self._config, _STEPS)
     self._state, layout = init_optimizer(optimizer, self._trainable)
@@ -164,6 +168,12 @@ def _policy_loss(trainable: Any, decoder: Decoder, batch: Any) -> tuple[jax.Arra
 
 
 @jax.jit
+def _reference(decoder: Decoder, opening: Opening, rows: Rows) -> jax.Array:
+  """Log-probs [N, R] of replies in the starting model, in the batches that the policy learns from."""
+  return token_log_probs(decoder, hidden_states(decoder, rows, opening=opening), rows, 1.0)
+
+
+@jax.jit
 @jax.vmap
 def _advantages(rewards: jax.Array, log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
   """Of each token of K replies to a prompt [M, K, R], from rewards [M, K] and the KL penalty."""
@@ -175,7 +185,7 @@ class Policy:
   """rl: replies are drawn, the starting model reads them, and all parameters are trained on them once."""
 
   def __init__(self, job: dict[str, Any]):
-    model, self._data, self._step, self._rows = _load(job), job['data'], 0, job['setting']['rows']
+    model, self._data, self._step = _load(job), job['data'], 0
     self._microbatches = job['setting'].get('microbatches', 1)
     self._decoder = model.decoder
     self._shapes = FixedShapes(self._data['prompts'], self._data['max_new_tokens'])
@@ -196,12 +206,13 @@ class Policy:
     settings = Sampling(self._data['max_new_tokens'], batch_size=len(prompts))
     drawn = sample(bind(self._decoder, self._trainable)[0], prompts, keys, _NO_EOS, settings)
     tokens = [reply.tokens for reply in drawn]
-    reference = score(self._decoder, prompts, tokens, batch_size=self._rows)
     groups = [Group(prompt, tokens[m * each : (m + 1) * each]) for m, prompt in enumerate(asked)]
     rows = self._shapes.rows(groups, each, microbatches=self._microbatches)
     mask = reply_mask(rows)
+    parts = map(shard_batch, parts_of(rows, self._microbatches))
+    reference = [jax.device_get(_reference(self._decoder, self._shapes.opening, part)) for part in parts]
     before = pad_values([reply.log_probs for reply in drawn], mask.shape[1])
-    log_ratio = before - pad_values(reference, mask.shape[1])
+    log_ratio = before - np.concatenate(reference)
     rewards = np.array([np.mean(np.array(one) % 2 == 0) for one in tokens], np.float32)
     grouped = shard_batch(tuple(array.reshape(size, each, *array.shape[1:]) for array in (rewards, log_ratio, mask)))
     advantages = jax.device_get(_advantages(*grouped)).reshape(mask.shape)
