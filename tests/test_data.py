@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 
+from charjax import defaults
+from charjax.engine.rows import FixedShapes
+from charjax.stages import preference
 from charjax.training.data import batches
 
 
@@ -30,3 +33,19 @@ def test_processes_read_their_own_of_one_order_and_know_of_the_rest():
     assert next(first) == [letter if mine else letter.upper() for letter, mine in zip(batch, here, strict=True)]
     assert next(second) == [letter.upper() if mine else letter for letter, mine in zip(batch, here, strict=True)]
   assert whole.get_state() == first.get_state() == second.get_state()
+
+
+def test_a_preference_training_makes_room_for_the_batches_that_it_reads():
+  config, rng = defaults.get_config().preference, np.random.default_rng(2)
+  config.update(messages_per_batch=8, microbatches=2)
+  examples = [
+    {'prompt': [1] * int(n), 'replies': [[1] * int(length) for length in rng.geometric(0.1, 3).clip(1, 80)]}
+    for n in rng.integers(2, 20, 50)
+  ]
+  shapes, steps = FixedShapes([e['prompt'] for e in examples], 80, [r for e in examples for r in e['replies']]), 12
+  preference.expect(config, shapes, examples, 3, 7, steps)
+  data = preference.read(config, examples, 3, 7)
+  made = [preference.make_rows(config, shapes, next(data), 3) for _ in range(steps)]
+  [size] = {rows.packing.slots.shape[1] for rows in made}
+  fullest = max(rows.lengths.reshape(2, -1).sum(1).max() for rows in made)
+  assert fullest <= size < fullest + made[0].tokens.size / 2 / 64

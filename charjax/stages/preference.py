@@ -26,7 +26,7 @@ import numpy as np
 from charjax import hosts
 from charjax.engine import work
 from charjax.engine.batch import Tokens
-from charjax.engine.rows import FixedShapes, Group
+from charjax.engine.rows import FixedShapes, Group, Rows
 from charjax.engine.score import hidden_states, mean_states
 from charjax.errors import UserError
 from charjax.files import Row, read_jsonl, write_jsonl, write_text
@@ -311,13 +311,17 @@ def _parts(config: Any, k: int) -> int:
 
 def make_examples_batch(config: Any, lower: Decoder, shapes: FixedShapes, some: Sequence[Row], k: int) -> Batch:
   """What the loss of one step takes, of examples of up to k replies."""
-  parts = _parts(config, k)
-  rows = shapes.rows(_groups(some), k, config.messages_per_batch, parts)
+  rows = make_rows(config, shapes, some, k)
   work.count_rows(lower.config, rows, shapes.cut, times=2 if config.lora_rank else 3)
   labels = _labels(some, config.messages_per_batch, k)
   weights, pairs = count_pairs(labels['real'], labels['weight'])
   whole = {'opening': shapes.opening, 'weights': weights, 'pairs': pairs}
-  return make_batch(whole, {'rows': rows} | labels, parts)
+  return make_batch(whole, {'rows': rows} | labels, _parts(config, k))
+
+
+def make_rows(config: Any, shapes: FixedShapes, some: Sequence[Row], k: int) -> Rows:
+  """The prompts and replies of a step's examples."""
+  return shapes.rows(_groups(some), k, config.messages_per_batch, _parts(config, k))
 
 
 def _seed(session: Session, name: str) -> int:

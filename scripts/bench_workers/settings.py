@@ -35,6 +35,7 @@ _REWARD = _vary(
 _RL = _vary(
   {**_TORCH[0], 'rows': 32, 'checkpointing': False}, *_TORCH[1:], {'rows': 4}, {'checkpointing': True}, _TCMALLOC
 )
+_LEARNING = _vary({**_F32, 'scan_layers': False}, _BF16, {'scan_layers': True}, {'microbatches': 4}, {'remat': True})
 _ENGINE = _vary({**_F32, 'rows': 32}, _BF16, {'scan_layers': False})
 
 SETTINGS: dict[str, dict[str, list[Setting]]] = {
@@ -43,8 +44,8 @@ SETTINGS: dict[str, dict[str, list[Setting]]] = {
     'sample_eos': _vary({**_F32, 'rows': 128}, _BF16),
     'score': _ENGINE,
     'score_4': _ENGINE,
-    'reward': _vary(_F32, _BF16, {'scan_layers': False}, {'microbatches': 4}, {'remat': True}),
-    'rl': [*_ENGINE, *_vary({**_F32, 'rows': 32, 'microbatches': 4}, {'remat': True})],
+    'reward': _LEARNING,
+    'rl': _LEARNING,
   },
   'transformers': {'sample': _SAMPLE, 'sample_eos': _SAMPLE, 'score': _SCORE, 'score_4': _SCORE},
   'vllm': {'sample': _VLLM, 'sample_eos': _VLLM},
