@@ -21,6 +21,7 @@ from charjax.engine.score import (
   mean_over_tokens,
   mean_states,
   over_chunks,
+  reply_width,
   score,
   score_options,
   token_log_probs,
@@ -134,6 +135,14 @@ def test_what_is_said_of_replies_comes_back_in_the_order_given(decoder, prompts)
     # The prompt's last token stands where the reply's first is predicted.
     assert tokens[: 1 + len(reply)].tolist() == [prompt[-1], *reply]
   assert score(decoder, [], []) == [] and sample(decoder, [], None, EOS, SETTINGS) == []
+
+
+def test_widths_of_batches_halve_and_those_of_many_have_steps_between():
+  few, many = ({needed: reply_width(224, needed, many) for needed in range(1, 225)} for many in (False, True))
+  assert set(few.values()) == {224, 112, 56, 28, 14, 7, 3, 1}
+  assert set(many.values()) == {224, 168, 112, 88, 56, 48, 28, 24, 14, 7, 3, 1}
+  for needed in range(1, 225):
+    assert needed <= many[needed] <= few[needed] < max(2 * needed, 225)
 
 
 def test_the_batches_of_a_training_run_have_one_shape_and_groups_of_replies_in_order():

@@ -84,6 +84,25 @@ def test_help_does_not_wait_for_jax():
   assert 'charjax run --config=FILE.py' in done.stdout
 
 
+def test_a_cpu_run_keeps_the_memory_that_its_programs_work_in():
+  program = """
+import resource
+import jax, jax.numpy as jnp
+from charjax import defaults, start
+with start.devices(defaults.get_config()):
+  fill = jax.jit(lambda x: jnp.full((64, 2**20), x))
+  for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    jax.block_until_ready(fill(1.0))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+  environment = {name: value for name, value in os.environ.items() if name != 'GLIBC_TUNABLES'} | {'XLA_FLAGS': ''}
+  command = [sys.executable, '-c', program]
+  done = subprocess.run(command, capture_output=True, check=True, text=True, env=environment)
+  # Of 256 MiB in pages of 4 KiB.
+  assert int(done.stdout) < 2**16 / 10
+
+
 def test_who_reads_no_further_sees_no_trace(tmp_path):
   """The reader is gone before anything is printed."""
   read, write = os.pipe()

@@ -238,7 +238,7 @@ def map_rows(
   by_width: dict[int, list[list[int]]] = {}
   for first in range(0, len(groups), count):
     some = order[first : first + count]
-    by_width.setdefault(_width(widest, 1 + max(1, longest[some[-1]]), many), []).append(some)
+    by_width.setdefault(reply_width(widest, 1 + max(1, longest[some[-1]]), many), []).append(some)
   out: list[np.ndarray] = [np.zeros(0)] * len(prompts)
   for width, batches in by_width.items():
     hands = _deal([groups[i] for some in batches for i in some], replies, len(batches), parts)
@@ -253,13 +253,13 @@ def map_rows(
   return out
 
 
-def _width(widest: int, needed: int, many: bool) -> int:
+def reply_width(widest: int, needed: int, many: bool) -> int:
   """The least of `widest`, half of it, a quarter and so on that is enough; of `many` batches also three quarters of
   each."""
   width = widest
   while width // 2 >= needed:
     width //= 2
-  between = -(-width * 3 // (4 * REPLY_STEP)) * REPLY_STEP
+  between = min(width, -(-width * 3 // (4 * REPLY_STEP)) * REPLY_STEP)
   return between if many and between >= needed else width
 
 
