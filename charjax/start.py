@@ -140,8 +140,8 @@ def devices(config: ml_collections.ConfigDict, workdir: epath.Path | None = None
 
 def _keep_memory() -> None:
   """Has glibc keep what a program worked in for the next one, instead of giving it back to the system, which clears
-  each page anew: with huge pages on a virtual machine up to a third of a train step, with small ones little. A process
-  then holds the most that it ever needed."""
+  each page anew: up to a third of a large train step on a virtual machine. A process then holds the most that it ever
+  needed."""
   with contextlib.suppress(AttributeError):  # of another C library
     mallopt = ctypes.CDLL(None).mallopt
     # malloc.h: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD.
