@@ -51,6 +51,12 @@ def test_what_does_not_fit_is_not_packed():
   assert make_packing(LENGTHS, 8, 11, 2) is not None and make_packing(LENGTHS, 8, 10, 2) is None
 
 
+def ragged_texts():
+  """Prompts and replies of a run."""
+  prompts = [[1] * int(n) for n in RNG.integers(2, 60, 400)]
+  return prompts, [[1] * int(n) for n in RNG.geometric(0.05, 2000).clip(1, 90)]
+
+
 def some_batches(prompts, replies, count):
   """Batches of 16 prompts, 4 replies to each."""
   return [
@@ -64,8 +70,7 @@ def fullest(packed, parts=2):
 
 
 def test_few_batches_of_a_run_exceed_its_size_and_those_stay_padded():
-  prompts = [[1] * int(n) for n in RNG.integers(2, 60, 400)]
-  replies = [[1] * int(n) for n in RNG.geometric(0.05, 2000).clip(1, 90)]
+  prompts, replies = ragged_texts()
   shapes = FixedShapes(prompts, 90, replies)
   packed = [shapes.rows(some, 4, microbatches=2) for some in some_batches(prompts, replies, 50)]
   [size] = {rows.packing and rows.packing.slots.shape[1] for rows in packed}
@@ -75,8 +80,7 @@ def test_few_batches_of_a_run_exceed_its_size_and_those_stay_padded():
 
 
 def test_batches_that_are_known_are_packed_as_tightly_as_the_fullest_of_them_allows():
-  prompts = [[1] * int(n) for n in RNG.integers(2, 60, 400)]
-  replies = [[1] * int(n) for n in RNG.geometric(0.05, 2000).clip(1, 90)]
+  prompts, replies = ragged_texts()
   shapes, batches = FixedShapes(prompts, 90, replies), some_batches(prompts, replies, 20)
   [likely] = {shapes.rows(some, 4, microbatches=2).packing.slots.shape[1] for some in batches}
   shapes.expect(batches, 4, microbatches=2)

@@ -234,9 +234,10 @@ def map_rows(
   count = min(at_once, bucket(-(-len(groups) // -(-len(groups) // at_once)), GROUP_STEP))
   parts = batch_parts()
   count += -count % parts
-  many = -(-len(groups) // count) >= _MANY
+  starts = range(0, len(groups), count)
+  many = len(starts) >= _MANY
   by_width: dict[int, list[list[int]]] = {}
-  for first in range(0, len(groups), count):
+  for first in starts:
     some = order[first : first + count]
     by_width.setdefault(reply_width(widest, 1 + max(1, longest[some[-1]]), many), []).append(some)
   out: list[np.ndarray] = [np.zeros(0)] * len(prompts)
