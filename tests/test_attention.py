@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from charjax.engine.batch import compute_prefix
 from charjax.mesh import make_mesh, shardings, spec
 from charjax.model import attention, attention_tpu, decode_kernel
-from charjax.model.attention import Before, Places, make_attention
+from charjax.model.attention import Before, Places, Seats, make_attention
 from charjax.model.config import ModelConfig
 from charjax.model.decoder import Prefix, Runtime, forward, layer_weights, logits, make_cache
 from charjax.model.weights import abstract_decoder
@@ -101,20 +101,15 @@ def case(kind, window=None):
   position = np.stack([np.concatenate([*map(np.arange, some), np.zeros(WIDTH - sum(some))]) for some in lengths])
   if kind != PACKED:
     real = 17  # of the tokens before all
-    before.append(Before(Places(np.arange(SHARED)[None], (np.arange(SHARED) < real)[None].astype(int)), None))
+    before.append(Before(Places(np.arange(SHARED)[None], (np.arange(SHARED) < real)[None].astype(int))))
     masks_before.append(np.broadcast_to(np.arange(SHARED) < real, (ROWS, WIDTH, SHARED)))
     start += real
   if kind == AFTER:
-    prompts = [[9, 30, 5, 2], [20, 10, 20]]
-    there = np.stack([texts_of(some, PROMPTS) for some in prompts])
-    at = np.stack([real + np.concatenate([*map(np.arange, some), np.zeros(PROMPTS - sum(some))]) for some in prompts])
-    # Several read the same prompt; one, that of no number, none.
-    read = np.where(texts > 0, np.array([[2, 2, 4, 0], [1, 1, 1, 1], [3, 1, 0, 2], [2, 3, 2, 1]])[
-      np.arange(ROWS)[:, None], np.maximum(texts, 1) - 1], 0)  # fmt: skip
-    before.append(Before(Places(at.astype(int), there), read))
-    masks_before.append((read[..., None] == np.repeat(there, 2, 0)[:, None]) & (read > 0)[..., None])
-    sizes = np.array([[0, *some, *(0,) * 4][:5] for some in prompts])
-    start = start + np.take_along_axis(np.repeat(sizes, 2, 0), read, 1)
+    prompts = np.array([30, 20])
+    there = (np.arange(PROMPTS) < prompts[:, None]).astype(int)
+    before.append(Before(Places(np.broadcast_to(real + np.arange(PROMPTS), there.shape), there)))
+    masks_before.append(np.repeat(there, 2, 0)[:, None].astype(bool).repeat(WIDTH, 1))
+    start = start + np.repeat(prompts, 2)[:, None]
   positions = (start + position).astype(int)
   slots = np.arange(WIDTH)
   own = (texts[:, :, None] == texts[:, None]) & (texts > 0)[:, None] & (slots[:, None] >= slots)
@@ -215,15 +210,20 @@ def test_one_token_a_row(form, slots, cap, window, interpreted, monkeypatch):
   texts, position = RNG.integers(0, 3, (rows, slots)), np.stack([RNG.permutation(count)[:slots] for _ in range(rows)])
   texts[:2], texts[2, :256], texts[3, 128:], texts[4, 128:256] = 0, 0, 0, 0
   queries = Places(np.full((rows, 1), 200), np.full((rows, 1), 2))
-  there = np.stack([texts_of(some, 20) for some in ([3, 9], [1, 19], [10, 2], [4, 4])])
+  there = (np.arange(20) < np.array([[3], [19], [20], [7]])).astype(int)
+  # Rows read texts in any order: up to three the same, and none the third.
+  reads = np.array([3, 0, 1, 3, 1, 0, 1, 3])
+  seat = np.array([3 * text + np.sum(reads[:row] == text) for row, text in enumerate(reads)])
+  seated = np.zeros((4, 3), int)
+  seated.flat[seat] = np.arange(rows)
   before = [
-    Before(Places(np.arange(20)[None], (np.arange(20) < 13)[None].astype(int)), None),
-    Before(Places(np.broadcast_to(np.arange(20), (4, 20)) + 20, there), np.array([[1, 2, 2, 1, 2, 2, 1, 1]]).T),
+    Before(Places(np.arange(20)[None], (np.arange(20) < 13)[None].astype(int))),
+    Before(Places(np.broadcast_to(np.arange(20), (4, 20)) + 20, there), Seats(seated, seat)),
   ]
   masks = [
     (texts == 2) & (position <= 200),
     np.broadcast_to(np.arange(20) < 13, (rows, 20)),
-    np.repeat(there, 2, 0) == before[1].read,
+    there[reads] > 0,
   ]
   if window:
     masks = [
@@ -236,7 +236,8 @@ def test_one_token_a_row(form, slots, cap, window, interpreted, monkeypatch):
     places = jax.tree.map(jnp.asarray, (queries, Places(position, texts), before))
     return make_attention(form, *places, cap=cap, windows=(window or 0,))(q, k, v, shared, window)
 
-  expected, *_ = reference_rows(q, k, v, masks, shared, SIZE**-0.5, cap, np.zeros(q.shape))
+  by_row = [shared[0], tuple(array[reads] for array in shared[1])]
+  expected, *_ = reference_rows(q, k, v, masks, by_row, SIZE**-0.5, cap, np.zeros(q.shape))
   some = np.concatenate(masks, -1).any((1, 2))  # With a window, the first two rows see nothing, and give anything.
   assert_close(run(q, k, v, shared)[some], expected[some])
 
@@ -350,7 +351,7 @@ def test_a_decode_step_gathers_no_cache(kind, request, as_on_devices):
     cache = jax.eval_shape(partial(make_cache, rows=16, slots=SLOTS), decoder)
     room = jax.eval_shape(partial(make_cache, rows=8, slots=320), decoder)
     first = jax.eval_shape(partial(make_cache, rows=1, slots=128), decoder)
-    asked = Prefix(room.kv, room.places, integers(16, 1))
+    asked = Prefix(room.kv, room.places, Seats(integers(8, 4), integers(16)))
     program = (
       jax.jit(step, donate_argnums=4)
       .lower(decoder, layers, given(Prefix(*first)), given(asked), given(cache), *given((integers(16, 1),) * 2), 3)

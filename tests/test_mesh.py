@@ -26,10 +26,10 @@ from charjax.engine.rows import Group, make_rows
 from charjax.engine.sample import Sampling, sample
 from charjax.engine.score import hidden_states, map_rows, mean_states, reply_log_probs, score
 from charjax.errors import UserError
-from charjax.mesh import AXES, constrain, make_mesh, replicate, shard_batch, shardings, spec
+from charjax.mesh import AXES, batch_parts, constrain, make_mesh, replicate, shard_batch, shardings, spec
 from charjax.model import decoder as decoders
-from charjax.model.attention import Places
-from charjax.model.decoder import Runtime
+from charjax.model.attention import Places, Seats
+from charjax.model.decoder import Prefix, Runtime
 from charjax.model.lora import Adapter
 from charjax.model.weights import make_decoder
 from charjax.training.checkpoint import Checkpoints
@@ -249,15 +249,17 @@ def scorer():
 
 
 def sampler():
-  """Decoding, of a group of one row to each of ROWS prompts, with a cache of 8 slots."""
+  """Decoding, of one row to each of ROWS prompts, with a cache of 8 slots."""
   decoder, one = build(tiny_config()), np.ones(ROWS, np.int32)
   layers, before = decode.prepare(decoder, None, ())
-  state = decode.RowState(one, one * PROMPT, one, one, one > 0, one > 0, np.zeros((ROWS, 2), np.uint32))
-  seats = Places(np.tile(np.arange(PROMPT, dtype=np.int32), (ROWS, 1)), np.ones((ROWS, PROMPT), np.int32))
+  state = decode.RowState(one, one * PROMPT, one, one > 0, one > 0, np.zeros((ROWS, 2), np.uint32))
+  places = Places(np.tile(np.arange(PROMPT, dtype=np.int32), (ROWS, 1)), np.ones((ROWS, PROMPT), np.int32))
+  own = np.arange(ROWS, dtype=np.int32) % (ROWS // batch_parts())
   room, cache = (decode.make_cache(decoder, rows=ROWS, slots=slots) for slots in (PROMPT, 8))
   numbers = replicate((*np.array([0, 8, ROWS, 8], np.int32), np.array([7], np.int32), np.float32(1)))
   function = jax.jit(lambda *args: decode.decode.__wrapped__(*args, top_p=0.9, top_k=0))
-  return function.lower(decoder, layers, before, room.kv, shard_batch(seats), cache, shard_batch(state), *numbers)
+  rooms = Prefix(room.kv, *shard_batch((places, Seats(own[:, None], own))))
+  return function.lower(decoder, layers, before, rooms, cache, shard_batch(state), *numbers)
 
 
 def whole(compiled, rows, width):

@@ -1,9 +1,10 @@
-"""The compiled programs of sampling: prompts are read into their groups' room, and all rows draw token by token.
+"""The compiled programs of sampling: prompts are read into rooms, and all rows draw token by token.
 
 Rows begin and end at different times, and yet all write the keys and values of a token into the same slot of their
 caches: the slots are a ring, and a token is found by the place that it says it has (see model.attention.sees).
 
-Letters: A groups, B rows, M rows of packed prompts, T tokens of one, R prompts, P tokens of one, S slots, L layers.
+Letters: A rooms, E seats in one, B rows, M rows of packed prompts, T tokens of one, R prompts, P tokens of one, S
+slots, L layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +30,6 @@ class RowState(NamedTuple):
   Attributes:
     token: to be fed next.
     position: of that token.
-    read: the half of its group's room that the row's prompt is in, counted from 1.
     drawn: tokens of the reply that have been drawn.
     live: whether a reply is under way.
     fresh: whether it begins: what another reply left in the row's cache is forgotten.
@@ -38,7 +38,6 @@ class RowState(NamedTuple):
 
   token: Any
   position: Any
-  read: Any
   drawn: Any
   live: Any
   fresh: Any
@@ -46,15 +45,14 @@ class RowState(NamedTuple):
 
 
 class Move(NamedTuple):
-  """Where R prompts lie in M packed rows, and where they go; each [parts, R], of a part's own rows and groups.
+  """Where R prompts lie in M packed rows, and where they go; each [parts, R], of a part's own rows and rooms.
 
   What is not `real` moves nothing.
   """
 
   row: Any
   column: Any
-  group: Any
-  slot: Any
+  room: Any
   real: Any
 
 
@@ -100,59 +98,57 @@ def map_layers(function: Callable[[Any, Any], Any], decoder: Decoder, adapter: A
 
 @partial(jax.jit, static_argnames=('rows', 'slots'))
 def make_cache(decoder: Decoder, *, rows: int, slots: int) -> Cache:
-  """An empty cache, of rows or of what stands before groups of them."""
+  """An empty cache, of rows or of the prompts before them."""
   empty = decoder_cache(decoder, rows, slots)
   kv = jax.tree.map(lambda array: constrain(array, 'batch', 'kv_heads', None, None), empty.kv)
   return Cache(kv, jax.tree.map(lambda array: constrain(array, 'batch', None), empty.places))
 
 
-@partial(jax.jit, static_argnames='width', donate_argnames='room')
+@partial(jax.jit, static_argnames='width', donate_argnames='rooms')
 def read_prompts(
   decoder: Decoder,
   adapter: Any,
   shared: Sequence[Prefix],
-  room: KV,
+  rooms: KV,
   tokens_mt: jax.Array,
   places_mt: Places,
   move: Move,
   *,
   width: int,
 ) -> KV:
-  """Reads packed prompts, and puts the keys and values of each, `width` tokens, where its group has room."""
+  """Reads packed prompts, and puts the keys and values of each, `width` tokens, into its room."""
   _, read = forward(decoder, tokens_mt, places_mt.positions, places_mt.texts, adapter=adapter, before=shared)
   parts, count = move.row.shape
 
-  def put(room: jax.Array, read: jax.Array, axis: int) -> jax.Array:
+  def put(rooms: jax.Array, read: jax.Array, axis: int) -> jax.Array:
     """Of one layer; tokens lie along `axis` of both."""
     # A slice that would reach past the end would be moved back.
     read = jnp.pad(read, [(0, width if i == axis else 0) for i in range(4)])
 
-    def part(room: jax.Array, read: jax.Array, move: Move) -> jax.Array:
+    def part(rooms: jax.Array, read: jax.Array, move: Move) -> jax.Array:
       size = tuple(1 if i == 0 else width if i == axis else n for i, n in enumerate(read.shape))
 
-      def one(r: Any, room: jax.Array) -> jax.Array:
-        def place(first: jax.Array, along: jax.Array) -> list[Any]:
-          return [first if i == 0 else along if i == axis else 0 for i in range(4)]
+      def one(r: Any, rooms: jax.Array) -> jax.Array:
+        here = [move.row[r] if i == 0 else move.column[r] if i == axis else 0 for i in range(4)]
+        there = [move.room[r], 0, 0, 0]
+        piece = jax.lax.dynamic_slice(read, here, size)
+        piece = jnp.where(move.real[r], piece, jax.lax.dynamic_slice(rooms, there, size))
+        return jax.lax.dynamic_update_slice(rooms, piece, there)
 
-        piece = jax.lax.dynamic_slice(read, place(move.row[r], move.column[r]), size)
-        there = place(move.group[r], move.slot[r])
-        piece = jnp.where(move.real[r], piece, jax.lax.dynamic_slice(room, there, size))
-        return jax.lax.dynamic_update_slice(room, piece, there)
-
-      return jax.lax.fori_loop(0, count, one, room)
+      return jax.lax.fori_loop(0, count, one, rooms)
 
     if parts == 1:
-      return part(room, read, jax.tree.map(lambda x: x[0], move))
+      return part(rooms, read, jax.tree.map(lambda x: x[0], move))
     # Each device moves what is its own.
-    rooms, reads = (x.reshape(parts, -1, *x.shape[1:]) for x in (room, read))
-    return jax.vmap(part)(rooms, reads, move).reshape(room.shape)
+    own, reads = (x.reshape(parts, -1, *x.shape[1:]) for x in (rooms, read))
+    return jax.vmap(part)(own, reads, move).reshape(rooms.shape)
 
-  def all_layers(room: Sequence[jax.Array], read: jax.Array, axis: int) -> tuple[jax.Array, ...]:
+  def all_layers(rooms: Sequence[jax.Array], read: jax.Array, axis: int) -> tuple[jax.Array, ...]:
     return tuple(
-      constrain(put(old, new, axis), 'batch', 'kv_heads', None, None) for old, new in zip(room, read, strict=True)
+      constrain(put(old, new, axis), 'batch', 'kv_heads', None, None) for old, new in zip(rooms, read, strict=True)
     )
 
-  return KV(all_layers(room.k, read.k, 3), all_layers(room.v, read.v, 2))
+  return KV(all_layers(rooms.k, read.k, 3), all_layers(rooms.v, read.v, 2))
 
 
 @partial(jax.jit, static_argnames='slots')
@@ -183,8 +179,7 @@ def decode(
   decoder: Decoder,
   layers: Any,
   shared: Sequence[Prefix],
-  room: KV,
-  places_as: Places,
+  rooms: Prefix,
   cache: Cache,
   rows: RowState,
   first: jax.Array,
@@ -203,8 +198,7 @@ def decode(
     decoder: for the embedding and the head.
     layers: of `prepare`.
     shared: what stands before all prompts, of `prepare`.
-    room: keys and values of the prompts.
-    places_as: of their tokens; the texts are the halves, counted from 1.
+    rooms: the prompts, and who reads which.
     cache: of S slots, given up.
     rows: the rows.
     first: the slot that is written first.
@@ -220,7 +214,7 @@ def decode(
     the cache, how many steps were made, and tokens [S, B] (-1 where a row had no reply) and their log-probs.
   """
   slots, count = cache.places.texts.shape[1], len(rows.token)
-  before = (*shared, Prefix(room, places_as, rows.read[:, None]))
+  before = (*shared, rooms)
   keys_b = jax.random.wrap_key_data(rows.key_data, impl='threefry2x32')
   kept = jnp.where(rows.fresh[:, None], 0, cache.places.texts)
   head = output_head(decoder).astype(decoder.runtime.compute_dtype)

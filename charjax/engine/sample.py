@@ -3,10 +3,12 @@
 A prompt goes through the model once for all replies to it, as what all prompts begin with does for all prompts. A row
 whose reply has ended is given another (slots.py), so that none idles until the longest ends.
 
-Letters: A groups of rows, B rows, M rows of packed prompts, P tokens of a prompt, S slots of a row's cache.
+Letters: A rooms of prompts, E seats in one, B rows, M rows of packed prompts, P tokens of a prompt, S slots of a row's
+cache.
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,13 +19,16 @@ from charjax.engine import decode, work
 from charjax.engine.batch import EACH, PROMPT_STEP, Tokens, bucket, by_prompt, common_prefix, in_groups, prefill
 from charjax.engine.slots import Row, Slots
 from charjax.mesh import batch_parts, fetch, no_silent_transfers, replicate, shard_batch
-from charjax.model.attention import Places
-from charjax.model.decoder import Decoder
+from charjax.model.attention import Places, Seats
+from charjax.model.decoder import Decoder, Prefix
 
 _SLOTS = 64  # of a row's cache to begin with, unless replies are shorter; they double as replies grow
-_READ_TOKENS = 512  # prompts are read in batches of at least so many tokens, or of all groups at once
+_READ_TOKENS = 512  # prompts are read in batches of at least so many tokens, or of all rooms at once
 MOVES = 4  # packed prompts to a row of such a batch, on average, at most
 _IDLE = 8  # rows are refilled when one in so many is idle
+# Rooms to one that rows need: the last of several replies takes much longer than they do on average. With lengths that
+# fall off exponentially, 1 is too few by twice the steps, 2 spare some 5% more of them, and each is read at every step.
+_ROOMS = 1.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,30 +75,36 @@ class Shapes(NamedTuple):
   """The sizes that the programs of sampling are compiled for.
 
   Attributes:
-    each: rows of a group, which share a prompt at a time.
-    groups: of rows; each device has as many.
+    each: E, seats in a room: replies to a prompt that are under way together.
+    rows: B.
+    rooms: A; each device has as many, and as many rows.
     width: tokens of a prompt's room.
     packed: rows of packed prompts that are read together.
     slots: of a row's cache in the end; a few to begin with.
   """
 
   each: int
-  groups: int
+  rows: int
+  rooms: int
   width: int
   packed: int
   slots: int
 
 
-def choose_shapes(settings: Sampling, replies: int, longest: int) -> Shapes:
-  """The sizes for up to `longest` tokens of a prompt, most prompts with so many replies, on the current mesh."""
+def choose_shapes(settings: Sampling, prompts: int, replies: int, longest: int) -> Shapes:
+  """The sizes for so many prompts of up to `longest` tokens, most with so many replies, on the current mesh."""
   parts, each = batch_parts(), min(EACH, settings.batch_size, replies)
-  groups = max(1, settings.batch_size // each)
   # A batch that the devices do not divide evenly would be decoded whole by each of them.
-  groups += -groups % parts
+  at_once = _even(max(1, settings.batch_size // each), parts)
+  spare = each > 1 and prompts * -(-replies // each) > at_once
   width = bucket(longest - 1, PROMPT_STEP)
-  packed = min(groups, max(-(-groups // 8), -(-_READ_TOKENS // width)))
-  packed += -packed % parts
-  return Shapes(each, groups, width, packed, -(-settings.max_new_tokens // 8) * 8)
+  packed = _even(min(at_once, max(-(-at_once // 16), -(-_READ_TOKENS // width))), parts)
+  rooms = _even(math.ceil(at_once * _ROOMS), parts) if spare else at_once
+  return Shapes(each, at_once * each, rooms, width, packed, -(-settings.max_new_tokens // 8) * 8)
+
+
+def _even(count: int, parts: int) -> int:
+  return count + -count % parts
 
 
 @no_silent_transfers
@@ -126,43 +137,41 @@ def sample(
     return []
   cut, parts = common_prefix(prompts), batch_parts()
   places = by_prompt(prompts, cut)
-  each, groups, width, packed, longest = choose_shapes(
-    settings, statistics.mode(map(len, places.values())), max(width, *map(len, places))
+  sizes = choose_shapes(
+    settings, len(places), statistics.mode(map(len, places.values())), max(width, *map(len, places))
   )
-  jobs = in_groups(places, each)
-  slots = Slots(jobs, groups, each, parts)
+  slots = Slots(in_groups(places, sizes.each), sizes.rooms, sizes.rows, parts)
 
   shared = prefill(decoder, prompts[0][:cut], adapter)
   layers, before = decode.prepare(decoder, adapter, shared)
-  room = decode.make_cache(decoder, rows=groups, slots=width * slots.halves).kv
-  seats = Places(*np.zeros((2, groups, width * slots.halves), np.int32))
-  cache = decode.make_cache(decoder, rows=len(slots.rows), slots=min(_SLOTS, longest))
-  size, first = min(_SLOTS, longest), 0
+  kv = decode.make_cache(decoder, rows=sizes.rooms, slots=sizes.width).kv
+  there = Places(*np.zeros((2, sizes.rooms, sizes.width), np.int32))
+  there.positions[:] = cut + np.arange(sizes.width)
+  size, first = min(_SLOTS, sizes.slots), 0
+  cache = decode.make_cache(decoder, rows=sizes.rows, slots=size)
   fixed = replicate((np.int32(settings.max_new_tokens), end_ids(eos_ids), np.float32(settings.temperature)))
   drawn: list[list[tuple[int, float]]] = [[] for _ in prompts]
 
   while slots.wanting() or slots.busy():
     read = list(slots.refill())
-    for group, half, prompt in read:
-      put = slice(half * width, (half + 1) * width)
-      seats.texts[group, put] = np.where(np.arange(width) < len(prompt) - 1, half + 1, 0)
-      seats.positions[group, put] = cut + np.arange(width)
-    for batch in _pack(read, packed, width, groups // parts, parts, cut):
-      room = decode.read_prompts(decoder, adapter, shared, room, *shard_batch(batch), width=width)
-    work.count(decoder.config, cut, [len(prompt) - 1 for *_, prompt in read])
+    for room, prompt in read:
+      there.texts[room] = np.arange(sizes.width) < len(prompt) - 1
+    for batch in _pack(read, sizes, parts, cut):
+      kv = decode.read_prompts(decoder, adapter, shared, kv, *shard_batch(batch), width=sizes.width)
+    work.count(decoder.config, cut, [len(prompt) - 1 for _, prompt in read])
 
     rows = slots.rows
     steps = size - max(row.drawn for row in rows if row.item >= 0)
     if not steps:
-      old, size = size, min(2 * size, longest)
+      old, size = size, min(2 * size, sizes.slots)
       cache = decode.grow(cache, replicate(np.int32(first)), slots=size)
       steps, first = size - old, old
     idle = sum(row.item < 0 for row in rows)
     enough = idle + max(1, len(rows) // _IDLE) if slots.wanting() else len(rows) + 1
-    state = shard_batch(_row_state(rows, prompts, keys, drawn))
+    state, seats = shard_batch((_row_state(rows, prompts, keys, drawn), _seats(rows, sizes, parts)))
     now = replicate((np.int32(first), np.int32(steps), np.int32(enough)))
     cache, *out = decode.decode(
-      decoder, layers, before, room, shard_batch(seats), cache, state, *now, *fixed,
+      decoder, layers, before, Prefix(kv, shard_batch(there), seats), cache, state, *now, *fixed,
       top_p=settings.top_p, top_k=settings.top_k,
     )  # fmt: skip
     made, tokens, log_probs = (np.asarray(x) for x in fetch(out))
@@ -190,7 +199,7 @@ def _row_state(
   rows: Sequence[Row], prompts: Sequence[Tokens], keys: np.ndarray, drawn: Sequence[Sequence[tuple[int, float]]]
 ) -> decode.RowState:
   """Where the rows are, for the devices."""
-  token, position, read, drawn_so_far = np.zeros((4, len(rows)), np.int32)
+  token, position, drawn_so_far = np.zeros((3, len(rows)), np.int32)
   live, fresh = np.zeros((2, len(rows)), bool)
   key_data = np.zeros((len(rows), 2), np.uint32)
   for number, row in enumerate(rows):
@@ -198,33 +207,43 @@ def _row_state(
       prompt = prompts[row.item]
       token[number] = drawn[row.item][-1][0] if row.drawn else prompt[-1]
       position[number] = len(prompt) - 1 + row.drawn
-      read[number], drawn_so_far[number] = row.half + 1, row.drawn
+      drawn_so_far[number] = row.drawn
       live[number], fresh[number] = True, row.drawn == 0
       key_data[number] = keys[row.item]
-  return decode.RowState(token, position, read, drawn_so_far, live, fresh, key_data)
+  return decode.RowState(token, position, drawn_so_far, live, fresh, key_data)
+
+
+def _seats(rows: Sequence[Row], sizes: Shapes, parts: int) -> Seats:
+  """Who reads which prompt, for the devices: each has rows and rooms of its own."""
+  found = Seats(np.zeros((sizes.rooms, sizes.each), np.int32), np.zeros(len(rows), np.int32))
+  for number, row in enumerate(rows):
+    if row.item >= 0:
+      found.rows[row.room, row.seat] = number % (len(rows) // parts)
+      found.seat[number] = row.room % (sizes.rooms // parts) * sizes.each + row.seat
+  return found
 
 
 def _pack(
-  read: Sequence[tuple[int, int, Tokens]], rows: int, width: int, groups: int, parts: int, cut: int
+  read: Sequence[tuple[int, Tokens]], sizes: Shapes, parts: int, cut: int
 ) -> Iterator[tuple[np.ndarray, Places, decode.Move]]:
-  """Prompts (group, half, tokens) without their last token, packed into batches of `rows` rows of `width` tokens.
+  """Prompts (room, tokens) without their last token, packed into batches of `sizes.packed` rows.
 
-  A prompt lies in a row of the device that its group is on: of `parts`, each with so many `groups`.
+  A prompt lies in a row of the device that its room is on.
   """
   # The longest first: what is short fills the gaps.
-  waiting = sorted((item for item in read if len(item[2]) > 1), key=lambda item: -len(item[2]))
-  own = rows // parts
+  waiting = sorted((item for item in read if len(item[1]) > 1), key=lambda item: -len(item[1]))
+  shape, own, rooms = (sizes.packed, sizes.width), sizes.packed // parts, sizes.rooms // parts
   most = MOVES * own
   while waiting:
-    tokens, places = np.zeros((rows, width), np.int32), Places(*np.zeros((2, rows, width), np.int32))
-    from_row, column, to_group, slot = np.zeros((4, parts, most), np.int32)
-    move = decode.Move(from_row, column, to_group, slot, np.zeros((parts, most), bool))
-    used, texts, moved = [0] * rows, [0] * rows, [0] * parts
+    tokens, places = np.zeros(shape, np.int32), Places(*np.zeros((2, *shape), np.int32))
+    from_row, column, to_room = np.zeros((3, parts, most), np.int32)
+    move = decode.Move(from_row, column, to_room, np.zeros((parts, most), bool))
+    used, texts, moved = [0] * sizes.packed, [0] * sizes.packed, [0] * parts
     left = []
     for item in waiting:
-      group, half, prompt = item
-      part, length = group // groups, len(prompt) - 1
-      fits = [row for row in range(part * own, (part + 1) * own) if used[row] + length <= width]
+      room, prompt = item
+      part, length = room // rooms, len(prompt) - 1
+      fits = [row for row in range(part * own, (part + 1) * own) if used[row] + length <= sizes.width]
       if not fits or moved[part] == most:
         left.append(item)
         continue
@@ -234,9 +253,7 @@ def _pack(
       tokens[row, put] = prompt[:-1]
       places.positions[row, put] = cut + np.arange(length)
       places.texts[row, put] = texts[row]
-      for array, value in zip(
-        move, (row - part * own, used[row], group - part * groups, half * width, True), strict=True
-      ):
+      for array, value in zip(move, (row - part * own, used[row], room % rooms, True), strict=True):
         array[part, n] = value
       used[row] += length
       moved[part] += 1

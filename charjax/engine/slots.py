@@ -1,18 +1,15 @@
 """Which reply is drawn in which row: a fixed number of rows, each refilled from a queue as soon as its reply ends.
 
-Rows come in groups that share the keys and values of their prompts, so that a prompt is read once for all replies to it
-that are under way. A group has room for two prompts: while the last replies to one are drawn, those to the next begin
-in the rows that are free. Which prompt goes to which group depends on lengths of replies alone, so that all processes
-of a run decide alike.
+The keys and values of a prompt lie in a room, and are read there by all rows that draw replies to it, whichever those
+are. There are more rooms than the rows need, so that a row goes on to the next prompt while the last replies to others
+are still drawn. What goes where depends on lengths of replies alone, so that all processes of a run decide alike.
 
-Letters: A groups, E rows of one, B = A E rows.
+Letters: A rooms, E seats in one, B rows.
 """
 
 import dataclasses
 from collections import deque
 from collections.abc import Iterator, Sequence
-
-_HALVES = 2  # prompts that a group has room for
 
 
 @dataclasses.dataclass
@@ -22,44 +19,44 @@ class Job:
   Attributes:
     prompt: its tokens.
     items: numbers of the replies that have not begun.
+    begun: how many have, each in a seat of its own.
     running: how many are under way.
   """
 
   prompt: tuple[int, ...]
   items: deque[int]
+  begun: int = 0
   running: int = 0
 
 
 @dataclasses.dataclass
 class Row:
-  """What is drawn in a row: reply `item` to the prompt in a half of the group's room; -1: nothing."""
+  """What is drawn in a row: reply `item` to the prompt in a room, where it has a seat; -1: nothing."""
 
   item: int = -1
-  half: int = 0
+  room: int = 0
+  seat: int = 0
   drawn: int = 0
 
 
 class Slots:
-  """The rows of all groups, and the queues that they are refilled from.
+  """The rows, the rooms of their prompts, and the queues that both are refilled from.
 
   Attributes:
-    rows: B of them; those of a group follow one another.
-    halves: prompts that a group has room for; one where that is enough, since all prompts have a group or a row each.
+    rows: B of them, as many on each device.
   """
 
-  def __init__(self, jobs: Sequence[tuple[tuple[int, ...], Sequence[int]]], groups: int, each: int, parts: int):
-    """Args: jobs, prompts and the numbers of their replies; groups A; each E; parts, devices that groups lie on."""
-    self.each = each
-    self.rows = [Row() for _ in range(groups * each)]
-    self.halves = 1 if len(jobs) <= groups or each == 1 else _HALVES
-    self._room: list[list[Job | None]] = [[None] * self.halves for _ in range(groups)]
-    # Prompts are dealt to the devices in advance: each refills its groups from its own.
+  def __init__(self, jobs: Sequence[tuple[tuple[int, ...], Sequence[int]]], rooms: int, rows: int, parts: int):
+    """Args: jobs, prompts and the numbers of their replies, one a seat; rooms A; rows B; parts, devices that have as
+    many of both each."""
+    self.rows = [Row() for _ in range(rows)]
+    self._rooms: list[list[Job | None]] = [[None] * (rooms // parts) for _ in range(parts)]
+    # Prompts are dealt to the devices in advance: each refills its rows from its own.
     self._queues = [deque(Job(prompt, deque(items)) for prompt, items in jobs[part::parts]) for part in range(parts)]
-    self._groups_of_a_part = groups // parts
 
   def wanting(self) -> bool:
     """Whether some reply has not begun."""
-    return any(self._queues) or any(job is not None and job.items for room in self._room for job in room)
+    return any(self._queues) or any(job and job.items for rooms in self._rooms for job in rooms)
 
   def busy(self) -> bool:
     """Whether some reply is under way."""
@@ -68,24 +65,36 @@ class Slots:
   def end(self, number: int) -> None:
     """The reply in this row has ended."""
     row = self.rows[number]
-    room = self._room[number // self.each]
-    job = room[row.half]
+    rooms = self._rooms[self._part(number)]
+    place = row.room % len(rooms)
+    job = rooms[place]
     assert job is not None
     job.running -= 1
     if not job.running and not job.items:
-      room[row.half] = None
+      rooms[place] = None
     row.item = -1
 
-  def refill(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """Gives rows without a reply the next one. Yields (group, half, prompt) for each prompt that must be read first."""
+  def refill(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Gives rows without a reply the next one. Yields (room, prompt) for each prompt that must be read first."""
     for number, row in enumerate(self.rows):
-      group = number // self.each
-      room, queue = self._room[group], self._queues[group // self._groups_of_a_part]
-      if row.item < 0 and not any(job and job.items for job in room) and None in room and queue:
-        half = room.index(None)
-        room[half] = first = queue.popleft()
-        yield group, half, first.prompt
-      for half, job in enumerate(room):
-        if row.item < 0 and job and job.items:
-          row.item, row.half, row.drawn = job.items.popleft(), half, 0
-          job.running += 1
+      if row.item >= 0:
+        continue
+      part = self._part(number)
+      rooms, queue = self._rooms[part], self._queues[part]
+      place = next((i for i, job in enumerate(rooms) if job and job.items), None)
+      if place is None:
+        if not queue or None not in rooms:
+          continue
+        place = rooms.index(None)
+        rooms[place] = queue.popleft()
+      job, room = rooms[place], part * len(rooms) + place
+      assert job is not None
+      if not job.begun:
+        yield room, job.prompt
+      row.item, row.room, row.seat, row.drawn = job.items.popleft(), room, job.begun, 0
+      job.begun += 1
+      job.running += 1
+
+  def _part(self, number: int) -> int:
+    """Which device has a row."""
+    return number * len(self._rooms) // len(self.rows)

@@ -2,8 +2,8 @@
 
 `make_attention` is what the decoder calls: who may see whom is the same in all layers, and worked out once.
 
-Letters: B rows, T query tokens, S keys, A groups of B / A rows, P tokens before a group, K key/value heads, G query
-heads a key/value head, H head size.
+Letters: B rows, T query tokens, S keys, A groups of B / A or of up to E rows, P tokens before a group, K key/value
+heads, G query heads a key/value head, H head size.
 """
 
 import math
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from charjax.errors import UserError
-from charjax.mesh import spec
+from charjax.mesh import spec, split_into
 
 _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) stays finite
 _IN_CACHE = 2**20  # scores that a CPU keeps in its caches, beside what they are made of
@@ -26,10 +26,6 @@ _IN_CACHE = 2**20  # scores that a CPU keeps in its caches, beside what they are
 # window), as [B, T, K, G, H] float32: each query attends to the last `window` tokens of its text, itself included;
 # None: to all.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Sequence[tuple[jax.Array, jax.Array]], Any], jax.Array]
-
-
-# What queries see: of their row's own keys [B, T, S], and of each part before it [A, P] or, by query, [A, B/A, T, P].
-Masks = tuple[jax.Array, list[jax.Array]]
 
 
 class Places(NamedTuple):
@@ -44,16 +40,42 @@ class Places(NamedTuple):
   texts: jax.Array
 
 
+class Seats(NamedTuple):
+  """Which rows each of A texts stands before, where it is not B / A that follow one another.
+
+  All numbers are counted within what one device has of a batch (charjax.mesh.split_into): a text and its rows are on
+  the same one.
+
+  Attributes:
+    rows: [A, E] of each text; any row where it has fewer.
+    seat: [B] where a row stands among those of all texts, e.g. E + 1 for the second of the second text.
+  """
+
+  rows: jax.Array
+  seat: jax.Array
+
+
 class Before(NamedTuple):
-  """Where the tokens stand that are before B / A rows that follow one another.
+  """Where the tokens stand that are before rows.
 
   Attributes:
     places: [A, P].
-    read: [B, T] which of its texts each token of the rows reads; None: all.
+    seats: of the rows that read them, one token each; None: B / A rows that follow one another read each.
   """
 
   places: Places
-  read: jax.Array | None
+  seats: Seats | None = None
+
+
+class Seen(NamedTuple):
+  """What is seen of the tokens before rows: `mask` [A, P] or, by query, [A, E, T, P]."""
+
+  mask: jax.Array
+  seats: Seats | None
+
+
+# What queries see: of their row's own keys [B, T, S], and of each part before it.
+Masks = tuple[jax.Array, list[Seen]]
 
 
 def choose(asked: str, platform: str) -> str:
@@ -133,16 +155,14 @@ def sees(queries: Places, keys: Places, window: Any = None) -> jax.Array:
   return seen if window is None else seen & (back < window)
 
 
-def _sees_before(queries: Places, before: Before, window: Any) -> jax.Array:
-  """Which tokens before the rows each query attends to: [A, P], or [A, B/A, T, P] where that differs by query."""
-  if before.read is None and window is None:
-    return before.places.texts > 0
-  count, keys = len(before.places.texts), jax.tree.map(lambda x: x[:, None], before.places)
-  if before.read is None:
-    keys = keys._replace(texts=jnp.sign(keys.texts))
-  read = jnp.ones_like(queries.texts) if before.read is None else before.read
-  grouped = Places(*(x.reshape(count, -1, x.shape[-1]) for x in (queries.positions, read)))
-  return sees(grouped, keys, window)
+def _sees_before(queries: Places, before: Before, window: Any) -> Seen:
+  """What each query sees of the tokens before the rows, which differs by query where there is a window."""
+  texts = jnp.sign(before.places.texts)
+  if window is None:
+    return Seen(texts > 0, before.seats)
+  positions = _by_group(queries.positions, len(texts), before.seats)
+  keys = Places(before.places.positions[:, None], texts[:, None])
+  return Seen(sees(Places(positions, jnp.ones_like(positions)), keys, window), before.seats)
 
 
 def softcap(x: jax.Array, bound: float) -> jax.Array:
@@ -151,7 +171,7 @@ def softcap(x: jax.Array, bound: float) -> jax.Array:
 
 
 def _laid_before(
-  k_bkhs: jax.Array, v_bksh: jax.Array, mask_bts: jax.Array, shared: Any, seen: Sequence[jax.Array]
+  k_bkhs: jax.Array, v_bksh: jax.Array, mask_bts: jax.Array, shared: Any, seen: Sequence[Seen]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Keys, values and masks of rows with those of what stands before them."""
   b, t, _ = mask_bts.shape
@@ -159,7 +179,7 @@ def _laid_before(
   def each_row(array: jax.Array) -> jax.Array:
     return jnp.repeat(array, b // len(array), 0)
 
-  masks = [each_row(m)[:, None].repeat(t, 1) if m.ndim == 2 else m.reshape(b, t, -1) for m in seen]
+  masks = [each_row(m)[:, None].repeat(t, 1) if m.ndim == 2 else m.reshape(b, t, -1) for m, _ in seen]
   return (
     jnp.concatenate([*(each_row(k) for k, _ in shared), k_bkhs], 3),
     jnp.concatenate([*(each_row(v) for _, v in shared), v_bksh], 2),
@@ -172,7 +192,7 @@ def _over_all(
   k_bkhs: jax.Array,
   v_bksh: jax.Array,
   mask_bts: jax.Array,
-  shared: Sequence[tuple[tuple[jax.Array, jax.Array], jax.Array]],
+  shared: Sequence[tuple[tuple[jax.Array, jax.Array], Seen]],
   scale: float,
   cap: float,
 ) -> jax.Array:
@@ -334,7 +354,7 @@ def with_shared(
   q_btkgh: jax.Array,
   top_bktg: jax.Array,
   own: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-  shared: Sequence[tuple[tuple[jax.Array, jax.Array], jax.Array]],
+  shared: Sequence[tuple[tuple[jax.Array, jax.Array], Seen]],
   scale: float,
   cap: float,
 ) -> jax.Array:
@@ -347,37 +367,46 @@ def with_shared(
     top_bktg: about the largest score of the row's own keys.
     own: of a number [B, K, T, G] that is taken from each score: the sum of their exponentials over the row's own keys,
       and of the values by them [B, K, T, G, H].
-    shared: keys and values, and which of them are seen.
+    shared: keys and values, and what is seen of them.
     scale, cap: of the scores.
   """
-  b, t, k, g, h = q_btkgh.shape
   f32, top = jnp.float32, top_bktg
   scores = []
-  for (k_akhp, _), mask in shared:
-    groups = len(k_akhp)
-    grouped = q_btkgh.reshape(groups, b // groups, t, k, g, h)
-    score = jnp.einsum('abtkgh,akhp->akbtgp', grouped, k_akhp, preferred_element_type=f32) * scale
-    # As [A, K, B / A, T, G, P].
+  for (k_akhp, _), (mask, seats) in shared:
+    q_aetkgh = _by_group(q_btkgh, len(k_akhp), seats)
+    score = jnp.einsum('aetkgh,akhp->aketgp', q_aetkgh, k_akhp, preferred_element_type=f32) * scale
     seen = mask[:, None, None, None, None] if mask.ndim == 2 else mask[:, None, :, :, None]
     score = jnp.where(seen, softcap(score, cap), _MASKED)
     scores.append(score)
-    top = jnp.maximum(top, _by_row(score.max(-1)))
+    top = jnp.maximum(top, _by_row(jnp.moveaxis(score.max(-1), 1, 2), seats))
   # The maximum only guards against overflow: the result does not depend on it.
   top = jax.lax.stop_gradient(top)
   total, out = own(top)
-  for ((_, v_akph), _), score in zip(shared, scores, strict=True):
-    weight = jnp.exp(score - _by_group(top, len(v_akph))[..., None])
-    total += _by_row(weight.sum(-1))
-    mixed = jnp.einsum('akbtgp,akph->akbtgh', weight.astype(v_akph.dtype), v_akph, preferred_element_type=f32)
-    out += _by_row(mixed)
+  for ((_, v_akph), (_, seats)), score in zip(shared, scores, strict=True):
+    top_aketg = jnp.moveaxis(_by_group(top, len(v_akph), seats), 1, 2)
+    weight = jnp.exp(score - top_aketg[..., None])
+    total += _by_row(jnp.moveaxis(weight.sum(-1), 1, 2), seats)
+    mixed = jnp.einsum('aketgp,akph->aketgh', weight.astype(v_akph.dtype), v_akph, preferred_element_type=f32)
+    out += _by_row(jnp.moveaxis(mixed, 1, 2), seats)
   return jnp.moveaxis(out / total[..., None], 1, 2)
 
 
-def _by_row(array: jax.Array) -> jax.Array:
-  """[A, K, B / A, ...] as [B, K, ...]."""
-  return jnp.moveaxis(array, 1, 2).reshape(-1, array.shape[1], *array.shape[3:])
+def _by_group(array: jax.Array, groups: int, seats: Seats | None) -> jax.Array:
+  """[B, ...] as [A, E, ...]."""
+  if seats is not None:
+    array = _on_each(array, seats.rows)
+  return array.reshape(groups, -1, *array.shape[1:])
 
 
-def _by_group(array: jax.Array, groups: int) -> jax.Array:
-  """[B, K, ...] as [A, K, B / A, ...]."""
-  return jnp.moveaxis(array.reshape(groups, -1, *array.shape[1:]), 1, 2)
+def _by_row(array: jax.Array, seats: Seats | None) -> jax.Array:
+  """[A, E, ...] as [B, ...]."""
+  array = array.reshape(-1, *array.shape[2:])
+  return array if seats is None else _on_each(array, seats.seat)
+
+
+def _on_each(array: jax.Array, places: jax.Array) -> jax.Array:
+  """What stands at these places of each device's part of an array, end to end."""
+  parts = split_into()
+  # Left whole, it would be gathered on all devices.
+  found = jax.vmap(lambda x, at: x[at])(array.reshape(parts, -1, *array.shape[1:]), places.reshape(parts, -1))
+  return found.reshape(-1, *array.shape[1:])

@@ -122,10 +122,8 @@ def _no_splash(rows: int, before: Sequence[Before], window: int | None) -> str:
 
 
 def _numbers(queries: Places, before: Before) -> tuple[jax.Array, jax.Array]:
-  """The numbers by which queries [B, T] see the keys before them [A, P]; 0 is padding, which -1 does not see."""
-  if before.read is None:
-    return jnp.ones_like(queries.texts), jnp.sign(before.places.texts)
-  return jnp.where(before.read > 0, before.read, -1), before.places.texts
+  """The numbers by which queries [B, T] see the keys before them [A, P]; 0 is padding."""
+  return jnp.ones_like(queries.texts), jnp.sign(before.places.texts)
 
 
 def _local(window: int | None, cap: float, q_bkgth: jax.Array, *parts: jax.Array) -> jax.Array:

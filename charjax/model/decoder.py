@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from charjax.mesh import constrain, split_into
-from charjax.model.attention import Attend, Before, Places, make_attention, softcap
+from charjax.model.attention import Attend, Before, Places, Seats, make_attention, softcap
 from charjax.model.blocks import Blocks
 from charjax.model.config import LayerKind, ModelConfig
 from charjax.model.experts import mixture
@@ -91,12 +91,12 @@ class Prefix(NamedTuple):
   Attributes:
     kv: keys [A, K, H, P] and values [A, K, P, H] of each layer.
     places: of the tokens, [A, P].
-    read: [B, T] which of its texts each token of the rows reads; None: all.
+    seats: of the rows that read them, of one token each, where they do not follow one another.
   """
 
   kv: KV
   places: Places
-  read: jax.Array | None = None
+  seats: Seats | None = None
 
 
 class Cache(NamedTuple):
@@ -186,7 +186,7 @@ def forward(
   if cache is not None:
     put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache_index, axis=1)
     cached = jax.tree.map(put, cache.places, queries)
-  attend = _attention(decoder, queries, cached, [Before(prefix.places, prefix.read) for prefix in before])
+  attend = _attention(decoder, queries, cached, [Before(prefix.places, prefix.seats) for prefix in before])
 
   def mix(q: jax.Array, k: jax.Array, v: jax.Array, beside: Any, window: Any) -> tuple[jax.Array, Any]:
     kv, shared = beside
@@ -248,9 +248,9 @@ def forward_parts(
     return [part.unpack(one) for part, one in zip(parts, cut(stream), strict=True)]
 
   places = [_places(part.positions, part.texts) for part in parts]
-  external = [Before(prefix.places, prefix.read) for prefix in before]
+  external = [Before(prefix.places, prefix.seats) for prefix in before]
   attends = [
-    _attention(decoder, where, None, [*external, *(Before(places[other], None) for other in part.reads)])
+    _attention(decoder, where, None, [*external, *(Before(places[other]) for other in part.reads)])
     for part, where in zip(parts, places, strict=True)
   ]
 

@@ -22,7 +22,7 @@ from charjax.engine.rows import FixedShapes, Group, Rows, parts_of
 from charjax.engine.sample import Reply, Sampling
 from charjax.limits import ranked_to_message
 from charjax.mesh import batch_parts, describe, described, replicate, shard_batch, spec
-from charjax.model.attention import Places
+from charjax.model.attention import Places, Seats
 from charjax.model.blocks import block_parameters
 from charjax.model.config import ModelConfig
 from charjax.model.decoder import Cache, Decoder, Prefix, lower_layers
@@ -236,38 +236,39 @@ def _drawing(
 ) -> list[Program]:
   """Reading prompts, and drawing replies with caches that have grown to their end."""
   parts = batch_parts()
-  sizes = sample.choose_shapes(settings, replies, longest)
-  count = sizes.groups * sizes.each
+  sizes = sample.choose_shapes(settings, settings.batch_size, replies, longest)
   shared = (_prefix(decoder, adapter, _TEMPLATE),)
   layers, before = _prepared(decoder, adapter, shared)
-  room = _cache(decoder, sizes.groups, 2 * sizes.width)
-  cache = _cache(decoder, count, sizes.slots)
+  rooms = _cache(decoder, sizes.rooms, sizes.width)
+  cache = _cache(decoder, sizes.rows, sizes.slots)
   packed = np.zeros((sizes.packed, sizes.width), np.int32)
   most = sample.MOVES * sizes.packed // parts
   moves = np.zeros((parts, most), np.int32)
   batch = shard_batch(
-    (packed, Places(*np.zeros((2, *packed.shape), np.int32)), decode.Move(moves, moves, moves, moves, moves > 0))
+    (packed, Places(*np.zeros((2, *packed.shape), np.int32)), decode.Move(moves, moves, moves, moves > 0))
   )
-  there = {**residents, 'sampling copy': layers, "prompts' keys and values": room.kv, 'cache': cache}
+  there = {**residents, 'sampling copy': layers, "prompts' keys and values": rooms.kv, 'cache': cache}
   config = decoder.config
   read = np.full(sizes.packed, sizes.width)
   _, done = _counted(lambda: work.count(config, _TEMPLATE, read))
   prefill = Program(
-    'prefill', 'policy', decode.read_prompts, (decoder, adapter, shared, room.kv, *batch), {'width': sizes.width},
+    'prefill', 'policy', decode.read_prompts, (decoder, adapter, shared, rooms.kv, *batch), {'width': sizes.width},
     there, done.flops, done.tokens, sizes.packed, weight_bytes=_bytes_read(config),
   )  # fmt: skip
 
-  row, flag, key = np.zeros(count, np.int32), np.zeros(count, bool), np.zeros((count, 2), np.uint32)
-  state = shard_batch(decode.RowState(row, row, row, row, flag, flag, key))
-  seats = shard_batch(Places(*np.zeros((2, sizes.groups, 2 * sizes.width), np.int32)))
+  rows = sizes.rows
+  row, flag, key = np.zeros(rows, np.int32), np.zeros(rows, bool), np.zeros((rows, 2), np.uint32)
+  state = shard_batch(decode.RowState(row, row, row, flag, flag, key))
+  seats = shard_batch(Seats(np.zeros((sizes.rooms, sizes.each), np.int32), row))
   numbers = replicate((np.int32(0), np.int32(0), np.int32(0), np.int32(0), sample.end_ids((0,)), np.float32(1)))
-  lengths = np.full(count, settings.max_new_tokens)
+  lengths = np.full(rows, settings.max_new_tokens)
   _, done = _counted(lambda: work.count(config, _TEMPLATE + longest - 1, lengths, predicted=lengths.sum()))
   drawing = Program(
-    'decode', 'policy', decode.decode, (decoder, layers, before, room.kv, seats, cache, state, *numbers),
+    'decode', 'policy', decode.decode,
+    (decoder, layers, before, Prefix(rooms.kv, rooms.places, seats), cache, state, *numbers),
     {'top_p': settings.top_p, 'top_k': settings.top_k}, there, done.flops,
     # What fills up a batch that does not divide into its parts is drawn for nobody.
-    min(done.tokens, settings.batch_size * settings.max_new_tokens), count, repeats=settings.max_new_tokens,
+    min(done.tokens, settings.batch_size * settings.max_new_tokens), rows, repeats=settings.max_new_tokens,
     # Each device reads its own part of what is split over all.
     weight_bytes=settings.max_new_tokens * (nbytes(layers) + _head_bytes(config)),
   )  # fmt: skip
