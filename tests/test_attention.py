@@ -313,14 +313,13 @@ def test_a_train_step_for_a_tpu(chips, as_on_devices):
     decoder = trainable['decoder']
     shared = compute_prefix(decoder, batch['shared'], jnp.array([100]))
     asked = compute_prefix(decoder, batch['prompts'], batch['lengths'], before=[shared])
-    before = [shared, asked._replace(read=batch['read'])]
-    hidden, _ = forward(decoder, batch['tokens'], batch['positions'], batch['texts'], before=before)
+    hidden, _ = forward(decoder, batch['tokens'], batch['positions'], batch['texts'], before=[shared, asked])
     return -jax.nn.log_softmax(logits(decoder, hidden))[..., 0].mean(), {}
 
   with jax.set_mesh(make_mesh((1, 2, 2), chips)):
     trainable, optimizer = {'decoder': abstract('tpu', jnp.float32)}, optax.adamw(1e-3)
     state, layout = describe_optimizer(optimizer, trainable)
-    rows = {name: integers(8, 300) for name in ('tokens', 'positions', 'texts', 'read')}
+    rows = {name: integers(8, 300) for name in ('tokens', 'positions', 'texts')}
     batch = given({**rows, 'prompts': integers(4, 200), 'lengths': integers(4)})
     parts = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), batch)
     step = make_step(loss, optimizer, trainable, layout).__wrapped__

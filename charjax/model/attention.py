@@ -20,6 +20,7 @@ from charjax.mesh import spec, split_into
 
 _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) stays finite
 _IN_CACHE = 2**20  # scores that a CPU keeps in its caches, beside what they are made of
+_FEW = 16  # queries of a key/value head, for which a CPU reads keys faster in sums of products than as matrices
 
 
 # attend(q [B, T, K, G, H], k [B, K, H, S], v [B, K, S, H], pairs [A, K, H, P], [A, K, P, H] of what stands before,
@@ -51,8 +52,8 @@ class Seats(NamedTuple):
     seat: [B] where a row stands among those of all texts, e.g. E + 1 for the second of the second text.
   """
 
-  rows: jax.Array
-  seat: jax.Array
+  rows: Any
+  seat: Any
 
 
 class Before(NamedTuple):
@@ -132,7 +133,8 @@ def make_attention(
     own, seen = masks(window)
     factor = scale or q_btkgh.shape[-1] ** -0.5
     if q_btkgh.shape[1] < q_btkgh.shape[-1]:
-      return _over_all(q_btkgh, k_bkhs, v_bksh, own, list(zip(shared, seen, strict=True)), factor, cap)
+      few = _FEW if kind == 'cpu' else 0
+      return _over_all(q_btkgh, k_bkhs, v_bksh, own, list(zip(shared, seen, strict=True)), factor, cap, few)
     # Of many queries a row, the scores take more memory than keys that are laid before its own once for each row would.
     k_bkhs, v_bksh, own = _laid_before(k_bkhs, v_bksh, own, shared, seen)
     mix = _mix_by_device if kind == 'cpu' else _mix
@@ -195,34 +197,40 @@ def _over_all(
   shared: Sequence[tuple[tuple[jax.Array, jax.Array], Seen]],
   scale: float,
   cap: float,
+  few: int,
 ) -> jax.Array:
   """The form for XLA: over the row's own keys where `mask_bts`, and over what is shared."""
   q_bktgh = jnp.moveaxis(q_btkgh, 1, 2)
   if not shared:
     return jnp.moveaxis(_mix(q_bktgh, k_bkhs, v_bksh, mask_bts, scale, cap), 2, 1)
-  score, _ = _scores(q_bktgh, k_bkhs, mask_bts, scale, cap)
+  score, _ = _scores(q_bktgh, k_bkhs, mask_bts, scale, cap, few)
 
   def own(top_bktg: jax.Array) -> tuple[jax.Array, jax.Array]:
     weight = jnp.exp(score - top_bktg[..., None])
-    return weight.sum(-1), _weigh(weight, v_bksh)
+    return weight.sum(-1), _product(weight.astype(v_bksh.dtype), v_bksh, few)
 
-  return with_shared(q_btkgh, score.max(-1), own, shared, scale, cap)
+  return with_shared(q_btkgh, score.max(-1), own, shared, scale, cap, few)
 
 
 def _scores(
-  q_bktgh: jax.Array, k_bkhs: jax.Array, mask_bts: jax.Array, scale: float, cap: float
+  q_bktgh: jax.Array, k_bkhs: jax.Array, mask_bts: jax.Array, scale: float, cap: float, few: int = 0
 ) -> tuple[jax.Array, jax.Array]:
   """Scores [B, K, T, G, S] where they are seen, and everywhere.
 
   They are kept in the order in which the products come out: transposing them would cost as much as the products.
   """
-  every = jnp.einsum('bktgh,bkhs->bktgs', q_bktgh, k_bkhs, preferred_element_type=jnp.float32) * scale
-  every = softcap(every, cap)
+  every = softcap(_product(q_bktgh, k_bkhs, few) * scale, cap)
   return jnp.where(mask_bts[:, None, :, None], every, _MASKED), every
 
 
-def _weigh(weight_bktgs: jax.Array, v_bksh: jax.Array) -> jax.Array:
-  return jnp.einsum('bktgs,bksh->bktgh', weight_bktgs.astype(v_bksh.dtype), v_bksh, preferred_element_type=jnp.float32)
+def _product(x: jax.Array, y: jax.Array, few: int = 0) -> jax.Array:
+  """[B, K, ..., H] times [B, K, H, S], as [B, K, ..., S] float32; where there are `few` such x or less, by sums."""
+  x_bkmh = x.reshape(*x.shape[:2], -1, x.shape[-1])
+  if x_bkmh.shape[2] <= few:
+    product = (x_bkmh[..., None].astype(jnp.float32) * y[:, :, None].astype(jnp.float32)).sum(3)
+  else:
+    product = jnp.matmul(x_bkmh, y, preferred_element_type=jnp.float32)
+  return product.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _mix_by_device(
@@ -268,7 +276,7 @@ def _mix_forward(
     top = score.max(-1)
     weight = jnp.exp(score - top[..., None])
     total = weight.sum(-1)
-    return _weigh(weight, v) / total[..., None], top + jnp.log(total)
+    return _product(weight.astype(v.dtype), v) / total[..., None], top + jnp.log(total)
 
   given = q, k, v, mask
   out, log_sum = _in_turn(rows, at_once, given)
@@ -296,12 +304,12 @@ def _gradients(
   inner = (grad * out).sum(-1)
   # Of each product the operand with the axis H is the one to be transposed: the others are far larger.
   narrow = grad.astype(v.dtype)
-  grad_weight = jnp.einsum('bktgh,bkhs->bktgs', narrow, jnp.swapaxes(v, 2, 3), preferred_element_type=jnp.float32)
+  grad_weight = _product(narrow, jnp.swapaxes(v, 2, 3))
   grad_score = weight * (grad_weight - inner[..., None])
   if cap:
     grad_score *= 1 - jnp.square(every / cap)
   grad_score = (grad_score * scale).astype(k.dtype)
-  grad_q = _weigh(grad_score, jnp.swapaxes(k, 2, 3))
+  grad_q = _product(grad_score, jnp.swapaxes(k, 2, 3))
 
   def over_queries(x_bktgh: jax.Array, y_bktgs: jax.Array) -> jax.Array:
     x_bkht, y_bkts = (array.reshape(*array.shape[:2], -1, array.shape[-1]) for array in (x_bktgh, y_bktgs))
@@ -357,6 +365,7 @@ def with_shared(
   shared: Sequence[tuple[tuple[jax.Array, jax.Array], Seen]],
   scale: float,
   cap: float,
+  few: int = 0,
 ) -> jax.Array:
   """One softmax over a row's own keys and over shared ones, which are read once for all rows of their group: a few
   large matrix products instead of B small ones. Keys lie with their tokens last: products with them as they otherwise
@@ -369,12 +378,13 @@ def with_shared(
       and of the values by them [B, K, T, G, H].
     shared: keys and values, and what is seen of them.
     scale, cap: of the scores.
+    few: as `_product` takes it.
   """
-  f32, top = jnp.float32, top_bktg
+  top = top_bktg
   scores = []
   for (k_akhp, _), (mask, seats) in shared:
-    q_aetkgh = _by_group(q_btkgh, len(k_akhp), seats)
-    score = jnp.einsum('aetkgh,akhp->aketgp', q_aetkgh, k_akhp, preferred_element_type=f32) * scale
+    q_aketgh = jnp.moveaxis(_by_group(q_btkgh, len(k_akhp), seats), 3, 1)
+    score = _product(q_aketgh, k_akhp, few) * scale
     seen = mask[:, None, None, None, None] if mask.ndim == 2 else mask[:, None, :, :, None]
     score = jnp.where(seen, softcap(score, cap), _MASKED)
     scores.append(score)
@@ -386,7 +396,7 @@ def with_shared(
     top_aketg = jnp.moveaxis(_by_group(top, len(v_akph), seats), 1, 2)
     weight = jnp.exp(score - top_aketg[..., None])
     total += _by_row(jnp.moveaxis(weight.sum(-1), 1, 2), seats)
-    mixed = jnp.einsum('aketgp,akph->aketgh', weight.astype(v_akph.dtype), v_akph, preferred_element_type=f32)
+    mixed = _product(weight.astype(v_akph.dtype), v_akph, few)
     out += _by_row(jnp.moveaxis(mixed, 1, 2), seats)
   return jnp.moveaxis(out / total[..., None], 1, 2)
 
