@@ -134,6 +134,15 @@ def split_into() -> int:
   return _batch_parts(jax.sharding.get_abstract_mesh())
 
 
+def take(array: jax.Array, places: jax.Array) -> jax.Array:
+  """What stands at these places of the first axis, inside a jitted function; they are counted within what each device
+  has of a batch, and lie end to end, of all devices as many."""
+  parts = split_into()
+  # Left whole, all devices would have to gather it.
+  found = jax.vmap(lambda own, at: own[at])(array.reshape(parts, -1, *array.shape[1:]), places.reshape(parts, -1))
+  return found.reshape(-1, *array.shape[1:])
+
+
 def _batch_parts(mesh: Any) -> int:
   return 1 if mesh.empty else int(np.prod([mesh.shape[name] for name in RULES['batch']]))
 

@@ -123,6 +123,31 @@ def test_scores_and_replies_are_those_of_one_device(mesh, on_one_device):
   assert_alike([reply.log_probs for reply in drawn], [reply.log_probs for reply in expected_drawn])
 
 
+def draw_ending_early():
+  """Replies of 1 to 24 tokens, four to each of twelve prompts, in 32 rows; and how many rows were kept each time."""
+  ends, kept = tuple(range(0, CONFIG.vocab_size, 12)), []
+  asked = [[*PROMPTS[i % 8], i] for i in range(12) for _ in range(4)]
+  keys = item_keys(0, 'early', [str(i) for i in range(48)])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('charjax.engine.sample._WORTH', 0)
+    patch.setattr(decode, 'keep', lambda *args, keep=decode.keep: kept.append(len(args[2])) or keep(*args))
+    return sample(build(), asked, keys, ends, Sampling(24, batch_size=32)), kept
+
+
+@pytest.fixture(scope='module')
+def ending_early():
+  return draw_ending_early()
+
+
+@pytest.mark.parametrize('mesh', MESHES[:2], indirect=True, ids=str)
+def test_rows_are_given_up_on_each_device(mesh, ending_early):
+  (drawn, kept), (expected, on_one) = draw_ending_early(), ending_early
+  assert kept and on_one[-1] < 8
+  assert len({len(reply.tokens) for reply in drawn}) > 8
+  assert [reply.tokens for reply in drawn] == [reply.tokens for reply in expected]
+  assert_alike([reply.log_probs for reply in drawn], [reply.log_probs for reply in expected])
+
+
 @pytest.mark.parametrize(
   ('mesh', 'lora_rank'),
   [*((shape, 0) for shape in MESHES), ((2, 2, 2), 2)],

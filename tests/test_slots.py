@@ -6,8 +6,11 @@ import pytest
 from charjax.engine.slots import Slots
 
 
-def play(jobs, rooms, rows, parts, length):
-  """Draws replies of `length[item]` tokens, refilling at every step; how many steps it took, and who was where."""
+def play(jobs, rooms, rows, parts, length, shrinks=False):
+  """Draws replies of `length[item]` tokens, refilling at every step; how many steps it took, and who was where.
+
+  Where it `shrinks`, a row that is not needed any more is given up.
+  """
   slots, steps, room, seen = Slots(jobs, rooms, rows, parts), 0, {}, []
   prompt_of = {item: prompt for prompt, items in jobs for item in items}
   while slots.wanting() or slots.busy():
@@ -15,6 +18,13 @@ def play(jobs, rooms, rows, parts, length):
     # What is read must not stand where a reply is still drawn.
     assert not any(row.item >= 0 and row.drawn and row.room in read for row in slots.rows)
     room |= read
+    if shrinks and not slots.wanting() and slots.fullest() * parts < rows:
+      fewer, left = slots.fullest() * parts, min(rooms, slots.fullest() * parts)
+      before = [(row.item, row.drawn, room[row.room]) for row in slots.rows if row.item >= 0]
+      kept, kept_rooms = slots.shrink(fewer, left)
+      assert len(kept) == fewer == len(slots.rows) and len(kept_rooms) == left == len(slots.prompts())
+      rows, rooms, room = fewer, left, dict(enumerate(slots.prompts()))
+      assert [(row.item, row.drawn, room[row.room]) for row in slots.rows if row.item >= 0] == before
     busy = [(row.room, row.seat) for row in slots.rows if row.item >= 0]
     assert len(set(busy)) == len(busy)
     for number, row in enumerate(slots.rows):
@@ -38,7 +48,9 @@ def test_every_reply_is_drawn_once_from_its_prompt(rooms, rows, parts):
     some = int(rng.integers(1, 9))
     jobs.append(((number,), list(range(count, count + some))))
     count += some
-  _, seen = play(jobs, rooms, rows, parts, rng.integers(1, 40, count))
+  length = rng.integers(1, 40, count)
+  steps, seen = play(jobs, rooms, rows, parts, length)
+  assert play(jobs, rooms, rows, parts, length, shrinks=True)[0] == steps
   assert sorted(item for item, _ in seen) == list(range(count))
   # Each device draws what was dealt to it.
   owner = {item: place % parts for place, (_, items) in enumerate(jobs) for item in items}

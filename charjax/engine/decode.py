@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from charjax.engine.draw import draw
-from charjax.mesh import constrain
+from charjax.mesh import constrain, take
 from charjax.model.attention import Places
 from charjax.model.blocks import matrices
 from charjax.model.decoder import KV, Cache, Decoder, Prefix, forward, layer_weights, logits, output_head
@@ -161,6 +161,17 @@ def grow(cache: Cache, first: jax.Array, *, slots: int) -> Cache:
 
   kv = KV(tuple(one(k, 3) for k in cache.kv.k), tuple(one(v, 2) for v in cache.kv.v))
   return Cache(kv, Places(*(one(array, 1) for array in cache.places)))
+
+
+@jax.jit
+def keep(cache: Cache, rooms: KV, row: jax.Array, room: jax.Array) -> tuple[Cache, KV]:
+  """The caches of these rows and these rooms alone, counted within each device's own."""
+
+  def some(array: jax.Array, places: jax.Array) -> jax.Array:
+    axes = ('kv_heads', None, None) if array.ndim == 4 else (None,)
+    return constrain(take(array, places), 'batch', *axes)
+
+  return jax.tree.map(lambda x: some(x, row), cache), jax.tree.map(lambda x: some(x, room), rooms)
 
 
 class _Loop(NamedTuple):

@@ -26,6 +26,7 @@ _SLOTS = 64  # of a row's cache to begin with, unless replies are shorter; they 
 _READ_TOKENS = 512  # prompts are read in batches of at least so many tokens, or of all rooms at once
 MOVES = 4  # packed prompts to a row of such a batch, on average, at most
 _IDLE = 8  # rows are refilled when one in so many is idle
+_WORTH = 64  # more steps, at the most, for which half of the rows are worth programs of their own
 # Rooms to one that rows need: the last of several replies takes much longer than they do on average. With lengths that
 # fall off exponentially, 1 is too few by twice the steps, 2 spare some 5% more of them, and each is read at every step.
 _ROOMS = 1.75
@@ -145,8 +146,6 @@ def sample(
   shared = prefill(decoder, prompts[0][:cut], adapter)
   layers, before = decode.prepare(decoder, adapter, shared)
   kv = decode.make_cache(decoder, rows=sizes.rooms, slots=sizes.width).kv
-  there = Places(*np.zeros((2, sizes.rooms, sizes.width), np.int32))
-  there.positions[:] = cut + np.arange(sizes.width)
   size, first = min(_SLOTS, sizes.slots), 0
   cache = decode.make_cache(decoder, rows=sizes.rows, slots=size)
   fixed = replicate((np.int32(settings.max_new_tokens), end_ids(eos_ids), np.float32(settings.temperature)))
@@ -154,24 +153,30 @@ def sample(
 
   while slots.wanting() or slots.busy():
     read = list(slots.refill())
-    for room, prompt in read:
-      there.texts[room] = np.arange(sizes.width) < len(prompt) - 1
     for batch in _pack(read, sizes, parts, cut):
       kv = decode.read_prompts(decoder, adapter, shared, kv, *shard_batch(batch), width=sizes.width)
     work.count(decoder.config, cut, [len(prompt) - 1 for _, prompt in read])
 
+    under_way = [row.drawn for row in slots.rows if row.item >= 0]
+    last = not slots.wanting() and settings.max_new_tokens - min(under_way) > _WORTH
+    if last and (fewer := _fewer(sizes, slots, parts)) != sizes:
+      kept = slots.shrink(fewer.rows, fewer.rooms)
+      cache, kv = decode.keep(cache, kv, *shard_batch(tuple(np.array(numbers, np.int32) for numbers in kept)))
+      sizes = fewer
+
     rows = slots.rows
-    steps = size - max(row.drawn for row in rows if row.item >= 0)
+    steps = size - max(under_way)
     if not steps:
       old, size = size, min(2 * size, sizes.slots)
       cache = decode.grow(cache, replicate(np.int32(first)), slots=size)
       steps, first = size - old, old
-    idle = sum(row.item < 0 for row in rows)
-    enough = idle + max(1, len(rows) // _IDLE) if slots.wanting() else len(rows) + 1
-    state, seats = shard_batch((_row_state(rows, prompts, keys, drawn), _seats(rows, sizes, parts)))
+    enough = len(rows) - len(under_way) + max(1, len(rows) // _IDLE)
+    if not slots.wanting():
+      enough = max(enough, len(rows) // 2) if last else len(rows) + 1
+    state, reading = shard_batch((_row_state(rows, prompts, keys, drawn), _read_by(slots, sizes, parts, cut)))
     now = replicate((np.int32(first), np.int32(steps), np.int32(enough)))
     cache, *out = decode.decode(
-      decoder, layers, before, Prefix(kv, shard_batch(there), seats), cache, state, *now, *fixed,
+      decoder, layers, before, Prefix(kv, *reading), cache, state, *now, *fixed,
       top_p=settings.top_p, top_k=settings.top_k,
     )  # fmt: skip
     made, tokens, log_probs = (np.asarray(x) for x in fetch(out))
@@ -195,6 +200,14 @@ def sample(
   ]
 
 
+def _fewer(sizes: Shapes, slots: Slots, parts: int) -> Shapes:
+  """With half of the rows, or half of those and so on, as long as all replies under way have one."""
+  own = sizes.rows // parts
+  while own > 1 and slots.fullest() <= own - own // 2:
+    own -= own // 2
+  return sizes._replace(rows=own * parts, rooms=min(sizes.rooms, own * parts))
+
+
 def _row_state(
   rows: Sequence[Row], prompts: Sequence[Tokens], keys: np.ndarray, drawn: Sequence[Sequence[tuple[int, float]]]
 ) -> decode.RowState:
@@ -213,14 +226,19 @@ def _row_state(
   return decode.RowState(token, position, drawn_so_far, live, fresh, key_data)
 
 
-def _seats(rows: Sequence[Row], sizes: Shapes, parts: int) -> Seats:
-  """Who reads which prompt, for the devices: each has rows and rooms of its own."""
-  found = Seats(np.zeros((sizes.rooms, sizes.each), np.int32), np.zeros(len(rows), np.int32))
-  for number, row in enumerate(rows):
+def _read_by(slots: Slots, sizes: Shapes, parts: int, cut: int) -> tuple[Places, Seats]:
+  """Where the tokens of the prompts in the rooms are, and who reads which, for the devices: each has rows and rooms of
+  its own."""
+  texts = np.zeros((sizes.rooms, sizes.width), np.int32)
+  for room, prompt in enumerate(slots.prompts()):
+    texts[room, : max(0, len(prompt) - 1)] = 1
+  seats = Seats(np.zeros((sizes.rooms, sizes.each), np.int32), np.zeros(sizes.rows, np.int32))
+  for number, row in enumerate(slots.rows):
     if row.item >= 0:
-      found.rows[row.room, row.seat] = number % (len(rows) // parts)
-      found.seat[number] = row.room % (sizes.rooms // parts) * sizes.each + row.seat
-  return found
+      seats.rows[row.room, row.seat] = number % (sizes.rows // parts)
+      seats.seat[number] = row.room % (sizes.rooms // parts) * sizes.each + row.seat
+  positions = np.broadcast_to(cut + np.arange(sizes.width, dtype=np.int32), texts.shape)
+  return Places(*np.stack([positions, texts])), seats
 
 
 def _pack(

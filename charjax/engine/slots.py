@@ -95,6 +95,42 @@ class Slots:
       job.begun += 1
       job.running += 1
 
+  def prompts(self) -> list[tuple[int, ...]]:
+    """What is in each room; nothing: ()."""
+    return [job.prompt if job else () for rooms in self._rooms for job in rooms]
+
+  def fullest(self) -> int:
+    """How many replies are under way on the device that has the most of them."""
+    count = len(self.rows) // len(self._rooms)
+    return max(
+      sum(row.item >= 0 for row in self.rows[first : first + count]) for first in range(0, len(self.rows), count)
+    )
+
+  def shrink(self, rows: int, rooms: int) -> tuple[list[int], list[int]]:
+    """Goes on with fewer rows and rooms, in which all that are in use have a place.
+
+    Returns:
+      the numbers of those that are kept, counted within each device's own.
+    """
+    parts, count = len(self._rooms), len(self.rows) // len(self._rooms)
+    kept_rows: list[int] = []
+    kept_rooms: list[int] = []
+    left: list[Row] = []
+    for part, own in enumerate(self._rooms):
+      some = self.rows[part * count : (part + 1) * count]
+      # Those in use come first, in their order.
+      chosen = [i for _, i in sorted((row.item < 0, i) for i, row in enumerate(some))][: rows // parts]
+      places = [i for _, i in sorted((job is None, i) for i, job in enumerate(own))][: rooms // parts]
+      for row in (some[i] for i in chosen):
+        if row.item >= 0:
+          row.room = part * len(places) + places.index(row.room % len(own))
+        left.append(row)
+      self._rooms[part] = [own[i] for i in places]
+      kept_rows += chosen
+      kept_rooms += places
+    self.rows = left
+    return kept_rows, kept_rooms
+
   def _part(self, number: int) -> int:
     """Which device has a row."""
     return number * len(self._rooms) // len(self.rows)

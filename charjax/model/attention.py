@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from charjax.errors import UserError
-from charjax.mesh import spec, split_into
+from charjax.mesh import spec, take
 
 _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) stays finite
 _IN_CACHE = 2**20  # scores that a CPU keeps in its caches, beside what they are made of
@@ -404,19 +404,11 @@ def with_shared(
 def _by_group(array: jax.Array, groups: int, seats: Seats | None) -> jax.Array:
   """[B, ...] as [A, E, ...]."""
   if seats is not None:
-    array = _on_each(array, seats.rows)
+    array = take(array, seats.rows)
   return array.reshape(groups, -1, *array.shape[1:])
 
 
 def _by_row(array: jax.Array, seats: Seats | None) -> jax.Array:
   """[A, E, ...] as [B, ...]."""
   array = array.reshape(-1, *array.shape[2:])
-  return array if seats is None else _on_each(array, seats.seat)
-
-
-def _on_each(array: jax.Array, places: jax.Array) -> jax.Array:
-  """What stands at these places of each device's part of an array, end to end."""
-  parts = split_into()
-  # Left whole, it would be gathered on all devices.
-  found = jax.vmap(lambda x, at: x[at])(array.reshape(parts, -1, *array.shape[1:]), places.reshape(parts, -1))
-  return found.reshape(-1, *array.shape[1:])
+  return array if seats is None else take(array, seats.seat)
