@@ -224,13 +224,11 @@ def _scores(
 
 
 def _product(x: jax.Array, y: jax.Array, few: int = 0) -> jax.Array:
-  """[B, K, ..., H] times [B, K, H, S], as [B, K, ..., S] float32; where there are `few` such x or less, by sums."""
-  x_bkmh = x.reshape(*x.shape[:2], -1, x.shape[-1])
-  if x_bkmh.shape[2] <= few:
-    product = (x_bkmh[..., None].astype(jnp.float32) * y[:, :, None].astype(jnp.float32)).sum(3)
-  else:
-    product = jnp.matmul(x_bkmh, y, preferred_element_type=jnp.float32)
-  return product.reshape(*x.shape[:-1], y.shape[-1])
+  """[B, K, ..., H] times [B, K, H, S], as [B, K, ..., S] float32; of up to `few` x as sums of products."""
+  if math.prod(x.shape[2:-1]) <= few:
+    for_each = y.reshape(*y.shape[:2], *(1,) * (x.ndim - 3), *y.shape[2:])
+    return (x[..., None].astype(jnp.float32) * for_each.astype(jnp.float32)).sum(-2)
+  return jnp.einsum('bk...h,bkhs->bk...s', x, y, preferred_element_type=jnp.float32)
 
 
 def _mix_by_device(
