@@ -7,9 +7,9 @@ heads, G query heads a key/value head, H head size.
 """
 
 import math
-import platform as machine
 from collections.abc import Callable, Sequence
 from functools import partial
+from platform import machine
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) sta
 _IN_CACHE = 2**20  # scores that a CPU keeps in its caches, beside what they are made of
 # Queries of a key/value head up to which a CPU reads keys faster in sums of products than as matrices, of those for
 # which XLA has kernels of such sums: elsewhere they would take three times as long.
-_FEW = 16 if machine.machine() in ('x86_64', 'AMD64') else 0
+_FEW = 16 if machine() in ('x86_64', 'AMD64') else 0
 
 
 # attend(q [B, T, K, G, H], k [B, K, H, S], v [B, K, S, H], pairs [A, K, H, P], [A, K, P, H] of what stands before,
