@@ -198,7 +198,7 @@ def test_layers_of_several_windows_in_a_scan(interpreted):
 # ---- one token a row, over a cache ----
 
 
-@pytest.mark.parametrize('form', ['xla', 'tpu'])
+@pytest.mark.parametrize('form', ['xla', 'cpu', 'tpu'])
 @pytest.mark.parametrize(('slots', 'cap', 'window'), [(128, 0.0, None), (300, 2.0, None), (300, 0.0, 150)])
 def test_one_token_a_row(form, slots, cap, window, interpreted, monkeypatch):
   monkeypatch.setattr(decode_kernel, '_BLOCK_BYTES', 1)  # The smallest blocks, and three of them where slots are 300.
