@@ -202,8 +202,8 @@ def sample(
 
 def _fewer(sizes: Shapes, slots: Slots, parts: int) -> Shapes:
   """With half of the rows, or half of those and so on, as long as all replies under way have one."""
-  own = sizes.rows // parts
-  while own > 1 and slots.fullest() <= own - own // 2:
+  own, busy = sizes.rows // parts, slots.fullest()
+  while own > 1 and busy <= own - own // 2:
     own -= own // 2
   return sizes._replace(rows=own * parts, rooms=min(sizes.rooms, own * parts))
 
@@ -229,16 +229,16 @@ def _row_state(
 def _read_by(slots: Slots, sizes: Shapes, parts: int, cut: int) -> tuple[Places, Seats]:
   """Where the tokens of the prompts in the rooms are, and who reads which, for the devices: each has rows and rooms of
   its own."""
-  texts = np.zeros((sizes.rooms, sizes.width), np.int32)
+  places = Places(*np.zeros((2, sizes.rooms, sizes.width), np.int32))
+  places.positions[:] = cut + np.arange(sizes.width)
   for room, prompt in enumerate(slots.prompts()):
-    texts[room, : max(0, len(prompt) - 1)] = 1
+    places.texts[room, : max(0, len(prompt) - 1)] = 1
   seats = Seats(np.zeros((sizes.rooms, sizes.each), np.int32), np.zeros(sizes.rows, np.int32))
   for number, row in enumerate(slots.rows):
     if row.item >= 0:
       seats.rows[row.room, row.seat] = number % (sizes.rows // parts)
       seats.seat[number] = row.room % (sizes.rooms // parts) * sizes.each + row.seat
-  positions = np.broadcast_to(cut + np.arange(sizes.width, dtype=np.int32), texts.shape)
-  return Places(*np.stack([positions, texts])), seats
+  return places, seats
 
 
 def _pack(

@@ -8,7 +8,7 @@ Letters: A rooms, E seats in one, B rows.
 """
 
 import dataclasses
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 
 
@@ -101,10 +101,8 @@ class Slots:
 
   def fullest(self) -> int:
     """How many replies are under way on the device that has the most of them."""
-    count = len(self.rows) // len(self._rooms)
-    return max(
-      sum(row.item >= 0 for row in self.rows[first : first + count]) for first in range(0, len(self.rows), count)
-    )
+    busy = Counter(self._part(number) for number, row in enumerate(self.rows) if row.item >= 0)
+    return max(busy.values(), default=0)
 
   def shrink(self, rows: int, rooms: int) -> tuple[list[int], list[int]]:
     """Goes on with fewer rows and rooms, in which all that are in use have a place.

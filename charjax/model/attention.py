@@ -389,16 +389,16 @@ def with_shared(
     seen = mask[:, None, None, None, None] if mask.ndim == 2 else mask[:, None, :, :, None]
     score = jnp.where(seen, softcap(score, cap), _MASKED)
     scores.append(score)
-    top = jnp.maximum(top, _by_row(jnp.moveaxis(score.max(-1), 1, 2), seats))
+    top = jnp.maximum(top, _by_row(score.max(-1), seats))
   # The maximum only guards against overflow: the result does not depend on it.
   top = jax.lax.stop_gradient(top)
   total, out = own(top)
   for ((_, v_akph), (_, seats)), score in zip(shared, scores, strict=True):
     top_aketg = jnp.moveaxis(_by_group(top, len(v_akph), seats), 1, 2)
     weight = jnp.exp(score - top_aketg[..., None])
-    total += _by_row(jnp.moveaxis(weight.sum(-1), 1, 2), seats)
+    total += _by_row(weight.sum(-1), seats)
     mixed = _product(weight.astype(v_akph.dtype), v_akph, few)
-    out += _by_row(jnp.moveaxis(mixed, 1, 2), seats)
+    out += _by_row(mixed, seats)
   return jnp.moveaxis(out / total[..., None], 1, 2)
 
 
@@ -410,6 +410,7 @@ def _by_group(array: jax.Array, groups: int, seats: Seats | None) -> jax.Array:
 
 
 def _by_row(array: jax.Array, seats: Seats | None) -> jax.Array:
-  """[A, E, ...] as [B, ...]."""
+  """[A, K, E, ...] as [B, K, ...]."""
+  array = jnp.moveaxis(array, 1, 2)
   array = array.reshape(-1, *array.shape[2:])
   return array if seats is None else take(array, seats.seat)

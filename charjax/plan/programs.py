@@ -236,6 +236,7 @@ def _drawing(
 ) -> list[Program]:
   """Reading prompts, and drawing replies with caches that have grown to their end."""
   parts = batch_parts()
+  # As many prompts as take rooms to spare, which a step that draws all of its replies at once has not.
   sizes = sample.choose_shapes(settings, settings.batch_size, replies, longest)
   shared = (_prefix(decoder, adapter, _TEMPLATE),)
   layers, before = _prepared(decoder, adapter, shared)
