@@ -8,7 +8,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
+from charjax import defaults
 from charjax.character import Character, Trait, load, select
+from charjax.config_file import merge
 from charjax.errors import UserError
 from charjax.starting_model import read_record
 from charjax.terminal import wrapped
@@ -31,8 +35,11 @@ def read(path: str) -> Character:
       raise
   if not (folder / 'character.toml').exists():
     raise UserError(f'{folder}: a folder without a character.toml; name a character file or the folder of a run')
+  config = defaults.get_config()
   record = read_record(folder)
-  return select(load(str(folder / 'character.toml')), record.character.traits if record else ())
+  if record and 'character' in record:
+    merge(config, ConfigDict({'character': record['character']}), str(folder / 'config.json'), '')
+  return select(load(str(folder / 'character.toml')), config.character.traits)
 
 
 def diff(one: Character, other: Character) -> str:

@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from charjax import defaults
 from charjax.errors import UserError
+from charjax.files import read_file
 
 _TRIAL_NAME = re.compile(r'[A-Za-z0-9][\w.=,+-]{0,79}', re.ASCII)  # of a folder
 
@@ -125,7 +126,7 @@ def _split(spec: str) -> tuple[str, str | None, list[str]]:
 def _execute(path: str) -> dict[str, Any]:
   """What a Python file defines."""
   try:
-    source = epath.Path(path).read_text()
+    source = read_file(path).decode()
   except (OSError, ValueError) as error:
     reason = getattr(error, 'strerror', None) or error
     raise UserError(f'--config={path}: cannot be read ({reason}); check the path') from error

@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
   config.profile = False  # a trace of a few batches of each stage, for xprof, in its folder `profile`
 
   config.model = ConfigDict()
-  # Or a .gguf file, a Hugging Face directory, hf://org/name, or the folder of a run, for the policy that it trained.
+  # Or a .gguf file with SmolLM2's kind of tokenizer, a Hugging Face directory, hf://org/name, or the folder of a run,
+  # for the policy that it trained.
   config.model.path = 'smollm2-135m-instruct'
   # Added to its weights: folders of PEFT adapters, or of runs that trained a LoRA; 'path:0.5' counts half.
   config.model.adapters = ()

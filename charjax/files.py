@@ -16,14 +16,25 @@ from charjax.errors import UserError, quoted
 Row = dict[str, Any]
 
 
+def check_ends(path: epath.PathLike) -> None:
+  """Whether what is there can be read to its end.
+
+  Raises:
+    OSError: it is a folder, a device or a pipe.
+  """
+  if os.path.exists(path) and not os.path.isfile(path):
+    if os.path.isdir(path):
+      raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    raise OSError(errno.EINVAL, 'not a file', os.fspath(path))
+
+
 def read_file(path: epath.PathLike) -> bytes:
   """The contents of a file, local or of any place that etils.epath opens.
 
   Raises:
-    OSError: it cannot be read, or is a folder, a device or a pipe, of which the latter two may never end.
+    OSError: it cannot be read, or has no end.
   """
-  if os.path.exists(path) and not os.path.isfile(path):
-    raise OSError(errno.EINVAL, 'not a file')
+  check_ends(path)
   return epath.Path(path).read_bytes()
 
 
@@ -98,6 +109,20 @@ def parse_rows(path: epath.PathLike, data: bytes, fields: Mapping[str, Any] | No
         raise UserError(f'{path}:{number}: field {field} {found}; it must be {wanted}')
     rows.append((number, row))
   return rows
+
+
+def check_encodes(path: epath.PathLike, line: int, field: str, text: str) -> None:
+  """Whether a text from a file can be given to a tokenizer: JSON can write half a character, as cut-off exports do.
+
+  Raises:
+    UserError: naming file, line and field.
+  """
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f'{path}:{line}: field {field} holds half a character, \\u{ord(text[error.start]):x}; write it anew'
+    ) from error
 
 
 _JSON_TYPES = {

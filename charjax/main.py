@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if told is None:
       watch.end(1, ' '.join(traceback.format_exception_only(error)[-1].split()), traceback.format_exc())
       raise
-    code, line = told
+    code, line = told[0], ' '.join(printable(told[1]).split())  # It may quote other people's files.
     if isinstance(error, BrokenPipeError):
       print_nowhere()
     watch.end(code, line)
@@ -133,9 +133,9 @@ def _told(error: BaseException) -> tuple[int, str] | None:
   if isinstance(error, UserError):
     # Of many processes, one that was just ended may still hold the folder.
     code = hosts.LOST if isinstance(error, storage.Locked) and hosts.count() > 1 else 2
-    return code, ' '.join(str(error).split())
+    return code, str(error)
   if isinstance(error, Passing):
-    return hosts.LOST, ' '.join(str(error).split())
+    return hosts.LOST, str(error)
   # What reads buckets has an error of its own, which it raises once it has tried for long.
   if isinstance(error, Exception) and type(error).__module__.startswith('gcsfs.'):
     return hosts.LOST, one_line(error)
@@ -398,6 +398,7 @@ def _plan(config: ml_collections.ConfigDict, options: dict[str, Any]) -> int:
   if not options.get('topology'):
     raise UserError('charjax plan needs --topology=NAME, as v5e:4x4 or h100:8')
   limits.check(config)
+  starting_model.check_quantize(config.model)
   character = characters.select(characters.load(config.character.path), config.character.traits)
   # Programs are compiled for other devices than this machine's, which it may not even have.
   os.environ['JAX_PLATFORMS'] = 'cpu'

@@ -19,6 +19,7 @@ from etils import epath
 
 from charjax import defaults, limits, storage
 from charjax.errors import UserError, one_line
+from charjax.files import read_file
 from charjax.workdir import file_fingerprint, fingerprint
 
 if TYPE_CHECKING:
@@ -36,14 +37,23 @@ def check(model: ml_collections.ConfigDict) -> None:
     UserError: it is not.
   """
   check_path(model.path, 'config.model.path=')
-  if model.quantize and importlib.util.find_spec('qwix') is None:
-    raise UserError("config.model.quantize needs qwix, which is not installed; run: pip install 'charjax[quantize]'")
+  check_quantize(model)
   for place, _ in _entries(model.adapters):
     if read_record(place) is None and (storage.is_bucket(place) or not (place / 'adapter_config.json').exists()):
       raise UserError(
         f'config.model.adapters: {place}: neither a PEFT adapter nor a run is there; give the folder of an '
         'adapter_config.json, or that of a run'
       )
+
+
+def check_quantize(model: ml_collections.ConfigDict) -> None:
+  """Whether what quantises weights is installed, where config.model asks for it.
+
+  Raises:
+    UserError: it is not.
+  """
+  if model.quantize and importlib.util.find_spec('qwix') is None:
+    raise UserError("config.model.quantize needs qwix, which is not installed; run: pip install 'charjax[quantize]'")
 
 
 def check_path(path: str, field: str = '') -> None:
@@ -99,7 +109,7 @@ def read_record(folder: epath.PathLike) -> ml_collections.ConfigDict | None:
   folder = storage.place(os.fspath(folder)) if storage.is_bucket(folder) else epath.Path(folder)
   try:
     with storage.reading(folder):
-      record = json.loads((folder / 'config.json').read_text())
+      record = json.loads(read_file(folder / 'config.json'))
   except OSError:
     return None
   except (ValueError, RecursionError) as error:
@@ -126,7 +136,7 @@ def read_run(folder: epath.PathLike) -> ml_collections.ConfigDict:
 def read_asked(folder: epath.PathLike) -> tuple[str, str]:
   """The address of a hub that a run was asked to start from, and the same with the commit; '' where there is none."""
   try:
-    record = json.loads((epath.Path(folder) / 'config.json').read_text())
+    record = json.loads(read_file(epath.Path(folder) / 'config.json'))
     return str(record['asked']), str(record['config']['model']['path'])
   except (OSError, ValueError, TypeError, KeyError, RecursionError):  # Damage is told where the record is needed.
     return '', ''
@@ -302,7 +312,4 @@ def _contents(model: Mapping[str, Any], through: Sequence[epath.Path]) -> dict[s
 
 
 def _of_files(*paths: epath.Path) -> str:
-  try:
-    return fingerprint([file_fingerprint(path) for path in paths])
-  except OSError as error:
-    raise UserError(f'{error.filename}: cannot be read ({error.strerror or error}); restore it') from error
+  return fingerprint([file_fingerprint(path) for path in paths])

@@ -33,6 +33,7 @@ from charjax.errors import UserError
 from charjax.files import write_text
 from charjax.progress import duration
 from charjax.stages import STAGES
+from charjax.terminal import printable
 
 # A report tells of its own folder.
 _SHARED = tuple(stage for stage in STAGES if stage.name != 'report')
@@ -243,7 +244,10 @@ def shares(parallel: int) -> list[dict[str, str]]:
   if hosts.on_tpu():
     raise UserError(f'--parallel={parallel}: a TPU takes one process at a time; leave it 1, or give --launch=FILE')
   named = os.environ.get('CUDA_VISIBLE_DEVICES')
-  gpus = named.split(',') if named else [str(i) for i in range(len(glob.glob('/dev/nvidia[0-9]*')))]
+  if named is None:
+    gpus = [str(i) for i in range(len(glob.glob('/dev/nvidia[0-9]*')))]
+  else:
+    gpus = [gpu for gpu in named.split(',') if gpu.strip() not in ('', '-1')]  # Either hides them all.
   if gpus and len(gpus) < parallel:
     raise UserError(f'--parallel={parallel}: there are {len(gpus)} GPUs, and each trial needs one of its own')
   each = len(gpus) // parallel
@@ -275,7 +279,7 @@ def _start_if_ready(trial: Trial, trials: Sequence[Trial], devices: Mapping[str,
     return
   except (UserError, OSError) as error:
     trial.state = 'failed'
-    status.say(f'{trial.name}: failed: {error}')
+    status.say(f'{trial.name}: failed: {printable(str(error))}')
     return
   for source in dict.fromkeys(source.name for source in sources.values()):
     names = ', '.join(stage for stage, found in sources.items() if found.name == source)

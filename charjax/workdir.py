@@ -22,7 +22,7 @@ from etils import epath
 import charjax
 from charjax import hosts, interrupts, storage, trace, watch
 from charjax.errors import UserError
-from charjax.files import Row, read_jsonl, write_text
+from charjax.files import Row, check_ends, read_file, read_jsonl, write_text
 from charjax.hosts import is_first_process
 from charjax.progress import duration
 
@@ -124,12 +124,20 @@ def fingerprint(value: Any) -> str:
 
 
 def file_fingerprint(path: epath.PathLike) -> str:
-  """sha256 of a file's contents."""
-  with epath.Path(path).open('rb') as file:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-      digest.update(block)
-    return digest.hexdigest()
+  """sha256 of a file's contents.
+
+  Raises:
+    UserError: it cannot be read, or has no end.
+  """
+  digest = hashlib.sha256()
+  try:
+    check_ends(path)
+    with epath.Path(path).open('rb') as file:
+      while block := file.read(1 << 20):
+        digest.update(block)
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror or error}); restore it') from error
+  return digest.hexdigest()
 
 
 def flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -187,7 +195,7 @@ def _read_json(path: epath.Path) -> Row:
   """
   try:
     with storage.reading(path):
-      text = path.read_bytes()
+      text = read_file(path)
   except OSError as error:
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
       return {}

@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
 from test_character import OPPOSITES, SEEDS, VALID
@@ -111,6 +112,11 @@ def contents(folder: Path) -> dict[str, bytes]:
   found = sorted(path for path in folder.rglob('*') if path.name != '.lock')
   # A link that leads nowhere, or a pipe, is only there.
   return {str(p): p.read_bytes() if stat.S_ISREG(p.lstat().st_mode) else b'' for p in found}
+
+
+def endless(path: Path) -> None:
+  path.unlink()
+  path.symlink_to('/dev/zero')
 
 
 def config(text: str | bytes) -> Arrange:
@@ -345,9 +351,16 @@ GGUF = {
     gguf(metadata={'llama.attention.head_count_kv': 3}),
     r'm.gguf: .*num_heads \(4\) is no',
   ),
+  'of a base below zero, and divisors of Llama 3': (
+    gguf(
+      metadata={'llama.rope.freq_base': -1.0},
+      extra={'rope_freqs.weight': np.array([1, 1, 2, 4, 8, 8, 8, 8], np.float32)},
+    ),
+    r"m.gguf: field llama.rope.freq_base is '-1.0', which is not supported; it must be a number above 0",
+  ),
   'with an endless context': (
     gguf(metadata={'llama.rope.freq_base': float('inf')}),
-    r'm.gguf: .*rope_theta is inf; it mu',
+    r"m.gguf: field llama.rope.freq_base is 'inf', which is not supported; it must be a number above 0",
   ),
   'that is a folder': (
     lambda place: [(place.folder / 'm.gguf').mkdir(), f'--config.model.path={place.folder / "m.gguf"}'][1],
@@ -483,6 +496,29 @@ DIRECTORIES = {
     r"m/config.json: field num_hidden_layers is 'two'; it must be",
   ),
   'an infinite base': (directory(rope_theta=float('inf')), r'm/config.json: .*rope_theta is .*; it must be a number'),
+  'a config.json without an end': (
+    directory(lambda folder: endless(folder / 'config.json')),
+    r'm/config.json: not a file; is this a Hugging Face checkpoint directory',
+  ),
+  'a tokenizer.json without an end': (
+    directory(lambda folder: endless(folder / 'tokenizer.json')),
+    r'm/tokenizer.json: not a tokenizer.json .*not a file.*; fetch it again',
+  ),
+  'a head that would fill memory': (
+    directory(head_dim=10**12, rope_scaling={'rope_type': 'linear', 'factor': 2}),
+    r'm/config.json: 1000000000000 dimensions of a head are rotated; it must be at most 65536',
+  ),
+  'a window beyond what is counted to': (
+    directory(model_type='mistral', sliding_window=2**31),
+    r'm/config.json: model shape: windows must be between 0, which is none, and 2\*\*31 - 1',
+  ),
+  'an end of text that drives a terminal': (
+    directory(
+      lambda folder: [(folder / 'generation_config.json').unlink(), set_text(folder, eos_token=None)],
+      eos_token_id='\x1b]52;c;AAAA\x07',
+    ),
+    r'm: eos_token_id is \]52;c;AAAA; it must be a token id',
+  ),
   'a list for a base': (directory(rope_theta=[1]), r"m/config.json: field rope_theta is '\[1\]'; it must be a number"),
   'an end of text below zero': (
     directory(
@@ -667,11 +703,19 @@ FILES = {
   ),
   'a folder of probes': (
     lambda place: f'--config.evaluation.probes={place.folder}',
-    r': cannot be read .not a file.; check the path',
+    r': cannot be read .Is a directory.; check the path',
   ),
   'a device of probes': (
     flag('--config.evaluation.probes=/dev/zero'),
     r'/dev/zero: cannot be read .not a file.; check the path',
+  ),
+  'half a character in a probe': (
+    probes(PROBE.replace('"m"', r'"\ud83d"')),
+    r'p.jsonl:1: field message holds half a character, \\ud83d; write it anew',
+  ),
+  'half a character in a pattern': (
+    neutral(expect='4\udc00'),
+    r'n.jsonl:1: field expect holds half a character, \\udc00; write it anew',
   ),
   'a broken pattern': (
     neutral(expect='(4'),
@@ -771,6 +815,22 @@ FOLDERS = {
     record('messages', products={'/dev/zero': ''}),
     r'messages/stage.json: field products is missing or damaged' + ANEW,
   ),
+  'a stage.json that leads outside, to a reviewer': (
+    lambda place: [record('messages', products={'/dev/zero': ''})(place), ['review', f'--workdir={place.run}']][1],
+    r'messages/stage.json: field products is damaged; restore the file',
+  ),
+  'a stage.json without an end': (
+    lambda place: [endless(place.run / 'messages/stage.json'), []][1],
+    r'messages/stage.json: cannot be read \(not a file\); move it away',
+  ),
+  'a stage.json without an end, to a reviewer': (
+    lambda place: [endless(place.run / 'messages/stage.json'), ['review', f'--workdir={place.run}']][1],
+    r'messages/stage.json: cannot be read \(not a file\); restore it',
+  ),
+  'messages without an end': (
+    lambda place: [endless(place.run / 'messages/messages.jsonl'), []][1],
+    r'messages/messages.jsonl: cannot be read \(not a file\); restore it',
+  ),
   'a stage.json that is a folder': (
     lambda place: [(place.run / 'messages/stage.json').unlink(), (place.run / 'messages/stage.json').mkdir(), []][2],
     r'messages/stage.json: cannot be read \(Is a directory\); move it away',
@@ -852,6 +912,14 @@ FOLDERS = {
     broken_row('messages', lambda row: row.update(text='')),
     r'messages.jsonl:3: field text is empty; write some, or remove the line',
   ),
+  'a message of half a character': (
+    broken_row('messages', lambda row: row.update(text='Hi \ud83d')),
+    r'messages.jsonl:3: field text holds half a character, \\ud83d; write it anew',
+  ),
+  'a reply of half a character': (
+    broken_row('replies', lambda row: row.update(text='Hi \ud83d')),
+    r'replies.jsonl:2: field text holds half a character, \\ud83d; write it anew',
+  ),
   'a message of no trait': (
     broken_row('messages', lambda row: row.update(trait='humour')),
     r"messages.jsonl:3: field trait is 'humour'; choose from honesty, ai_nature, None",
@@ -919,7 +987,7 @@ def test_one_clear_line_and_nothing_lost(tmp_path, finished, capfd, monkeypatch,
     after = contents(place.run)
   lines = captured.err.splitlines()
   assert len(lines) == 1 and lines[0].startswith('charjax: ') and len(lines[0]) < 600 + 2 * len(str(tmp_path))
-  assert 'Traceback' not in captured.out + captured.err
+  assert 'Traceback' not in captured.out + captured.err and lines[0].isprintable()
   assert re.search(expected, lines[0]), lines[0]
   assert {name: after.get(name) for name in before} == before
 

@@ -1,6 +1,8 @@
 """What differs between two characters, and what a character makes of a model before any training."""
 
 import dataclasses
+import json
+import re
 import shutil
 
 import pytest
@@ -56,6 +58,13 @@ def test_the_command_takes_names_files_and_folders_of_runs(tmp_path, capsys, mon
   (tmp_path / 'mine.toml').write_text(source.replace('name = "stoic"', 'name = "mine"', 1))
   assert command_line.main(['character', 'diff', 'stoic', str(tmp_path / 'run')]) == 0
   assert capsys.readouterr().out == 'They do not differ.\n'
+  # A record of another version, and damaged ones.
+  for config, code in (({'seed': 1, 'gone': 2}, 0), ({'character': {'traits': 3}}, 2), ({'character': 'stoic'}, 2)):
+    (tmp_path / 'run' / 'config.json').write_text(json.dumps({'config': config}))
+    assert command_line.main(['character', 'diff', 'stoic', str(tmp_path / 'run')]) == code
+    told = capsys.readouterr().err
+    assert not told if not code else re.search(r'config.json: config field character.* is ', told)
+  (tmp_path / 'run' / 'config.json').unlink()
   assert command_line.main(['character', 'diff', 'stoic', str(tmp_path / 'mine.toml')]) == 0
   assert capsys.readouterr().out == '  name: [-stoic-] {+mine+}\n'
   shutil.rmtree(tmp_path / 'run')

@@ -34,6 +34,7 @@ from charjax.model.checkpoint_source import Layout
 from charjax.model.families import from_hf, tensor_names
 from charjax.model.rope import llama3_scaling, scaling
 from charjax.model.to_hf import to_hf
+from charjax.report.read import read_run
 from charjax.stages import policy, preference
 from charjax.start import prepare
 from charjax.training.heads import bind, read_rewards, reply_states
@@ -335,6 +336,10 @@ def test_a_card_says_what_was_measured_and_no_more(run, tmp_path):
   judge = (run / 'export-judge/README.md').read_text()
   assert 'The lower 1 of the 2 layers of `random` (llama)' in judge and 'trust_remote_code=True' in judge
   assert 'held-out judge' in judge and '## Measured accuracy' in judge
+  # Where a template has a model think, replies would not begin with the header that was found without.
+  for thinks in (False, True):
+    text = card.of_reward(read_run(epath.Path(run)), 'm', 'smollm3', 'float32', thinks, 'judge', (1, 2))
+    assert ('enable_thinking=False' in text) is thinks
   start = tmp_path / 'start'
   export(run, '--model=start', f'--output={start}')
   assert 'which did not train them' in (start / 'README.md').read_text()

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from llama_reference import numpy_log_probs, random_tensors, tiny_config
+from smoke import ROOT
 from test_peft import random_adapter
 
 from charjax import defaults, limits, starting_model
 from charjax.engine.decode import prepare
 from charjax.engine.score import score
 from charjax.errors import UserError
+from charjax.main import main
 from charjax.mesh import make_mesh, shardings
 from charjax.model import lora
 from charjax.model.blocks import block_parameters
@@ -214,12 +216,14 @@ def test_all_parameters_cannot_be_trained_in_few_bits(section):
     limits.check_model(config, CONFIG)
 
 
-def test_without_qwix_a_line_says_so(monkeypatch):
+def test_without_qwix_a_line_says_so(monkeypatch, capsys):
   config = defaults.get_config()
   config.model.quantize = 'int4'
   monkeypatch.setattr(starting_model.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match=r"needs qwix, which is not installed; run: pip install 'charjax\[quantize\]'"):
     starting_model.check(config.model)
+  plan = ['plan', f'--config={ROOT}/configs/llama3_70b_lora.py', '--topology=h100:8', '--config.model.quantize=int8']
+  assert main(plan) == 2 and 'needs qwix' in capsys.readouterr().err
   config.model.quantize = 'int3'
   with pytest.raises(UserError, match=re.escape("model.quantize is 'int3'; choose from '', int8, int4")):
     limits.check(config)

@@ -251,6 +251,9 @@ def test_no_two_trials_at_a_time_have_the_same_gpu(monkeypatch):
   assert sweep.shares(1) == [{}]
   with pytest.raises(UserError, match='there are 5 GPUs, and each trial needs one'):
     sweep.shares(6)
+  for hidden in ('', '-1'):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', hidden)
+    assert sweep.shares(2) == [{}, {}]
   monkeypatch.setattr(sweep.hosts, 'on_tpu', lambda: True)
   with pytest.raises(UserError, match='a TPU takes one process at a time'):
     sweep.shares(2)

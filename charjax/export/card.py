@@ -63,7 +63,7 @@ def of_policy(run: Run, base: str, family: str, dtype: str, thinks: bool) -> str
   )
 
 
-def of_reward(run: Run, base: str, family: str, dtype: str, kind: str, layers: tuple[int, int]) -> str:
+def of_reward(run: Run, base: str, family: str, dtype: str, thinks: bool, kind: str, layers: tuple[int, int]) -> str:
   """The card of a preference model.
 
   Args:
@@ -71,6 +71,7 @@ def of_reward(run: Run, base: str, family: str, dtype: str, kind: str, layers: t
     base: the name of the model whose lower layers it is.
     family: the model_type of those.
     dtype: of the trunk's weights.
+    thinks: whether the chat template can have the model think before it answers.
     kind: 'preference' or 'judge'.
     layers: how many layers it has, and the model had.
   """
@@ -100,7 +101,9 @@ def of_reward(run: Run, base: str, family: str, dtype: str, kind: str, layers: t
       'tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)',
       'model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, dtype="float32")',
       'said = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
-      'ids = tokenizer.apply_chat_template(said, return_tensors="pt", return_dict=True)["input_ids"]',
+      'ids = tokenizer.apply_chat_template(',
+      f'    said, return_tensors="pt", return_dict=True{", enable_thinking=False" if thinks else ""}',
+      ')["input_ids"]',
       'rewards = model(ids).logits',
     ),
     _character(run),

@@ -51,15 +51,15 @@ def export(session: Session, kind: str, dtype: str, output: epath.Path) -> None:
   check_output(output, checkpoint.source)  # the path may be a run, which reads from elsewhere
   base = os.path.basename(os.path.abspath(session.config.model.path))
   said = base, checkpoint.family, dtype
+  thinks = 'enable_thinking' in checkpoint.template.source
   if kind == 'start':
     text, model = card.of_start(*said), _start(session, dtype)
   elif kind == 'policy':
-    thinks = 'enable_thinking' in checkpoint.template.source
     text, model = card.of_policy(_run(session), *said, thinks), _policy(session)
   else:
     model = _reward(session, kind)
     layers = model.config.num_layers, checkpoint.config.num_layers
-    text = card.of_reward(_run(session), *said, kind, layers)
+    text = card.of_reward(_run(session), *said, thinks, kind, layers)
   with published(output) as folder:
     write(folder, model, checkpoint, dtype, text)
   session.log(f'{output}: {kind} in {dtype}')

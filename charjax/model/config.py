@@ -118,8 +118,10 @@ class ModelConfig:
     ):
       if (found := len(getattr(self, field))) not in (0, wanted):
         raise UserError(f'model shape: {field} has {found} entries; it must have {wanted}')
-    if any(window < 0 for window in self.windows) or not all(0 < factor < math.inf for factor in self.rope_factors):
-      raise UserError('model shape: windows must not be below 0, and rope_factors must be above 0')
+    if not all(0 <= window < 2**31 for window in self.windows):
+      raise UserError('model shape: windows must be between 0, which is none, and 2**31 - 1')
+    if not all(0 < factor < math.inf for factor in self.rope_factors):
+      raise UserError('model shape: rope_factors must be above 0')
     for field, choices in (('activation', ACTIVATIONS), ('qk_norm', ('', 'head', 'all'))):
       if getattr(self, field) not in choices:
         raise UserError(

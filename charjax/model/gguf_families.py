@@ -211,6 +211,8 @@ def from_gguf(
   if not embed:
     raise UserError(f'{where}: tensor {names["embed"]} is missing; is this a complete {said.architecture} checkpoint?')
   theta = said.read('rope.freq_base', 1e6 if said.architecture == 'gemma3' else 10_000.0, float)
+  if not (math.isfinite(theta) and theta > 0):
+    raise said.refused('rope.freq_base', theta, '; it must be a number above 0')
   fields = {
     'num_layers': said.read('block_count', None),
     'embed_dim': embed_dim,
@@ -258,7 +260,7 @@ def _rope(said: _Metadata, rotated: int, theta: float) -> tuple[Mapping[str, Any
   kind = said.read('rope.scaling.type', 'none', str)
   if kind not in ('none', 'linear', 'yarn'):
     raise said.refused('rope.scaling.type', kind)
-  if kind == 'none' or not (math.isfinite(theta) and theta > 0):  # the latter is refused by ModelConfig
+  if kind == 'none':
     return {}, (), 1.0
   rope = {
     'rope_type': kind,

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from charjax.errors import UserError, one_line
+from charjax.files import read_file
 from charjax.model import sentencepiece
 from charjax.model.chat import ChatTemplate
 from charjax.model.checkpoint_source import Checkpoint, Index, Tensors, assemble
@@ -179,7 +180,7 @@ def _template_source(folder: Path, settings: Mapping[str, Any]) -> tuple[str, Pa
   path = folder / 'chat_template.jinja'
   if path.exists():
     try:
-      return path.read_text(encoding='utf-8'), path
+      return read_file(path).decode(), path
     except (OSError, UnicodeDecodeError) as error:
       raise UserError(f'{path}: cannot be read ({one_line(error)}); fetch it again') from error
   path = folder / 'tokenizer_config.json'
@@ -216,7 +217,7 @@ def read_json(path: Path, optional: bool = False, what: str = 'a Hugging Face ch
   if optional and not path.exists():
     return {}
   try:
-    content = json.loads(path.read_text(encoding='utf-8'))
+    content = json.loads(read_file(path))
   except OSError as error:
     raise UserError(f'{path}: {error.strerror}; is this {what}?') from error
   except (ValueError, RecursionError) as error:

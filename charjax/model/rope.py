@@ -13,6 +13,8 @@ import numpy as np
 
 from charjax.errors import UserError
 
+_MOST_ROTATED = 65_536  # of a head's dimensions: a file that says more is damaged, and their factors might fill memory
+
 
 def rotary(
   positions_bt: jax.Array, rotated: int, theta: float, factors: tuple[float, ...] = (), gain: float = 1.0
@@ -80,6 +82,8 @@ def scaling(
     raise UserError(
       f'{where}: rope scaling {str(kind)[:40]!r} is not supported; only default, linear, llama3 and yarn are'
     )
+  if rotated > _MOST_ROTATED:
+    raise UserError(f'{where}: {rotated} dimensions of a head are rotated; it must be at most {_MOST_ROTATED}')
   factor = number('factor')
   pairs = np.arange(rotated // 2)
   gain, kept = 1.0, np.zeros(len(pairs))

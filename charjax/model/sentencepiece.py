@@ -8,12 +8,12 @@ made control, and the space before a text is switched off.
 import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import sentencepiece
 
 from charjax.errors import UserError, one_line
+from charjax.files import read_file
 from charjax.model.tokenizer import Tokenizer, padding_id, turn_ends
 
 # Tags of protocol buffer fields: ModelProto.pieces, SentencePiece.piece and .type.
@@ -112,7 +112,7 @@ def read(path: str) -> Model:
     UserError: no such file, or not one that the `sentencepiece` library can read.
   """
   try:
-    source = Path(path).read_bytes()
+    source = read_file(path)
     library = _library(source)
     stored = (value for tag, value, _ in _fields(source) if tag == _PIECES)
     fields = ({tag: value for tag, value, _ in _fields(piece)} for piece in stored)

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from charjax.errors import UserError, one_line
+from charjax.files import read_file
 
 
 class Tokenizer(Protocol):
@@ -133,7 +133,7 @@ def from_tokenizer_json(
     UserError: no such file, or not a tokenizer.json that the `tokenizers` library can read.
   """
   try:
-    description = json.loads(Path(path).read_text(encoding='utf-8'))
+    description = json.loads(read_file(path))
     # Saved by many a training run, and silent: texts would be cut off or filled up.
     description['truncation'] = description['padding'] = None
     backend = tokenizers.Tokenizer.from_str(json.dumps(description))

@@ -13,7 +13,7 @@ from etils import epath
 from charjax import stages
 from charjax.character import parse_choice
 from charjax.errors import UserError
-from charjax.files import read_jsonl
+from charjax.files import read_file, read_jsonl
 from charjax.workdir import contents
 
 STAGES = tuple(stage.name for stage in stages.STAGES if stage.name != 'report')
@@ -138,6 +138,8 @@ def _outdated(root: epath.Path, made: Mapping[str, Any]) -> list[str]:
 
   def is_other(name: str, fingerprint_then: Any) -> bool:
     folder, files = root / name, section(made, name, 'products')
+    if any('/' in file for file in files):  # It would lead out of the folder.
+      raise UserError(f'{folder / "stage.json"}: field products is damaged; restore the file')
     if not files or not all((folder / file).exists() for file in files):
       return (folder / 'unfinished.json').exists()
     return fingerprint_then not in (None, contents(folder, files))
@@ -233,7 +235,9 @@ def _text(path: epath.Path) -> str:
   if not path.exists():
     return ''
   try:
-    return path.read_bytes().decode('utf-8')
+    return read_file(path).decode('utf-8')
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror or error}); restore it') from error
   except UnicodeDecodeError as error:
     raise UserError(f'{path}: not UTF-8 text (byte {error.start}); write it anew') from error
 

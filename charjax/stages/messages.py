@@ -19,7 +19,7 @@ from charjax.chunks import chunks
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import as_told, sample
 from charjax.errors import UserError
-from charjax.files import Row, numbered_rows, read_jsonl, write_jsonl
+from charjax.files import Row, check_encodes, numbered_rows, read_jsonl, write_jsonl
 from charjax.progress import Progress
 from charjax.stages import prompts
 from charjax.workdir import Session
@@ -217,6 +217,7 @@ def load(session: Session) -> list[Row]:
       raise UserError(f'{path}:{line}: field id is {row["id"]!r}; give it a name of its own, without a slash')
     if not row['text'].strip():
       raise UserError(f'{path}:{line}: field text is empty; write some, or remove the line')
+    check_encodes(path, line, 'text', row['text'])
     if row['id'] in seen:
       raise UserError(f'{path}:{line}: field id is {row["id"]!r}, as in line {seen[row["id"]]}; rename one of them')
     seen[row['id']] = line

@@ -7,7 +7,7 @@ import re
 
 from charjax import bounded
 from charjax.errors import UserError
-from charjax.files import Row, numbered_rows
+from charjax.files import Row, check_encodes, numbered_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,8 @@ def read_neutral(path: str) -> list[Row]:
   for i, row in _lines(path):
     expect = row.get('expect')
     if expect is not None:
+      if isinstance(expect, str):
+        check_encodes(path, i, 'expect', expect)
       try:
         re.compile(expect)
         bounded.search(expect, _repetitive(expect))
@@ -82,4 +84,5 @@ def _text(path: str, line: int, row: Row, field: str) -> str:
   value = row.get(field)
   if not isinstance(value, str) or not value.strip():
     raise UserError(f'{path}:{line}: field {field} is missing or no text; give it a string')
+  check_encodes(path, line, field, value)
   return value

@@ -15,7 +15,7 @@ from charjax.chunks import chunks
 from charjax.engine.batch import item_keys
 from charjax.engine.sample import as_told, sample
 from charjax.errors import UserError
-from charjax.files import Row, numbered_rows, write_jsonl
+from charjax.files import Row, check_encodes, numbered_rows, write_jsonl
 from charjax.progress import Progress
 from charjax.stages import messages, prompts
 from charjax.workdir import Session
@@ -139,6 +139,7 @@ def load(session: Session) -> list[Row]:
       raise UserError(f'{path}:{line}: field message is {row["message"]!r}, which is no message; remove the line')
     if not re.fullmatch(re.escape(f'{row["message"]}/{row["condition"]}/') + '[0-9]{1,9}', row['id']):
       raise UserError(f'{path}:{line}: field id is {row["id"]!r}; it must be MESSAGE/CONDITION/NUMBER')
+    check_encodes(path, line, 'text', row['text'])
     if row['id'] in seen:
       raise UserError(f'{path}:{line}: field id is {row["id"]!r}, as in line {seen[row["id"]]}; remove one of them')
     seen[row['id']] = line
