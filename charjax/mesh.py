@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -192,15 +192,25 @@ def shard_batch(tree: Any, axis: int = 0) -> Any:
   return jax.tree.map(one, tree)
 
 
-def held_here(count: int, parts: int = 1) -> np.ndarray:
-  """[count] bool: which rows of a batch lie on devices of this process, by `shard_batch` of [parts, count // parts]."""
-  mesh, here = jax.sharding.get_mesh(), np.ones((parts, count // parts), bool)
-  if not mesh.empty:
-    sharding = NamedSharding(mesh, spec(here.shape, (None, 'batch'), mesh))
-    here[:] = False
-    for rows in sharding.addressable_devices_indices_map(here.shape).values():
-      here[rows] = True
-  return here.reshape(-1)
+def held_here(count: int, parts: int = 1, each: Collection[int] = ()) -> np.ndarray:
+  """[count] bool: of which examples rows lie on devices of this process, by `shard_batch` of [parts, count // parts].
+
+  Args:
+    count: examples in a batch.
+    parts: in which it goes through the model.
+    each: of how many rows an example has others: some arrays have one of it, some so many. Where fewer axes of the
+      mesh divide the one than the other, they lie on other devices.
+  """
+  mesh, here = jax.sharding.get_mesh(), np.zeros(count, bool)
+  if mesh.empty:
+    return ~here
+  for n in {1, *each} - {0}:
+    rows = np.zeros((parts, count // parts * n), bool)
+    sharding = NamedSharding(mesh, spec(rows.shape, (None, 'batch'), mesh))
+    for some in sharding.addressable_devices_indices_map(rows.shape).values():
+      rows[some] = True
+    here |= rows.reshape(count, n).any(1)
+  return here
 
 
 def replicate(tree: Any) -> Any:

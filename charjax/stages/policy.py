@@ -220,7 +220,8 @@ def read(config: Any, asked: Sequence[Row], neutral: Sequence[Row], seed: int) -
     return {name: as_long(tokens) for name, tokens in row.items()}
 
   # All processes draw the replies to the prompts of a step together: for that each reads all of them.
-  here = None if config.replies_per_prompt else held_here(size, parts)
+  each = config.ranked_replies, config.shown_replies
+  here = None if config.replies_per_prompt else held_here(size, parts, each)
   here_neutral = held_here(_neutral_rows(size, parts), parts)[:size]
   return Together(
     asked=batches(asked, size, seed, here, outline),

@@ -292,7 +292,7 @@ def read(config: Any, examples: Sequence[Row], k: int, seed: int) -> Any:
     return example | {'prompt': as_long(example['prompt']), 'replies': [as_long(reply) for reply in example['replies']]}
 
   size = config.messages_per_batch
-  return batches(examples, size, seed, held_here(size, _parts(config, k)), outline)
+  return batches(examples, size, seed, held_here(size, _parts(config, k), (k,)), outline)
 
 
 def expect(config: Any, shapes: FixedShapes, examples: Sequence[Row], k: int, seed: int, steps: int) -> None:
