@@ -181,6 +181,14 @@ def put(path: epath.Path, data: bytes, new: bool = False) -> None:
         raise Locked(f'{path}: another process wrote it; give the same command again to go on from there') from None
 
 
+def remove(path: epath.Path) -> None:
+  """Removes a file, a folder with all that is in it, or a link and not what it leads to."""
+  if path.is_dir() and not os.path.islink(path):
+    path.rmtree()
+  else:
+    path.unlink()
+
+
 def is_half_written(path: epath.Path) -> bool:
   """Whether a file is what a kill leaves of one that was being written."""
   return path.name.startswith('.') and path.name.endswith('.tmp')

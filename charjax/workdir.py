@@ -383,16 +383,13 @@ def _empty(folder: epath.Path, keeps: bool) -> None:
   for child in folder.iterdir():
     if child.name == 'unfinished.json' or (keeps and child.name == CHUNKS):
       continue
-    if child.is_dir():
-      child.rmtree()
-    else:
-      child.unlink()
+    storage.remove(child)
 
 
 def _tidy(folder: epath.Path, keeps: bool) -> None:
   """Removes what only a resume needs."""
   if (folder / CHUNKS).exists() and not keeps:
-    (folder / CHUNKS).rmtree()
+    storage.remove(folder / CHUNKS)
   (folder / 'unfinished.json').unlink(missing_ok=True)
 
 

@@ -17,8 +17,8 @@ from charjax.engine.rows import FixedShapes
 from charjax.mesh import fetch, make_mesh
 from charjax.stages import policy, preference, rollouts
 
-# The last: each process has a column of the devices. Along columns alone the few messages of a part are split, and their
-# replies are not.
+# The last: each process has a column of the devices. Along columns alone the few messages of a part are split, and
+# their replies are not.
 SHAPES = (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8), (4, 2, 1)
 
 

@@ -815,10 +815,6 @@ FOLDERS = {
     record('messages', products={'/dev/zero': ''}),
     r'messages/stage.json: field products is missing or damaged' + ANEW,
   ),
-  'a stage.json that leads outside, to a reviewer': (
-    lambda place: [record('messages', products={'/dev/zero': ''})(place), ['review', f'--workdir={place.run}']][1],
-    r'messages/stage.json: field products is damaged; restore the file',
-  ),
   'a stage.json without an end': (
     lambda place: [endless(place.run / 'messages/stage.json'), []][1],
     r'messages/stage.json: cannot be read \(not a file\); move it away',
@@ -919,6 +915,16 @@ FOLDERS = {
   'a reply of half a character': (
     broken_row('replies', lambda row: row.update(text='Hi \ud83d')),
     r'replies.jsonl:2: field text holds half a character, \\ud83d; write it anew',
+  ),
+  'no neutral message': (
+    edited(
+      'messages/messages.jsonl', lambda text: ''.join(x for x in text.splitlines(True) if '"trait": null' not in x)
+    ),
+    r'messages.jsonl: no message is left whose split is "train" and whose trait is null; write some',
+  ),
+  'no message of a trait': (
+    edited('messages/messages.jsonl', lambda text: ''.join(x for x in text.splitlines(True) if '"trait": null' in x)),
+    r'messages.jsonl: no message is left whose split is "train" and whose trait is one; write some',
   ),
   'a message of no trait': (
     broken_row('messages', lambda row: row.update(trait='humour')),

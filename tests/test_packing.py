@@ -48,6 +48,7 @@ def test_packed_sizes_are_few_and_hold_what_they_are_for():
 
 def test_what_does_not_fit_is_not_packed():
   assert make_packing(LENGTHS, 8, 22) is not None and make_packing(LENGTHS, 8, 21) is None
+  assert make_packing(LENGTHS * 0, 8, 0) is None  # no tokens, and a size that says that padded they do as well
   assert make_packing(LENGTHS, 8, 11, 2) is not None and make_packing(LENGTHS, 8, 10, 2) is None
 
 

@@ -135,6 +135,13 @@ def test_hostile_everywhere(tmp_path):
   assert '\x1b' not in report.console_summary(folder)
 
 
+def test_nothing_outside_the_run_is_read(tmp_path):
+  folder = write_run(tmp_path, messages=2, steps=2)
+  for stage in ('messages', 'replies'):
+    record(folder, stage, products={'/dev/zero': ''}, inputs={'messages': 'x'})
+  report.render(folder)
+
+
 def test_embedded_figures_equal_the_file(page, folder):
   block = re.search(r'<script type="application/json" id="summary">(.*?)</script>', page, re.DOTALL)
   assert block and '<' not in block[1]
@@ -380,6 +387,8 @@ def test_the_page_of_a_run_is_made_from_its_folder_alone(tmp_path, capsys):
   assert main(['report', f'--workdir={folder}']) == 0
   assert f'Report: {folder}/report/index.html' in capsys.readouterr().out
   assert (folder / 'report' / 'index.html').read_text() == report.render(folder)
+  # The run still knows the folder for its own.
+  assert not (folder / 'report' / 'stage.json').exists() and (folder / 'report' / 'unfinished.json').exists()
   (folder / 'evaluation' / 'summary.json').write_text('{"traits":')
   assert main(['report', f'--workdir={folder}']) == 2
   assert 'evaluation/summary.json: not JSON' in capsys.readouterr().err

@@ -86,6 +86,19 @@ def test_an_interval_is_of_the_mean_and_the_same_each_time():
   assert [shifted[k] for k in ('low', 'high')] == pytest.approx([found[k] * 2 + 10 for k in ('low', 'high')])
 
 
+def test_many_items_are_resampled_a_few_at_a_time_and_alike(monkeypatch):
+  rng = np.random.default_rng(1)
+  one, other = rng.exponential(size=(2, 30))
+  few = other[:20]
+
+  def intervals():
+    return interval(one), ratio(one, other, True), ratio(one, few, False)
+
+  whole = intervals()
+  monkeypatch.setattr(statistics, '_AT_ONCE', 100)
+  assert intervals() == whole
+
+
 def test_too_little_to_tell():
   assert interval([]) is None and share([]) is None
   assert interval([3.0]) == {'mean': 3.0, 'low': None, 'high': None, 'n': 1}

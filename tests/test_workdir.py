@@ -155,6 +155,17 @@ def test_a_changed_field_is_named_and_only_what_depends_on_it_is_made_anew(tmp_p
   assert (tmp_path / 'second/count.txt').read_text() == '4'
 
 
+def test_of_a_link_to_another_disk_only_the_link_goes(tmp_path):
+  stages = make_stages([])
+  workdirs.execute(stages, make_session(tmp_path / 'run'))
+  (tmp_path / 'disk').mkdir()
+  (tmp_path / 'disk' / 'old').write_text('')
+  (tmp_path / 'run' / 'second' / 'checkpoints').symlink_to(tmp_path / 'disk')
+  workdirs.execute(stages, make_session(tmp_path / 'run', **{'second.steps': 60}))
+  assert sorted(os.listdir(tmp_path / 'run/second')) == ['count.txt', 'stage.json']
+  assert (tmp_path / 'disk' / 'old').exists()
+
+
 def test_a_field_that_is_new_and_empty_leaves_what_was_made(tmp_path):
   calls: list[str] = []
   stages = make_stages(calls)

@@ -38,12 +38,13 @@ def packed_size(tokens: float, rows: int, width: int, sizes: int) -> int:
 
 
 def make_packing(lengths: np.ndarray, width: int, size: int, parts: int = 1) -> Packing | None:
-  """A packing of the first `lengths` [N] tokens of rows of `width`, in host arrays; None: S = `size` is too little.
+  """A packing of the first `lengths` [N] tokens of rows of `width`, in host arrays; None: S = `size`, which may
+  be 0, is too little for them, or there are none.
 
   The number of parts divides that of rows.
   """
   lengths = np.asarray(lengths).reshape(parts, -1)
-  if lengths.sum(1).max() > size:
+  if not size or lengths.sum(1).max() > size:
     return None
   real = np.arange(width) < lengths[..., None]
   places = np.where(real, np.cumsum(real.reshape(parts, -1), 1).reshape(real.shape) - 1, -1).astype(np.int32)

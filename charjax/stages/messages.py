@@ -221,4 +221,10 @@ def load(session: Session) -> list[Row]:
     if row['id'] in seen:
       raise UserError(f'{path}:{line}: field id is {row["id"]!r}, as in line {seen[row["id"]]}; rename one of them')
     seen[row['id']] = line
+  learned = {row['trait'] is None for _, row in rows if row['split'] == 'train'}
+  if len(learned) < 2:
+    raise UserError(
+      f'{path}: no message is left whose split is "train" and whose trait is {"one" if True in learned else "null"}; '
+      'write some'
+    )
   return [row for _, row in rows]

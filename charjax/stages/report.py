@@ -38,6 +38,7 @@ def make_anew(workdir: epath.Path) -> None:
   page = render(workdir)
   folder = workdir / 'report'
   folder.mkdir(parents=True, exist_ok=True)
+  write_text(folder / 'unfinished.json', '{}')  # By which the run knows the folder for its own.
   (folder / 'stage.json').unlink(missing_ok=True)
   write_text(folder / 'index.html', page)
 

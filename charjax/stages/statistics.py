@@ -1,7 +1,7 @@
 """Means with 95% intervals: resampled for figures, Wilson's for shares."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 Interval = dict[str, Any]
 
 _RESAMPLES = 10_000
+_AT_ONCE = 2**22  # numbers of items that are drawn together
 _FEW = 8  # items, of fewer of which resampling says little
 _Z = NormalDist().inv_cdf(0.975)
 
@@ -35,8 +36,8 @@ def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> Interval | 
     half = _t_quantile(n - 1) * float(array.std(ddof=1)) / math.sqrt(n)
     return {'mean': mean, 'low': mean - half, 'high': mean + half, 'n': n}
   tail = _tail(n)
-  index = np.random.default_rng(seed).integers(0, n, (_RESAMPLES, n))
-  low, high = np.quantile(array[index].mean(1), [tail, 1 - tail])
+  means = np.concatenate([array[index].mean(1) for index in _resamples(np.random.default_rng(seed), n)])
+  low, high = np.quantile(means, [tail, 1 - tail])
   return {'mean': mean, 'low': float(low), 'high': float(high), 'n': n}
 
 
@@ -55,10 +56,20 @@ def ratio(above: np.ndarray, below: np.ndarray, paired: bool, seed: int = 0) -> 
   found: Interval = {'mean': float(above.mean() / below.mean()), 'low': None, 'high': None, 'n': n}
   if n < _FEW:
     return found
-  index = rng.integers(0, len(above), (_RESAMPLES, len(above)))
-  other = index if paired else rng.integers(0, len(below), (_RESAMPLES, len(below)))
-  low, high = np.quantile(above[index].mean(1) / below[other].mean(1), [_tail(n), 1 - _tail(n)])
+  if paired:
+    ratios = [above[index].mean(1) / below[index].mean(1) for index in _resamples(rng, n)]
+  else:
+    over, under = (np.concatenate([x[index].mean(1) for index in _resamples(rng, len(x))]) for x in (above, below))
+    ratios = [over / under]
+  low, high = np.quantile(np.concatenate(ratios), [_tail(n), 1 - _tail(n)])
   return found | {'low': float(low), 'high': float(high)}
+
+
+def _resamples(rng: np.random.Generator, n: int) -> Iterator[np.ndarray]:
+  """Which of n items each resample has, [some, n]: a few at a time, since of many items all would fill the memory."""
+  some = max(1, _AT_ONCE // n)
+  for start in range(0, _RESAMPLES, some):
+    yield rng.integers(0, n, (min(some, _RESAMPLES - start), n))
 
 
 def _tail(n: int) -> float:
