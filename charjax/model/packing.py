@@ -38,8 +38,8 @@ def packed_size(tokens: float, rows: int, width: int, sizes: int) -> int:
 
 
 def make_packing(lengths: np.ndarray, width: int, size: int, parts: int = 1) -> Packing | None:
-  """A packing of the first `lengths` [N] tokens of rows of `width`, in host arrays; None: S = `size`, which may
-  be 0, is too little for them, or there are none.
+  """A packing of the first `lengths` [N] tokens of rows of `width`, in host arrays; None: S = `size` is 0, or too
+  little for them.
 
   The number of parts divides that of rows.
   """
