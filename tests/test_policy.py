@@ -64,7 +64,9 @@ def test_ranked_replies_take_turns_in_and_out_of_character(tmp_path):
   ]
   for name in ('messages', 'replies', 'rankings'):
     (tmp_path / name).mkdir()
-  asked = [{'id': m, 'trait': 'a', 'split': 'train', 'text': 'Hi'} for m in 'ab']
+  asked = [
+    {'id': m, 'trait': trait, 'split': 'train', 'text': 'Hi'} for m, trait in (('a', 'a'), ('b', 'a'), ('n', None))
+  ]
   write_jsonl(tmp_path / 'messages' / 'messages.jsonl', asked)
   write_jsonl(
     tmp_path / 'replies' / 'replies.jsonl',
