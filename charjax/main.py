@@ -308,6 +308,8 @@ def _at(where: epath.PathLike, wants_run: bool, changes: Sequence[str]) -> tuple
   else:
     merge(config, record, str(place / 'config.json'), '')
     config.character.path = str(place / 'character.toml')
+    # Of the machines it was trained on, which need not be like this one.
+    config.mesh, config.model.attention = defaults.get_config().mesh, defaults.get_config().model.attention
   return override(config, changes), record is not None
 
 

@@ -92,7 +92,7 @@ def expected_advantages(states, replies, gained, item):
     score = state @ HEAD.T
     said = [place for place, token in enumerate(reply) if token not in ENDS]
     # An end counts as the mean of what was said before it.
-    score[[place for place in range(len(reply)) if place not in said]] = score[said].mean(0) if said else 0
+    score[[place for place in range(len(reply)) if place not in said]] = score[said].mean(0) if said else MEAN
     scores.append((score - MEAN) @ item['earns'])
     left = np.maximum(1 - np.arange(1, len(reply) + 1) / LONGEST, 0)
     expects.append((state @ CRITIC[:-1] + CRITIC[-1]) @ item['earns'] * left)

@@ -119,12 +119,13 @@ def _token_states(trunk: Decoder, model: Any, opening: Opening, rows: Rows) -> j
   return in_rows(hidden_states(used, rows, adapter=adapter, opening=opening), rows)[:, 1:]
 
 
-def _token_scores(model: Any, states: jax.Array, rows: Rows, ends: jax.Array) -> jax.Array:
-  """Scores [N, R, traits] of each token, from its state [N, R, D]."""
+def _token_scores(model: Any, states: jax.Array, rows: Rows, ends: jax.Array, silence: Any = 0.0) -> jax.Array:
+  """Scores [N, R, traits] of each token, from its state [N, R, D]; of a reply that only ends, `silence`."""
   scores = read_rewards(model, states)
   # That a reply ends is not the trait's: its end counts as its other tokens do.
   ended = jnp.isin(rows.tokens[:, 1:], ends) & reply_mask(rows)
-  others = mean_over_tokens(scores, rows._replace(lengths=rows.lengths - ended.any(1)))
+  rest = rows._replace(lengths=rows.lengths - ended.any(1))
+  others = jnp.where(reply_mask(rest).any(1)[:, None], mean_over_tokens(scores, rest), silence)
   return jnp.where(ended[..., None], others[:, None], scores)
 
 
@@ -148,7 +149,8 @@ def judge_tokens(
   else:
     states = _token_states(judge.trunk, judge.model, opening, rows)
     hidden = hidden_states(judge.decoder, rows, opening=opening)
-  scores = _token_scores(judge.model, states, rows, judge.ends)
+  # No reply that says nothing was ranked, and zero is no score like others: it counts as the starting model's do.
+  scores = _token_scores(judge.model, states, rows, judge.ends, judge.mean)
   values = read_values(judge.critic, states, to_come(states.shape[1], longest))
   return scores - judge.mean, values, token_log_probs(judge.decoder, hidden, rows, temperature, barred)
 
