@@ -298,3 +298,11 @@ def test_a_character_whose_ranker_can_never_be_found_good_enough_is_refused_at_o
                '--config.character.traits=honesty', '--config.rankings.minimum_accuracy=0.99'])  # fmt: skip
   assert code == 2 and re.search(r'only 12 with use = "choosing".*as bad as 0\.76', capsys.readouterr().err)
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_run_is_opened_on_another_machine_than_it_was_trained_on(tmp_path):
+  config = defaults.get_config()
+  config.mesh, config.model.attention, config.seed = (2, -1, 1), 'tpu', 5
+  (tmp_path / 'config.json').write_text(json.dumps({'config': config.to_dict()}))
+  found, is_run = command_line._at(tmp_path, True, ['--config.mesh=(1,1,-1)'])
+  assert is_run and (found.seed, found.mesh, found.model.attention) == (5, (1, 1, -1), 'auto')
