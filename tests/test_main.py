@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from llama_reference import tiny_config
 
-from charjax import config_file, files, limits, start
+from charjax import config_file, defaults, files, limits, start
 from charjax import main as command_line
 from charjax import workdir as workdirs
 from charjax.main import main
