@@ -302,14 +302,15 @@ def _at(where: epath.PathLike, wants_run: bool, changes: Sequence[str]) -> tuple
   place = epath.Path(named)
   record = starting_model.read_run(named) if wants_run else starting_model.read_record(named)
   config = _defaults()
+  here = config.mesh, config.model.attention
   if record is None:
     starting_model.check_path(named)
     config.model.path = named
   else:
     merge(config, record, str(place / 'config.json'), '')
     config.character.path = str(place / 'character.toml')
-    # Of the machines it was trained on, which need not be like this one.
-    config.mesh, config.model.attention = defaults.get_config().mesh, defaults.get_config().model.attention
+    # The machines that it was trained on need not be like this one.
+    config.mesh, config.model.attention = here
   return override(config, changes), record is not None
 
 

@@ -279,7 +279,7 @@ def _start_if_ready(trial: Trial, trials: Sequence[Trial], devices: Mapping[str,
     return
   except (UserError, OSError) as error:
     trial.state = 'failed'
-    status.say(f'{trial.name}: failed: {printable(str(error))}')
+    status.say(f'{trial.name}: failed: {error}')
     return
   for source in dict.fromkeys(source.name for source in sources.values()):
     names = ', '.join(stage for stage, found in sources.items() if found.name == source)
@@ -421,7 +421,7 @@ class _Status:
     self._said.add(line)
     if self._terminal:
       print('\r\x1b[K', end='', file=sys.stderr, flush=True)
-    print(line, flush=True)
+    print(printable(line), flush=True)  # It may quote other people's files.
 
   def show(self, line: Callable[[], str]) -> None:
     """A line that is made when it is due: every second in place, or every ten seconds."""

@@ -375,11 +375,15 @@ def read_products(session: Session, name: str) -> None:
       _read_json(path)
 
 
-def _empty(folder: epath.Path, keeps: bool) -> None:
-  """Empties a stage's folder, of all but chunks that it keeps, so that a kill half-way leaves one that is neither done
-  nor resumable."""
+def forget(folder: epath.Path) -> None:
+  """Has a stage not be made, neither done nor resumable, and its folder still be the run's."""
   write_text(folder / 'unfinished.json', '{}')
   (folder / 'stage.json').unlink(missing_ok=True)
+
+
+def _empty(folder: epath.Path, keeps: bool) -> None:
+  """Empties a stage's folder, of all but chunks that it keeps, so that a kill half-way leaves one that is not made."""
+  forget(folder)
   for child in folder.iterdir():
     if child.name == 'unfinished.json' or (keeps and child.name == CHUNKS):
       continue

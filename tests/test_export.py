@@ -337,8 +337,9 @@ def test_a_card_says_what_was_measured_and_no_more(run, tmp_path):
   assert 'The lower 1 of the 2 layers of `random` (llama)' in judge and 'trust_remote_code=True' in judge
   assert 'held-out judge' in judge and '## Measured accuracy' in judge
   # Where a template has a model think, replies would not begin with the header that was found without.
+  found = read_run(epath.Path(run))
   for thinks in (False, True):
-    text = card.of_reward(read_run(epath.Path(run)), 'm', 'smollm3', 'float32', thinks, 'judge', (1, 2))
+    text = card.of_reward(found, 'm', 'smollm3', 'float32', thinks, 'judge', (1, 2))
     assert ('enable_thinking=False' in text) is thinks
   start = tmp_path / 'start'
   export(run, '--model=start', f'--output={start}')

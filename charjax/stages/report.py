@@ -15,7 +15,7 @@ from charjax.report.read import read_run
 from charjax.report.replies import Reply, by_typicality, exchanges
 from charjax.report.words import ellipsis, spoken
 from charjax.terminal import wrapped
-from charjax.workdir import Session
+from charjax.workdir import Session, forget
 
 _SHOWN = 3
 _LONGEST = 280
@@ -38,8 +38,7 @@ def make_anew(workdir: epath.Path) -> None:
   page = render(workdir)
   folder = workdir / 'report'
   folder.mkdir(parents=True, exist_ok=True)
-  write_text(folder / 'unfinished.json', '{}')  # By which the run knows the folder for its own.
-  (folder / 'stage.json').unlink(missing_ok=True)
+  forget(folder)
   write_text(folder / 'index.html', page)
 
 
